@@ -1,1 +1,29 @@
 """Long prompts for SDXL: FineLIP text encoders of 248 positions in a Diffusers pipeline."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finelip_sdxl.checkpoints import load_finelip
+    from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+    from finelip_sdxl.stretch import stretch_positions
+
+# Public names and the modules that hold them, imported on first use: `import finelip_sdxl` alone stays cheap.
+_EXPORTS = {
+    "FineLIPConfig": "finelip_sdxl.model",
+    "FineLIPModel": "finelip_sdxl.model",
+    "load_finelip": "finelip_sdxl.checkpoints",
+    "stretch_positions": "finelip_sdxl.stretch",
+}
+
+__all__ = ["FineLIPConfig", "FineLIPModel", "load_finelip", "stretch_positions"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

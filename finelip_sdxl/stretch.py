@@ -1,0 +1,84 @@
+"""Knowledge-preserved stretching of a positional table: 77 rows become 248."""
+
+import torch
+from torch import Tensor
+
+KEEP = 20
+FACTOR = 4
+
+
+def stretch_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> Tensor:
+    """Stretch a positional table: keep its first rows, interpolate the others.
+
+    The first `keep` rows are well trained (most captions are shorter) and stay as they are. From there on, each
+    interval between two neighbours is cut into `factor` equal steps, and the last row is continued with the slope
+    of the last interval. Row r of the input stands unchanged, bit for bit, at `stretched_row_indices(...)[r]`.
+
+    Source: Long-CLIP (arXiv 2403.15378, section 3.2), used by FineLIP (arXiv 2504.01916, section 3).
+
+    Args:
+        table: (positions, dim), of a floating dtype. Half precision is computed in float32 and cast back.
+        keep: leading rows that stay, from 0 to positions - 1.
+        factor: rows made of each later row.
+
+    Returns:
+        (keep + factor * (positions - keep), dim), in the dtype of `table`. 77 rows give 248.
+
+    Raises:
+        ValueError: if the table is not a floating (positions >= 2, dim) tensor, or `keep` or `factor` is out of range.
+
+    Example:
+        >>> stretch_positions(torch.arange(4.0).reshape(4, 1), keep=2, factor=2).flatten().tolist()
+        [0.0, 1.0, 2.0, 2.5, 3.0, 3.5]
+        >>> stretch_positions(torch.zeros(77, 768)).shape
+        torch.Size([248, 768])
+    """
+    if table.ndim != 2 or not table.is_floating_point():
+        raise ValueError(
+            f"A positional table must be a floating (positions, dim) tensor, got {table.dtype} of shape "
+            f"{tuple(table.shape)}."
+        )
+    _check_stretch(table.shape[0], keep, factor)
+
+    exact = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
+    rows = exact[keep:]
+    slopes = torch.cat([rows[1:] - rows[:-1], exact[-1:] - exact[-2:-1]])
+    fractions = torch.arange(1, factor, dtype=exact.dtype, device=exact.device).view(-1, 1) / factor
+    between = rows.unsqueeze(1) + fractions * slopes.unsqueeze(1)
+    # The rows themselves are copied, not computed with a zero fraction, so that they stay exact (-0.0 included).
+    stretched = torch.cat([rows.unsqueeze(1), between], dim=1).flatten(0, 1)
+    return torch.cat([exact[:keep], stretched]).to(table.dtype)
+
+
+def stretched_row_indices(num_positions: int, keep: int = KEEP, factor: int = FACTOR) -> Tensor:
+    """Where the rows of a table of `num_positions` rows stand, unchanged, in the stretched one.
+
+    `stretch_positions(table)[stretched_row_indices(len(table))]` is `table`, bit for bit. As `position_ids`, the
+    indices run a stretched encoder exactly as the encoder it was made of.
+
+    Args:
+        num_positions: rows of the table before the stretch.
+        keep: as given to `stretch_positions`.
+        factor: as given to `stretch_positions`.
+
+    Returns:
+        (num_positions,), int64: 0 … keep - 1, then keep, keep + factor, keep + 2 * factor, …
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> stretched_row_indices(5, keep=2, factor=4).tolist()
+        [0, 1, 2, 6, 10]
+    """
+    _check_stretch(num_positions, keep, factor)
+    return torch.cat([torch.arange(keep), keep + factor * torch.arange(num_positions - keep)])
+
+
+def _check_stretch(num_positions: int, keep: int, factor: int) -> None:
+    if num_positions < 2:
+        raise ValueError(f"A positional table needs at least 2 rows to be stretched, got {num_positions}.")
+    if not 0 <= keep < num_positions:
+        raise ValueError(f"keep={keep} is out of range for {num_positions} positions: give 0 to {num_positions - 1}.")
+    if factor < 1:
+        raise ValueError(f"factor={factor} is out of range: give a whole number of at least 1.")
