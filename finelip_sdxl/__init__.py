@@ -6,17 +6,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finelip_sdxl.checkpoints import load_finelip
     from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+    from finelip_sdxl.pipelines import (
+        FineLIPSDXLControlNetPipeline,
+        FineLIPSDXLImg2ImgPipeline,
+        FineLIPSDXLInpaintPipeline,
+        FineLIPSDXLPipeline,
+    )
     from finelip_sdxl.stretch import stretch_positions
 
 # Public names and the modules that hold them, imported on first use: `import finelip_sdxl` alone stays cheap.
 _EXPORTS = {
     "FineLIPConfig": "finelip_sdxl.model",
     "FineLIPModel": "finelip_sdxl.model",
+    "FineLIPSDXLControlNetPipeline": "finelip_sdxl.pipelines",
+    "FineLIPSDXLImg2ImgPipeline": "finelip_sdxl.pipelines",
+    "FineLIPSDXLInpaintPipeline": "finelip_sdxl.pipelines",
+    "FineLIPSDXLPipeline": "finelip_sdxl.pipelines",
     "load_finelip": "finelip_sdxl.checkpoints",
     "stretch_positions": "finelip_sdxl.stretch",
 }
 
-__all__ = ["FineLIPConfig", "FineLIPModel", "load_finelip", "stretch_positions"]
+__all__ = [
+    "FineLIPConfig",
+    "FineLIPModel",
+    "FineLIPSDXLControlNetPipeline",
+    "FineLIPSDXLImg2ImgPipeline",
+    "FineLIPSDXLInpaintPipeline",
+    "FineLIPSDXLPipeline",
+    "load_finelip",
+    "stretch_positions",
+]
 
 
 def __getattr__(name: str) -> Any:
