@@ -1,0 +1,376 @@
+"""How prompts are read: tokens, windows, padding, and a report of what each text encoder saw.
+
+Nothing here touches a model. `read_prompts` decides everything that happens to a text before it is encoded and says
+so in a `PromptReport`; the pipelines encode exactly that report, so what `describe_prompt` prints is what was read.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_CHARACTERS = 20_000
+"""Longest text that is read, in characters. Longer ones are refused before any work is done on them."""
+
+STOCK_POSITIONS = 77
+"""Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
+
+SHORT_PROMPT = ("stock", "stretched")
+LONG_PROMPT = ("window", "truncate", "error")
+HIDDEN_STATES = ("penultimate", "published")
+LENGTH_BUCKETS = (77, 154)
+
+# Scripts that write no spaces: their marks end a sentence or a clause by themselves, Latin ones only before a space.
+_WIDE_SENTENCE_ENDS = ("。", "！", "？", "｡")  # noqa: RUF001
+_WIDE_CLAUSE_ENDS = ("，", "、", "；", "：")  # noqa: RUF001
+_CLOSING = "\"'”’»)]」』）"  # noqa: RUF001
+
+PROMPT = "prompt"
+NEGATIVE_PROMPT = "negative prompt"
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """A text encoder as far as reading a prompt needs it.
+
+    Attributes:
+        encoder: its name in the pipeline, `"text_encoder"` or `"text_encoder_2"`.
+        tokenizer: its `CLIPTokenizer`.
+        positions: how many positions it reads at once, start and end token included.
+        has_stock: whether a short prompt can be read as stock SDXL reads it.
+    """
+
+    encoder: str
+    tokenizer: Any
+    positions: int
+    has_stock: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """What an encoder reads at once: an exact slice of the text and its tokens without start and end token."""
+
+    text: str
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, start and end token included."""
+        return len(self.token_ids) + 2
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens: {_quoted(self.text)}"
+
+
+@dataclass(frozen=True)
+class EncoderReading:
+    """What one encoder reads of one text.
+
+    Attributes:
+        encoder: the encoder's name in the pipeline.
+        role: `"prompt"` or `"negative prompt"`.
+        index: place of the text in its batch.
+        windows: what is read, in order.
+        positions: the length to which each window is padded.
+        as_stock: whether stock SDXL's own encoder reads it, as stock does.
+        cut_text: the part of the text that is not read; empty if all of it is.
+        cut_tokens: how many tokens that part has.
+    """
+
+    encoder: str
+    role: str
+    index: int
+    windows: tuple[Window, ...]
+    positions: int
+    as_stock: bool = False
+    cut_text: str = ""
+    cut_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens read, the start and end token of every window included."""
+        return sum(window.tokens for window in self.windows)
+
+    def __str__(self) -> str:
+        return f"{self.encoder} reads {self.role}: {self._body()}"
+
+    def _body(self) -> str:
+        windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
+        how = ", as stock SDXL reads it" if self.as_stock else ""
+        cut = f"; {self.cut_tokens} tokens are CUT" if self.cut_tokens else "; nothing is cut"
+        lines = [f"{self.tokens} tokens in {windows} of {self.positions} positions{how}{cut}"]
+        lines += [f"  window {number}, {window}" for number, window in enumerate(self.windows, start=1)]
+        if self.cut_tokens:
+            lines.append(f"  cut, {self.cut_tokens} tokens: {_quoted(self.cut_text)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """What every encoder reads of a batch of prompts; `str(report)` is the text for people.
+
+    Attributes:
+        readings: one for each encoder and text.
+        positions: the length to which every window of the batch is padded.
+        windows: how many windows every text of the batch is padded to, with windows of the empty prompt.
+    """
+
+    readings: tuple[EncoderReading, ...]
+    positions: int
+    windows: int
+
+    @property
+    def cut(self) -> tuple[EncoderReading, ...]:
+        """The readings that lose a part of their text."""
+        return tuple(reading for reading in self.readings if reading.cut_tokens)
+
+    def select(self, encoder: str, role: str) -> list[EncoderReading]:
+        """The readings of one encoder, `"prompt"` or `"negative prompt"`, in the order of the batch."""
+        return [reading for reading in self.readings if reading.encoder == encoder and reading.role == role]
+
+    def __str__(self) -> str:
+        # Encoders that read the same are reported once: usually both do.
+        batched = any(reading.index for reading in self.readings)
+        encoders: dict[str, list[str]] = {}
+        for reading in self.readings:
+            role = f"{reading.role} {reading.index + 1}" if batched else reading.role
+            encoders.setdefault(f"reads {role}: {reading._body()}", []).append(reading.encoder)
+        return "\n".join(f"{' and '.join(names)} {text}" for text, names in encoders.items())
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text that one encoder is to read, with its tokens and where each of them stands."""
+
+    reader: PromptReader
+    role: str
+    index: int
+    text: str
+    token_ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids) + 2
+
+    def after(self, token: int) -> str:
+        """The text from a token on."""
+        return self.text[self.offsets[token][0] :] if token < len(self.offsets) else ""
+
+
+def read_prompts(
+    readers: Sequence[PromptReader],
+    prompts: Sequence[Sequence[str]] | None,
+    negative_prompts: Sequence[Sequence[str]] | None = None,
+    *,
+    short_prompt: str = "stock",
+    long_prompt: str = "window",
+    length_buckets: Sequence[int] = LENGTH_BUCKETS,
+    shape: tuple[int, int] | None = None,
+) -> PromptReport:
+    """Decide how a batch of prompts and negative prompts is read.
+
+    All of them get the same number of windows and the same length, the smallest that holds the longest: hidden states
+    of prompt and negative prompt go through the UNet together, and those of the two encoders are concatenated.
+
+    Args:
+        readers: the encoders.
+        prompts: for each reader its batch of texts; None if the prompts come as embeddings.
+        negative_prompts: the same for the negative prompts; None if there are none.
+        short_prompt: `"stock"` reads what fits stock's 77 positions there as stock does, where a reader has a stock.
+        long_prompt: what happens to a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
+        length_buckets: lengths to pad to; the encoders' own closes the list.
+        shape: (windows, positions) when embeddings that were passed in fix them.
+
+    Raises:
+        ValueError: a text does not fit and `long_prompt="error"`, or does not fit `shape` and must not be cut.
+
+    Example:
+        >>> from finelip_sdxl.prompts import PromptReader, read_prompts
+        >>> reader = PromptReader("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
+        >>> print(read_prompts([reader], [["a red square"]]))  # doctest: +SKIP
+        text_encoder reads prompt: 5 tokens in 1 window of 77 positions; nothing is cut
+          window 1, 5 tokens: "a red square"
+    """
+    capacity = shape[1] if shape else min(reader.positions for reader in readers)
+    texts = [
+        _Text(reader, role, index, text, *_tokenize(reader.tokenizer, text))
+        for role, batches in ((PROMPT, prompts), (NEGATIVE_PROMPT, negative_prompts))
+        for reader, batch in zip(readers, batches or (), strict=False)
+        for index, text in enumerate(batch)
+    ]
+    longest = max(texts, key=lambda text: text.tokens)
+    if long_prompt == "error" and longest.tokens > capacity:
+        raise ValueError(
+            f"The {longest.role} has {longest.tokens} tokens for {longest.reader.encoder}, which reads {capacity} at"
+            ' once: shorten it, or set long_prompt="window" (reads all of it) or long_prompt="truncate".'
+        )
+
+    spans = [
+        split_windows(text.text, text.offsets, capacity - 2)
+        if long_prompt == "window"
+        else [(0, min(len(text.offsets), capacity - 2))]
+        for text in texts
+    ]
+    windows = max(map(len, spans))
+    if shape and windows > shape[0]:
+        raise ValueError(
+            f"The text needs {windows} windows of {capacity} positions, but the embeddings passed beside it have"
+            f' {shape[0]}: pass both as text, shorten it, or set long_prompt="truncate".'
+        )
+    if shape:
+        windows, positions = shape
+    elif windows > 1:
+        positions = capacity
+    else:
+        stock = short_prompt == "stock" and any(reader.has_stock for reader in readers)
+        positions = _padded_length(min(longest.tokens, capacity), capacity, length_buckets, stock)
+    as_stock = short_prompt == "stock" and windows == 1 and positions == STOCK_POSITIONS
+
+    readings = [
+        EncoderReading(
+            encoder=text.reader.encoder,
+            role=text.role,
+            index=text.index,
+            windows=_windows(text, text_spans),
+            positions=positions,
+            as_stock=as_stock and text.reader.has_stock,
+            cut_text=text.after(text_spans[-1][1]),
+            cut_tokens=len(text.offsets) - text_spans[-1][1],
+        )
+        for text, text_spans in zip(texts, spans, strict=True)
+    ]
+    return PromptReport(tuple(readings), positions, windows)
+
+
+def split_windows(text: str, offsets: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Split a text into windows of at most `size` tokens, at sentence ends where possible.
+
+    Otherwise at commas, else between words, else between characters. Only boundaries in the second half of a window
+    count: windows that end early cost another run of the encoder and tear the text apart.
+
+    Args:
+        text: the text.
+        offsets: for each token its first and one past its last character, without start and end token.
+        size: tokens that a window holds, without start and end token.
+
+    Returns:
+        For each window its first and one past its last token; together they are all tokens, in order.
+
+    Example:
+        >>> text = "A fox. A hare, a bee."
+        >>> offsets = [(0, 1), (2, 5), (5, 6), (7, 8), (9, 13), (13, 14), (15, 16), (17, 20), (20, 21)]
+        >>> [text[offsets[a][0] : offsets[b - 1][1]] for a, b in split_windows(text, offsets, 5)]
+        ['A fox.', 'A hare,', 'a bee.']
+    """
+    if size < 1:
+        raise ValueError(f"A window must hold at least 1 token, but size is {size}.")
+    spans, start = [], 0
+    while len(offsets) - start > size:
+        cuts = range(start + (size + 1) // 2, start + size + 1)
+        stop = max(cuts, key=lambda cut: (_boundary(text, offsets[cut - 1], offsets[cut]), cut))
+        spans.append((start, stop))
+        start = stop
+    spans.append((start, len(offsets)))
+    return spans
+
+
+def token_rows(readings: Sequence[EncoderReading], tokenizer: Any, windows: int) -> list[list[list[int]]]:
+    """Token ids of readings, padded alike: (batch, windows, positions), missing windows as the empty prompt."""
+    return [
+        [
+            _row(window, tokenizer, reading.positions)
+            for window in (*reading.windows, *[Window("")] * (windows - len(reading.windows)))
+        ]
+        for reading in readings
+    ]
+
+
+def check_texts(name: str, value: Any) -> list[str]:
+    """`value` as a list of texts.
+
+    Raises:
+        TypeError: not a string or a list of strings.
+        ValueError: an empty list, more than `MAX_CHARACTERS` characters, or half of a surrogate pair.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise TypeError(f"`{name}` must be a string or a list of strings, but is {_a(value)}.")
+    if not texts:
+        raise ValueError(f"`{name}` is an empty list; pass at least one string.")
+    for index, text in enumerate(texts):
+        place = f"`{name}`" if isinstance(value, str) else f"`{name}[{index}]`"
+        if not isinstance(text, str):
+            raise TypeError(f"{place} must be a string, but is {_a(text)}.")
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{place} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read: shorten it.")
+        if re.search(r"[\ud800-\udfff]", text):
+            raise ValueError(f"{place} holds half of a surrogate pair, which is no character: decode the text anew.")
+    return list(texts)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` if it is one of `choices`, else a ValueError that names them."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
+    return value
+
+
+def check_length_buckets(value: Any) -> tuple[int, ...]:
+    """`value` as an ascending tuple of lengths; None is the empty one, which pads everything to full length."""
+    buckets = () if value is None else value
+    if not isinstance(buckets, list | tuple) or not all(type(length) is int and length > 2 for length in buckets):
+        raise ValueError(
+            "`length_buckets` must be a list of lengths in tokens, each at least 3, such as (77, 154), or empty to"
+            f" pad every prompt to full length, but is {value!r}."
+        )
+    return tuple(sorted(set(buckets)))
+
+
+def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    # verbose=False: "longer than the maximum length" is no news here, the report says what happens to the rest.
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def _padded_length(longest: int, capacity: int, length_buckets: Sequence[int], stock: bool) -> int:
+    if stock and longest <= STOCK_POSITIONS <= capacity:
+        return STOCK_POSITIONS
+    return min(length for length in (*length_buckets, capacity) if longest <= length <= capacity)
+
+
+def _windows(text: _Text, spans: Sequence[tuple[int, int]]) -> tuple[Window, ...]:
+    """Windows whose texts join to the text that is read, spaces between windows included."""
+    starts = [0] + [text.offsets[start][0] for start, _ in spans[1:]]
+    ends = [*starts[1:], len(text.text) - len(text.after(spans[-1][1]))]
+    return tuple(
+        Window(text.text[first:last], tuple(text.token_ids[start:stop]))
+        for (start, stop), first, last in zip(spans, starts, ends, strict=True)
+    )
+
+
+def _boundary(text: str, before: tuple[int, int], after: tuple[int, int]) -> int:
+    """How good a place to cut lies between two tokens: 4 sentences, 3 clauses, 2 words, 1 characters, 0 inside one."""
+    gap = text[before[1] : after[0]]
+    left = text[max(0, before[1] - 8) : before[1]].rstrip(_CLOSING)
+    if "\n" in gap or left.endswith(_WIDE_SENTENCE_ENDS) or (gap and left.endswith((".", "!", "?", "…"))):
+        return 4
+    if left.endswith(_WIDE_CLAUSE_ENDS) or (gap and left.endswith((",", ";", ":"))):
+        return 3
+    if gap:
+        return 2
+    return int(after[0] >= before[1])
+
+
+def _row(window: Window, tokenizer: Any, positions: int) -> list[int]:
+    row = [tokenizer.bos_token_id, *window.token_ids, tokenizer.eos_token_id]
+    return row + [tokenizer.pad_token_id] * (positions - len(row))
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _a(value: Any) -> str:
+    return f"{type(value).__name__} ({value!r:.60})" if value is not None else "None"

@@ -1,0 +1,610 @@
+"""What the four FineLIP-SDXL pipelines share: encoders of 248 positions, and prompts of any length.
+
+`encode_prompt` is the one seam. Every SDXL pipeline of Diffusers turns texts into embeddings there, and nothing behind
+it cares how long they are, so the denoising loops stay Diffusers' own.
+"""
+
+import inspect
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, get_type_hints
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import get_module_execution_device
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl.prompts import (
+    HIDDEN_STATES,
+    LENGTH_BUCKETS,
+    LONG_PROMPT,
+    NEGATIVE_PROMPT,
+    PROMPT,
+    SHORT_PROMPT,
+    STOCK_POSITIONS,
+    PromptReader,
+    PromptReport,
+    check_choice,
+    check_length_buckets,
+    check_texts,
+    read_prompts,
+    token_rows,
+)
+from finelip_sdxl.stretch import stretched_row_indices
+from finelip_sdxl.text_encoders import build_text_encoder, num_positions, stretch_text_encoder, text_encoder_tensors
+
+logger = logging.getLogger(__name__)
+
+# To the type checker the mixin's parent is an SDXL pipeline, of which it knows too little to help.
+_Parent: Any = object
+
+_ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_HELD = ("stock_text_encoder", "stock_text_encoder_2")
+_OPTIONS = ("short_prompt", "hidden_states", "long_prompt", "length_buckets")
+
+
+def _option(name: str, check: Callable[[Any], Any], doc: str) -> property:
+    """An option that lives in the pipeline's config, so that Diffusers saves it and hands it on."""
+    return property(
+        lambda self: self.config[name],
+        lambda self, value: self.register_to_config(**{name: check(value)}),
+        doc=doc,
+    )
+
+
+class LongPromptMixin(_Parent):
+    """Put before an SDXL pipeline of Diffusers, makes it read prompts of any length.
+
+    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.
+    Built directly from components it changes none of them; with encoders of 77 positions it then behaves as its parent
+    does. `from_pretrained` and `swap_text_encoders` give it encoders of 248 positions.
+
+    Args:
+        stock_text_encoder, stock_text_encoder_2: the encoders that short prompts are read with where the weights of
+            the main ones were replaced. Encoders that were only stretched need none: stock's rows stand unchanged in
+            the stretched table.
+        short_prompt: `"stock"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"stretched"` as longer
+            ones.
+        hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"published"`, the last layer's after the
+            final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
+        long_prompt: what happens past 248 tokens: `"window"` reads all of it in windows of 248, `"truncate"` cuts and
+            logs what is lost, `"error"` raises.
+        length_buckets: lengths in tokens; prompts are padded to the smallest that holds them, or else to full length.
+            Empty for always full length, as stock pipelines do.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        stock_text_encoder: CLIPTextModel | None = None,
+        stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
+        short_prompt: str = "stock",
+        hidden_states: str = "penultimate",
+        long_prompt: str = "window",
+        length_buckets: list | tuple | None = LENGTH_BUCKETS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_modules(stock_text_encoder=stock_text_encoder, stock_text_encoder_2=stock_text_encoder_2)
+        self.short_prompt = short_prompt
+        self.hidden_states = hidden_states
+        self.long_prompt = long_prompt
+        self.length_buckets = length_buckets
+        self._said: set[str] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if LongPromptMixin in cls.__bases__:
+            stock = cls._stock_class()
+            cls._optional_components = [*stock._optional_components, *_HELD]
+            cls.model_cpu_offload_seq = "->".join([*_HELD, stock.model_cpu_offload_seq])
+        _sign_init(cls)
+
+    short_prompt = _option(
+        "short_prompt",
+        partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
+        "How prompts of up to 77 tokens are read: 'stock' or 'stretched'.",
+    )
+    hidden_states = _option(
+        "hidden_states",
+        partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
+        "Which states the UNet gets: 'penultimate' or 'published'.",
+    )
+    long_prompt = _option(
+        "long_prompt",
+        partial(check_choice, "long_prompt", choices=LONG_PROMPT),
+        "What happens past 248 tokens: 'window', 'truncate' or 'error'.",
+    )
+    length_buckets = _option(
+        "length_buckets", check_length_buckets, "Lengths in tokens that prompts are padded to, ascending."
+    )
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, base: str | os.PathLike, finelip: Any = None, finelip_2: Any = None, **kwargs: Any) -> Any:
+        """Load an SDXL pipeline and give its text encoders 248 positions.
+
+        Args:
+            base: a hub id or directory of any SDXL, a directory that `save_pretrained` of this class wrote, or
+                `"miniature"` for the small SDXL that comes with this package.
+            finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
+                `FineLIPModel`.
+            finelip_2: replaces the second (OpenCLIP bigG) in the same way.
+            **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
+                that of every component, float32 by default.
+
+        Returns:
+            The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248.
+
+        Raises:
+            ValueError: a FineLIP whose width is not the encoder's, or an unknown option.
+            OSError: `base` or a checkpoint is not there.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
+            >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
+        """
+        if base == "miniature":
+            from finelip_sdxl.miniature import miniature_path
+
+            base = miniature_path()
+        # Without a dtype every library falls back on its own, and half-precision repositories end in two.
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = kwargs.get("dtype") or torch_dtype or torch.float32
+        for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+            if source is not None and kwargs.get(name) is not None:
+                raise ValueError(
+                    f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them."
+                )
+        if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
+            kwargs = {**dict.fromkeys(_HELD), **kwargs}
+
+        pipe = super().from_pretrained(os.fspath(base), **kwargs)
+        pipe.swap_text_encoders(finelip, finelip_2)
+        return pipe
+
+    def swap_text_encoders(self, finelip: Any = None, finelip_2: Any = None) -> None:
+        """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
+
+        For pipelines that were not made by `from_pretrained`, such as those of `from_pipe` and `from_single_file`.
+        Encoders that already read 248 are left as they are, and no encoder or tokenizer that was passed in is changed.
+
+        Args:
+            finelip: replaces the first text encoder; see `from_pretrained`.
+            finelip_2: replaces the second.
+
+        Raises:
+            ValueError: a FineLIP for an encoder that the pipeline does not have, or of the wrong width.
+        """
+        sources = {"text_encoder": finelip, "text_encoder_2": finelip_2}
+        replacements = {
+            name: _replacement(name, source, getattr(self, name))
+            for name, source in sources.items()
+            if source is not None
+        }
+        bare = []
+        for name, tokenizer_name in _ENCODERS.items():
+            encoder = getattr(self, name)
+            if encoder is None:
+                continue
+            if name in replacements:
+                stock = self._stock_reader(name)
+                if self.short_prompt == "stock" and stock is not None:
+                    setattr(self, f"stock_{name}", stock[0])
+                setattr(self, name, replacements[name])
+            elif num_positions(encoder) <= STOCK_POSITIONS:
+                setattr(self, name, stretch_text_encoder(encoder))
+                bare.append(name)
+            tokenizer = getattr(self, tokenizer_name)
+            positions = num_positions(getattr(self, name))
+            if tokenizer is not None and tokenizer.model_max_length != positions:
+                setattr(self, tokenizer_name, _with_max_length(tokenizer, positions))
+        if bare and not replacements:
+            logger.warning(
+                "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
+                " worse than trained ones; pass finelip=<a FineLIP or Long-CLIP checkpoint> to use trained weights.",
+                " and ".join(bare),
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`."""
+        with _prefixed_keys(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """`model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = self._stock_class().__name__
+        parameters = inspect.signature(LongPromptMixin.__init__).parameters
+        for name in _OPTIONS:
+            if self.config.get(name) == parameters[name].default:
+                del config[name]
+        for name in _HELD:
+            if config.get(name) == [None, None]:
+                del config[name]
+        if "length_buckets" in config:  # an empty list there breaks Diffusers' downloads
+            config["length_buckets"] = config["length_buckets"] or None
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _stock_class(cls) -> type[DiffusionPipeline]:
+        return next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, DiffusionPipeline) and not issubclass(base, LongPromptMixin)
+        )
+
+    # Prompts
+
+    def describe_prompt(
+        self,
+        prompt: str | list[str],
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+    ) -> PromptReport:
+        """What each encoder will read of a prompt, in how many windows, and what is cut. Runs no encoder.
+
+        Args:
+            prompt, prompt_2, negative_prompt, negative_prompt_2: as in a call of the pipeline.
+
+        Returns:
+            The report; print it.
+
+        Example:
+            >>> print(pipe.describe_prompt("a red square above a blue ring"))  # doctest: +SKIP
+        """
+        prompts = self._prompt_batches(prompt, prompt_2)
+        negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
+        return self._read(prompts, negatives)
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        prompt_2: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Encode prompts of any length. The arguments are those of the parent's `encode_prompt`.
+
+        Returns:
+            Prompt and negative prompt as hidden states of both encoders, (batch · images, windows · positions, dim),
+            and pooled, from the first window, (batch · images, pooled dim): prompt, negative, pooled prompt, pooled
+            negative. The negatives are None without classifier-free guidance.
+
+        Raises:
+            TypeError: a prompt that is not a string or a list of strings.
+            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters, or one that
+                does not fit where `long_prompt="error"` or embeddings passed beside it fix the length.
+        """
+        if self._reads_long_prompts():
+            prompts, negatives, shape = None, None, None
+            if prompt_embeds is None:
+                prompts = self._prompt_batches(prompt, prompt_2)
+                shape = self._shape_of("negative_prompt_embeds", negative_prompt_embeds)
+                if any(not "".join(texts).strip() for texts in zip(*prompts, strict=True)):
+                    logger.warning("`prompt` is empty, so nothing but chance guides the picture.")
+            if do_classifier_free_guidance and negative_prompt_embeds is None:
+                shape = self._shape_of("prompt_embeds", prompt_embeds)
+                batch_size = len(prompts[0] if prompts else prompt_embeds)  # type: ignore[arg-type]
+                negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size)
+
+            if prompts or negatives:
+                report = self._read(prompts, negatives, shape)
+                for reading in report.cut:
+                    logger.warning(
+                        "%s does not read this part of the %s: %s", reading.encoder, reading.role, reading.cut_text
+                    )
+                with self._scaled_lora(lora_scale):
+                    if prompts:
+                        prompt_embeds, pooled = self._encode(report, PROMPT, clip_skip)
+                        pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
+                    if negatives:  # stock does not apply clip_skip to them
+                        negative_prompt_embeds, pooled = self._encode(report, NEGATIVE_PROMPT, None)
+                        if negative_pooled_prompt_embeds is None:
+                            negative_pooled_prompt_embeds = pooled
+                prompt = prompt_2 = lora_scale = None
+
+        # All that is left, or everything for encoders of 77 positions: zeros for an absent negative, dtype, copies.
+        return super().encode_prompt(
+            prompt,
+            prompt_2,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
+
+    def _encoders(self) -> list[tuple[str, Any]]:
+        """Name and tokenizer of each text encoder, paired as stock pairs them: without a first tokenizer or encoder
+        (the refiner has neither), the prompt goes to the second."""
+        tokenizers = [self.tokenizer, self.tokenizer_2] if self.tokenizer is not None else [self.tokenizer_2]
+        names = list(_ENCODERS) if self.text_encoder is not None else ["text_encoder_2"]
+        pairs = zip(names, tokenizers, strict=False)
+        return [
+            (name, tokenizer) for name, tokenizer in pairs if tokenizer is not None and getattr(self, name) is not None
+        ]
+
+    def _readers(self) -> list[PromptReader]:
+        return [
+            PromptReader(
+                name,
+                tokenizer,
+                positions=min(num_positions(getattr(self, name)), tokenizer.model_max_length),
+                has_stock=self._stock_reader(name) is not None,
+            )
+            for name, tokenizer in self._encoders()
+        ]
+
+    def _reads_long_prompts(self) -> bool:
+        return any(reader.positions > STOCK_POSITIONS for reader in self._readers())
+
+    def _prompt_batches(self, prompt: Any, prompt_2: Any) -> list[list[str]]:
+        return self._batches(check_texts("prompt", prompt), "prompt_2", prompt_2)
+
+    def _negative_batches(
+        self, negative_prompt: Any, negative_prompt_2: Any, batch_size: int
+    ) -> list[list[str]] | None:
+        """For each encoder its negative prompts; None where stock uses zeros instead."""
+        if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+            return None
+        texts = check_texts("negative_prompt", negative_prompt or "")
+        if isinstance(negative_prompt or "", str):
+            texts = texts * batch_size
+        if isinstance(negative_prompt_2, str) and negative_prompt_2:
+            negative_prompt_2 = [negative_prompt_2] * batch_size
+        if len(texts) != batch_size:
+            raise ValueError(
+                f"`negative_prompt` holds {len(texts)} texts and `prompt` {batch_size}: pass as many, or one string."
+            )
+        return self._batches(texts, "negative_prompt_2", negative_prompt_2)
+
+    def _batches(self, texts: list[str], name_2: str, value_2: Any) -> list[list[str]]:
+        """For each encoder its texts, with the tokens of textual inversions written out."""
+        texts_2 = check_texts(name_2, value_2) if value_2 else texts
+        if len(texts_2) != len(texts):
+            raise ValueError(
+                f"`{name_2}` holds {len(texts_2)} texts and `{name_2[:-2]}` {len(texts)}: pass as many of both."
+            )
+        return [
+            self.maybe_convert_prompt(batch, tokenizer)
+            for batch, (_, tokenizer) in zip((texts, texts_2), self._encoders(), strict=False)
+        ]
+
+    def _read(
+        self,
+        prompts: list[list[str]] | None,
+        negatives: list[list[str]] | None,
+        shape: tuple[int, int] | None = None,
+    ) -> PromptReport:
+        if not self._reads_long_prompts():  # the parent encodes: one window, the rest cut
+            return read_prompts(self._readers(), prompts, negatives, long_prompt="truncate", length_buckets=())
+        return read_prompts(
+            self._readers(),
+            prompts,
+            negatives,
+            short_prompt=self.short_prompt,
+            long_prompt=self.long_prompt,
+            length_buckets=self.length_buckets,
+            shape=shape,
+        )
+
+    def _shape_of(self, name: str, embeds: torch.Tensor | None) -> tuple[int, int] | None:
+        """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
+        if embeds is None:
+            return None
+        length, capacity = embeds.shape[1], min(reader.positions for reader in self._readers())
+        if length > capacity and length % capacity:
+            raise ValueError(
+                f"`{name}` are {length} positions long, but a text beside them is encoded to at most {capacity} or a"
+                " multiple of it: pass embeddings for both."
+            )
+        return (1, length) if length <= capacity else (length // capacity, capacity)
+
+    # Encoding
+
+    def _encode(
+        self, report: PromptReport, role: str, clip_skip: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
+        states, pooled = [], None
+        for name, tokenizer in self._encoders():
+            readings = report.select(name, role)
+            as_stock = readings[0].as_stock
+            stock = self._stock_reader(name) if as_stock else None
+            encoder, position_ids = stock or (getattr(self, name), None)
+            device = get_module_execution_device(encoder)
+            token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
+            window_states = []
+            for window in token_ids.unbind(dim=1):
+                output = encoder(window, position_ids=position_ids, output_hidden_states=True)
+                if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
+                    pooled = output[0]
+                window_states.append(self._states(output, as_stock, clip_skip))
+            states.append(torch.cat(window_states, dim=1))
+            self._free_held(encoder)
+        return torch.cat(states, dim=-1), pooled
+
+    def _states(self, output: Any, as_stock: bool, clip_skip: int | None) -> torch.Tensor:
+        if self.hidden_states == "penultimate" or as_stock:
+            return output.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)]
+        if clip_skip is not None:
+            raise ValueError(
+                f'clip_skip={clip_skip} counts back from the penultimate states and hidden_states="published" takes the'
+                ' last: leave out clip_skip, or set hidden_states="penultimate".'
+            )
+        return output.last_hidden_state
+
+    def _stock_reader(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
+        """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
+        encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
+        if _is_stock(encoder):
+            return encoder, _stock_position_ids(encoder)
+        if held is None:
+            return None
+        if self.num_fused_loras or _was_extended(encoder, held):
+            self._warn_once(
+                f"{name} has a LoRA or added tokens that stock_{name} lacks, so {name} reads short prompts as well."
+            )
+            return None
+        return held, _stock_position_ids(held)
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.warning(sentence)
+
+    def _free_held(self, encoder: Any) -> None:
+        # Model offloading frees a model when the next one in a fixed order runs; a held encoder runs in another's
+        # place, so the order does not free it.
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is encoder and encoder in (self.stock_text_encoder, self.stock_text_encoder_2):
+                hook.offload()
+
+    @contextmanager
+    def _scaled_lora(self, scale: float | None) -> Iterator[None]:
+        """The LoRA scale of a call, set and undone around the encoding as the parent does around its own."""
+        if scale is None or not USE_PEFT_BACKEND:
+            yield
+            return
+        self._lora_scale = scale
+        encoders = [getattr(self, name) for name, _ in self._encoders()]
+        for encoder in encoders:
+            scale_lora_layers(encoder, scale)
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                unscale_lora_layers(encoder, scale)
+
+
+def _sign_init(cls: type) -> None:
+    """Give `cls.__init__` an explicit signature: its own arguments and those of the `__init__` that it hands on to.
+
+    Diffusers reads a pipeline's components and options from there, and Python offers no other way to say them once
+    for four parents with different components.
+    """
+    if "__init__" not in vars(cls):
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(*args, **kwargs)  # type: ignore[arg-type, misc]
+
+        cls.__init__ = __init__  # type: ignore[misc]
+
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        init = vars(base).get("__init__")
+        if init is None:
+            continue
+        own, hints = inspect.signature(init).parameters.values(), get_type_hints(init)
+        for parameter in own:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                annotation = hints.get(parameter.name, parameter.annotation)
+                parameters.setdefault(parameter.name, parameter.replace(annotation=annotation))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            break
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)  # stable: keyword-only ones last
+    init = vars(cls)["__init__"]
+    init.__signature__ = inspect.Signature(ordered)
+    init.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}
+
+
+def _replacement(name: str, source: Any, encoder: Any) -> Any:
+    """The text encoder of a FineLIP, in the place of `encoder`."""
+    from finelip_sdxl.checkpoints import load_finelip
+    from finelip_sdxl.model import FineLIPModel
+
+    if encoder is None:
+        raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
+    model = source if isinstance(source, FineLIPModel) else load_finelip(source)
+    replacement = model.to_text_encoder(projection=isinstance(encoder, CLIPTextModelWithProjection))
+    for width in ("hidden_size", "projection_dim"):
+        if width == "projection_dim" and not isinstance(encoder, CLIPTextModelWithProjection):
+            continue
+        found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
+        if found != expected:
+            raise ValueError(
+                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: pass one trained from"
+                f" the CLIP that `{name}` is{_other_place(name)}."
+            )
+    return replacement.to(device=encoder.device, dtype=encoder.dtype)
+
+
+def _other_place(name: str) -> str:
+    return " (or pass it as finelip_2?)" if name == "text_encoder" else " (or pass it as finelip?)"
+
+
+def _is_stock(encoder: Any) -> bool:
+    """Whether an encoder's weights are stock's, be its table stretched or not."""
+    stretched_from = getattr(encoder.config, "stretched_from", None)
+    return num_positions(encoder) <= STOCK_POSITIONS or stretched_from == STOCK_POSITIONS
+
+
+def _stock_position_ids(encoder: Any) -> torch.Tensor | None:
+    """Positions (1, 77) of a stretched table that hold the stock table's rows, unchanged."""
+    if num_positions(encoder) <= STOCK_POSITIONS:
+        return None
+    config = encoder.config
+    rows = stretched_row_indices(STOCK_POSITIONS, keep=config.stretch_keep, factor=config.stretch_factor)
+    return torch.as_tensor(rows, device=get_module_execution_device(encoder))[None]
+
+
+def _was_extended(encoder: Any, held: Any) -> bool:
+    """Whether a LoRA or new tokens were loaded into `encoder` that `held` does not have."""
+    if encoder.get_input_embeddings().num_embeddings != held.get_input_embeddings().num_embeddings:
+        return True
+    return any(hasattr(module, "base_layer") for module in encoder.modules())
+
+
+def _with_max_length(tokenizer: Any, length: int) -> Any:
+    """A copy of a tokenizer that reads `length` tokens. (A deep copy of `CLIPTokenizer` decodes wrongly.)"""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return type(tokenizer).from_pretrained(folder, model_max_length=length)
+
+
+@contextmanager
+def _prefixed_keys(pipe: Any) -> Iterator[None]:
+    """While saving, puts encoders in place whose files begin their keys with `text_model.`.
+
+    Recent `transformers` write other keys for a `CLIPTextModel` that was not loaded from such a file, and older ones
+    load those as random weights.
+    """
+    originals = {}
+    for name in ("text_encoder", "stock_text_encoder"):
+        encoder = getattr(pipe, name)
+        if isinstance(encoder, CLIPTextModel) and not any(
+            hasattr(module, "base_layer") for module in encoder.modules()
+        ):
+            originals[name] = encoder
+    try:
+        for name, encoder in originals.items():
+            setattr(pipe, name, build_text_encoder(encoder.config, text_encoder_tensors(encoder)))
+        yield
+    finally:
+        for name, encoder in originals.items():
+            setattr(pipe, name, encoder)

@@ -1,0 +1,24 @@
+"""The entry for Diffusers' `custom_pipeline=<this directory>`; it uses the installed package, not its neighbours here.
+
+Example:
+    >>> from diffusers import DiffusionPipeline
+    >>> pipe = DiffusionPipeline.from_pretrained(
+    ...     "stabilityai/stable-diffusion-xl-base-1.0", custom_pipeline="pipelines", trust_remote_code=True
+    ... )  # doctest: +SKIP
+"""
+
+from typing import Any
+
+try:
+    from finelip_sdxl import pipelines
+except ImportError as error:
+    raise ImportError("This pipeline needs the FineLIP-SDXL package: pip install finelip-sdxl") from error
+
+
+# Diffusers wants exactly one pipeline class to be visible here, hence no import of ours by name.
+class FineLIPSDXLCustomPipeline(pipelines.FineLIPSDXLPipeline):
+    """`FineLIPSDXLPipeline` that takes its encoders of 248 positions on construction, since Diffusers calls no more."""
+
+    def __init__(self, *args: Any, finelip: Any = None, finelip_2: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.swap_text_encoders(finelip, finelip_2)

@@ -1,0 +1,33 @@
+"""The four pipelines: Diffusers' own, reading prompts of any length."""
+
+from diffusers import (
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from finelip_sdxl.pipelines.mixin import LongPromptMixin
+
+
+class FineLIPSDXLPipeline(LongPromptMixin, StableDiffusionXLPipeline):
+    """Text to image with SDXL and prompts of any length; see `LongPromptMixin` for what it adds.
+
+    Example:
+        >>> from finelip_sdxl import FineLIPSDXLPipeline
+        >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
+        >>> print(pipe.describe_prompt(prompt))  # doctest: +SKIP
+        >>> pipe(prompt, num_inference_steps=20).images[0].save("scene.png")  # doctest: +SKIP
+    """
+
+
+class FineLIPSDXLImg2ImgPipeline(LongPromptMixin, StableDiffusionXLImg2ImgPipeline):
+    """Image to image, the refiner included, with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLInpaintPipeline(LongPromptMixin, StableDiffusionXLInpaintPipeline):
+    """Inpainting with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetPipeline(LongPromptMixin, StableDiffusionXLControlNetPipeline):
+    """Text to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
