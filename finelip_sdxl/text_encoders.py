@@ -7,11 +7,11 @@ so nothing here defines a model class.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
@@ -30,7 +30,7 @@ def num_positions(encoder: TextEncoder) -> int:
         >>> num_positions(CLIPTextModel(config))
         77
     """
-    tower = getattr(encoder, "text_model", encoder)
+    tower: Any = getattr(encoder, "text_model", encoder)
     return tower.embeddings.position_embedding.weight.shape[0]
 
 
@@ -73,7 +73,7 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
     config.stretch_keep, config.stretch_factor = keep, factor
     tensors[POSITION_TABLE] = stretch_positions(tensors[POSITION_TABLE], keep=keep, factor=factor)
     config.max_position_embeddings = tensors[POSITION_TABLE].shape[0]
-    return build_text_encoder(config, tensors).to(encoder.device)
+    return build_text_encoder(config, tensors)
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, Tensor]) ->
     return build_model(CLIPTextModel, config, tensors)
 
 
-def build_model(model_class: type[ModelT], config: object, tensors: Mapping[str, Tensor]) -> ModelT:
+def build_model(model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ModelT:
     """`model_class` with exactly the given weights: none missing, none left over, none copied on the CPU.
 
     Raises:
@@ -128,20 +128,20 @@ def build_model(model_class: type[ModelT], config: object, tensors: Mapping[str,
         expected = {prefix + key: tensor.shape for key, tensor in model_class(config).state_dict().items()}
     _check_tensors(model_class.__name__, expected, tensors)
 
-    dtype = next(iter(tensors.values())).dtype
+    sample = next(iter(tensors.values()))
     with _without_progress_bar():
-        return model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+        model = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
+    return model.to(sample.device)  # type: ignore[arg-type]
 
 
 def _check_tensors(name: str, expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{len(missing)} weights of a {name} are missing, among them {missing[0]!r}.")
     if unknown := sorted(tensors.keys() - expected.keys()):
+        is_adapter = any("lora" in key or "base_layer" in key for key in unknown)
         raise ValueError(
-            f"{len(unknown)} weights have no place in a {name}, among them {unknown[0]!r}: an adapter such as a LoRA "
-            f"has to be merged or unloaded first."
-            if any("lora" in key or "base_layer" in key for key in unknown)
-            else f"{len(unknown)} weights have no place in a {name}, among them {unknown[0]!r}."
+            f"{len(unknown)} weights have no place in a {name}, among them {unknown[0]!r}"
+            + (": merge or unload the LoRA first." if is_adapter else ".")
         )
     for key, shape in expected.items():
         if tensors[key].shape != shape:

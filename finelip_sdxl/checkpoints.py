@@ -1,0 +1,479 @@
+"""Load a FineLIP from whatever CLIP weights there are: published checkpoints, open_clip, transformers.
+
+The way of the weights, top-down: read tensors (and a config, if there is one), rename them to the keys of
+transformers' `CLIPModel`, make one positional table of at least 248 rows, derive the config, build the model.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+)
+from transformers.utils import cached_file
+
+from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
+from finelip_sdxl.text_encoders import POSITION_TABLE, TextEncoder, build_model, text_encoder_tensors
+
+STOCK_POSITIONS = 77
+
+Source = str | Path | Mapping[str, Tensor] | FineLIPModel | CLIPModel | TextEncoder
+
+# What its authors' models need: heads are 64 wide, save in the image towers of open_clip's H, g and bigG.
+_HEAD_WIDTH = 64
+_VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+# open_clip's large text towers (H, g, bigG); OpenAI's, Long-CLIP's and FineLIP's are 512 and 768 wide.
+_OPEN_CLIP_TEXT_WIDTHS = (1024, 1280)
+
+_SECOND_TABLE = "text_model.embeddings.position_embedding_res.weight"
+_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+_PATCHES = "vision_model.embeddings.patch_embedding.weight"
+
+
+def load_finelip(
+    source: Source,
+    *,
+    keep: int = KEEP,
+    factor: int = FACTOR,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    **hub_kwargs: Any,
+) -> FineLIPModel:
+    """Load CLIP weights of any common layout as a FineLIP whose text tower reads 248 positions.
+
+    `source` is one of
+
+    - a `.pt`, `.pth` or `.bin` file (loaded with `weights_only=True`) or a `.safetensors` file: a FineLIP or Long-CLIP
+      checkpoint, an OpenAI CLIP or open_clip state dict (ViT), also nested under `state_dict` or `model` and with
+      `module.` before its keys, or a bare transformers CLIP file;
+    - a directory or hub id of a transformers CLIP model, of a CLIP text encoder, or of what `FineLIPModel` saved;
+    - a state dict in memory, or a loaded `FineLIPModel`, `CLIPModel`, `CLIPTextModel` or
+      `CLIPTextModelWithProjection`, which is not modified; on the CPU, unchanged weights share its memory.
+
+    The number of positions is that of the tensors, whatever a config says. Two tables (FineLIP and Long-CLIP train the
+    later rows in a second one) are merged: rows before `keep` from the first, the others from the second. 77 rows are
+    stretched, and the text config then records `stretched_from`, `stretch_keep` and `stretch_factor`; more rows stay.
+
+    A file without a config does not say all: heads are taken to be 64 wide (80, 88 and 104 in the image towers of
+    open_clip's H, g and bigG). The activation is QuickGELU if the keys are those of a published checkpoint or of
+    OpenAI's, GELU if the text tower is as wide as open_clip's H, g or bigG, and otherwise QuickGELU, which is right for
+    OpenAI's weights and wrong for LAION's smaller ones: pass `activation="gelu"` there.
+
+    Args:
+        source: see above.
+        keep: leading positions that a stretch leaves alone, and that a second table leaves to the first.
+        factor: positions that a stretch makes of each later one.
+        dtype: of the model; by default the widest in `source`, so that nothing is lost.
+        activation: "quick_gelu" or "gelu", against what the source says or suggests.
+        subfolder: of a directory or hub repository, e.g. "text_encoder" for an SDXL.
+        variant: of the weights in a directory or hub repository, e.g. "fp16" for `model.fp16.safetensors`.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as for `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode. It has an image tower, projections and the weights of a token refinement where
+        `source` has them.
+
+    Raises:
+        FileNotFoundError: if a path, or a file that must be in a directory, does not exist.
+        OSError: if a hub repository or a file cannot be read.
+        ValueError: if the weights are not a CLIP's (the message says what they look like), incomplete, or an argument
+            is out of range.
+
+    Example:
+        >>> from transformers import CLIPTextConfig, CLIPTextModel
+        >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+        >>> model = load_finelip(stock)
+        >>> model.config.text_config.max_position_embeddings, model.config.text_config.stretched_from
+        (248, 77)
+    """
+    if activation not in (None, "quick_gelu", "gelu"):
+        raise ValueError(f"activation={activation!r} is unknown: give 'quick_gelu', 'gelu' or None.")
+    tensors, config = _read(source, subfolder, variant, hub_kwargs)
+    name = f"{source}" if isinstance(source, str | Path) else f"The given {type(source).__name__}"
+
+    tensors, is_published = to_clip_keys(tensors, name)
+    _cast(tensors, dtype, name)
+    stretched_from = _settle_positions(tensors, keep, factor, name)
+    finelip_config = _derive_config(tensors, config, activation, is_published, name)
+    if stretched_from is not None:
+        finelip_config.text_config.stretched_from = stretched_from
+        finelip_config.text_config.stretch_keep = keep
+        finelip_config.text_config.stretch_factor = factor
+    table = tensors[POSITION_TABLE]
+    tensors.setdefault("logit_scale", table.new_tensor(finelip_config.logit_scale_init_value))
+    return build_model(FineLIPModel, finelip_config, tensors)
+
+
+# Reading: from a source to tensors under its own keys, and its config as a dict if it has one.
+
+
+def _read(
+    source: Source, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    if isinstance(source, CLIPTextModel | CLIPTextModelWithProjection):
+        return text_encoder_tensors(source), source.config.to_dict()
+    if isinstance(source, FineLIPModel | CLIPModel):
+        return {key: tensor.detach() for key, tensor in source.state_dict().items()}, source.config.to_dict()
+    if isinstance(source, Mapping):
+        return dict(source), None
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"A FineLIP is loaded from a path, a hub id, a state dict or a CLIP model, got a {type(source).__name__}."
+        )
+    path = Path(source)
+    if path.is_file():
+        return _read_file(path), None
+    if not path.is_dir() and not _may_be_hub_id(source):
+        raise FileNotFoundError(f"{source} does not exist: give a checkpoint file, a model directory or a hub id.")
+    return _read_repository(str(source), subfolder, variant, hub_kwargs)
+
+
+def _may_be_hub_id(source: str | Path) -> bool:
+    is_file_name = Path(source).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    return isinstance(source, str) and not is_file_name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(16)
+    if start.startswith(b"version https://"):
+        raise OSError(f"{path} is a Git LFS pointer, not the weights it points to: fetch them with `git lfs pull`.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise OSError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from error
+    if start[:2] != b"PK" and start[:1] != b"\x80":
+        raise OSError(f"{path} is neither a PyTorch file nor named .safetensors: it begins with {start[:8]!r}.")
+    return _unnest(_read_pickle(path))
+
+
+def _read_pickle(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.endswith("/constants.pkl") for entry in archive.namelist()):
+                raise ValueError(
+                    f"{path} is a TorchScript archive, which holds code as well: save its weights alone, "
+                    "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt'), and load those."
+                )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python objects besides tensors, and loading those could run code: "
+            "save its state dict alone, torch.save(model.state_dict(), 'weights.pt'), and load that."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise OSError(f"{path} is not a whole PyTorch file: copy or download it again.") from error
+
+
+def _unnest(content: Any) -> dict[str, Tensor]:
+    """The state dict in what a training script saved."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        content = {}
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _read_repository(
+    source: str, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def find(filename: str) -> Path | None:
+        try:
+            found = cached_file(
+                source, filename, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs
+            )
+        except OSError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise OSError(f"{source} is no path here, and the hub gives no such model ({reason}).") from error
+        return None if found is None else Path(found)
+
+    place = f"{source}/{subfolder}" if subfolder else source
+    config_file = find("config.json")
+    if config_file is None:
+        if find("model_index.json") is not None:
+            raise ValueError(f"{place} is a whole pipeline: name the encoder in it, e.g. subfolder='text_encoder'.")
+        raise FileNotFoundError(f"{place} holds no config.json: give a directory or repository of a CLIP model.")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+
+    infix = f".{variant}" if variant else ""
+    for filename in (f"model{infix}.safetensors", f"pytorch_model{infix}.bin"):
+        if (file := find(filename)) is not None:
+            return _read_file(file), config
+    for filename in (f"model.safetensors.index{infix}.json", f"pytorch_model.bin.index{infix}.json"):
+        if (file := find(filename)) is not None:
+            tensors: dict[str, Tensor] = {}
+            for shard_name in sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())):
+                if (shard := find(shard_name)) is None:
+                    raise FileNotFoundError(f"{place} lacks {shard_name}, which its {filename} names.")
+                tensors.update(_read_file(shard))
+            return tensors, config
+    hint = "" if variant else " (if they are named model.fp16.safetensors, pass variant='fp16')"
+    raise FileNotFoundError(f"{place} holds no model{infix}.safetensors or pytorch_model{infix}.bin{hint}.")
+
+
+# Renaming: from any layout to the keys of `FineLIPModel`.
+
+
+_NO_WEIGHTS = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
+_PUBLISHED_ONLY = r"position(al)?_embedding_res|^input_resolution$|^cross_net\."
+
+_CLIP_TEXT_KEY = r"^(?:text_model\.)*(?:embeddings\.)?token_embedding\.weight$"
+
+_OPENAI_NAMES = {
+    "token_embedding.weight": _TOKEN_TABLE,
+    "positional_embedding": POSITION_TABLE,
+    "positional_embedding_res": _SECOND_TABLE,
+    "text_projection": "text_projection.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": _PATCHES,
+    "visual.proj": "visual_projection.weight",
+}
+_OPENAI_PATTERNS = (
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"^cross_net\.aggr_net\.", "image_refinement."),
+    (r"^cross_net\.cap_aggr_net\.", "text_refinement."),
+)
+_TRANSFORMERS_PATTERNS = (
+    (r"^(text_model|vision_model)\.(?:\1\.)+", r"\1."),  # wrappers that nest the tower once more
+    (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # CLIPTextModel built by transformers >= 5.6
+    (r"\.position_embedding_res$", ".position_embedding_res.weight"),
+)
+
+
+def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tensor], bool]:
+    """Rename the weights of any supported layout to the keys of `FineLIPModel`.
+
+    Args:
+        tensors: a state dict; it is emptied on the way, so that fused weights and their parts are not both in memory.
+        name: of the source, for messages.
+
+    Returns:
+        The renamed tensors (a second positional table under `…position_embedding_res.weight`), and whether keys were
+        there that only OpenAI's and the published FineLIP and Long-CLIP checkpoints have.
+
+    Raises:
+        ValueError: if this is no CLIP with a text tower and, where it has an image tower, a ViT.
+
+    Example:
+        >>> weights = {"token_embedding.weight": torch.zeros(9, 4), "ln_final.bias": torch.ones(4)}
+        >>> sorted(to_clip_keys(weights, "x.pt")[0])
+        ['text_model.embeddings.token_embedding.weight', 'text_model.final_layer_norm.bias']
+    """
+    for prefix in ("module.", "text."):  # of DataParallel, of open_clip's CustomTextCLIP
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            tensors[key.removeprefix(prefix)] = tensors.pop(key)
+    is_published = any(re.search(_PUBLISHED_ONLY, key) for key in tensors)
+    for key in [key for key in tensors if key.split(".")[-1] in _NO_WEIGHTS]:
+        del tensors[key]
+
+    if _matches(tensors, _UNSUPPORTED_CLIPS) or not any(re.search(_CLIP_TEXT_KEY, key) for key in tensors):
+        raise ValueError(
+            f"{name} is not a checkpoint of a CLIP with a text tower: it looks like {describe_weights(tensors)}."
+        )
+
+    is_openai = "token_embedding.weight" in tensors
+    renamed: dict[str, Tensor] = {}
+    for key in list(tensors):
+        tensor = tensors.pop(key)
+        new_key = _rename(key, _OPENAI_PATTERNS if is_openai else _TRANSFORMERS_PATTERNS)
+        if not is_openai:
+            renamed[new_key] = tensor
+        elif ".in_proj_" in new_key:
+            # Cloned, since views would keep the fused weight alive and be saved and trained as one memory.
+            for part, piece in zip(("q", "k", "v"), tensor.chunk(3), strict=True):
+                renamed[new_key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
+        elif key in ("text_projection", "visual.proj"):
+            renamed[_OPENAI_NAMES[key]] = tensor.T.contiguous()
+        else:
+            renamed[_OPENAI_NAMES.get(key, new_key)] = tensor
+    return renamed, is_published
+
+
+def _rename(key: str, patterns: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+# What weights are by the keys that only they have; the first match names them. The first kind has CLIP's token table.
+_UNSUPPORTED_CLIPS = (
+    (r"^logit_bias$|^vision_model\.head\.|^text_model\.head\.", "a SigLIP"),
+    (r"^visual\.(layer1|attnpool)\.", "a CLIP with a ResNet for images, and only ViT is supported"),
+    (r"^visual\.trunk\.|^transformer\.(embeddings|encoder)\.", "an open_clip with a tower of another library"),
+)
+_OTHER_WEIGHTS = (
+    (r"lora_|lora\.|\.hada_|\.lokr_", "a LoRA"),
+    (r"^(model\.diffusion_model|conditioner|first_stage_model|cond_stage_model)\.", "a single-file Stable Diffusion"),
+    (r"^(add_embedding|label_emb)\.", "the UNet of an SDXL"),
+    (r"^(down_blocks|mid_block|input_blocks|middle_block)\.", "a UNet"),
+    (r"^(encoder|decoder)\.(down_blocks|up_blocks|down|up|mid)\.|^quant_conv\.", "a VAE"),
+    (r"\.SelfAttention\.|^shared\.weight$", "a T5"),
+    (r"word_embeddings", "a BERT"),
+    (r"^clip_[lg]$|^emb_params$|^string_to_param", "a textual inversion"),
+    (r"^vision_model\.|^visual\.|^text_model\.class_embedding", "the image tower of a CLIP, without its text tower"),
+    (r"aggr_net\.", "a token refinement without its CLIP"),
+    (r"^model\.layers\.", "a language model"),
+)
+
+
+def describe_weights(keys: Iterable[str]) -> str:
+    """What a state dict looks like, for people, by its keys.
+
+    Example:
+        >>> describe_weights(["down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"])
+        'the UNet of an SDXL'
+    """
+    keys = sorted(keys)
+    if not keys:
+        return "a file without weights"
+    examples = ", ".join(repr(key) for key in keys[:3])
+    return _matches(keys, _UNSUPPORTED_CLIPS + _OTHER_WEIGHTS) or f"{len(keys)} weights with keys such as {examples}"
+
+
+def _matches(keys: Iterable[str], kinds: Iterable[tuple[str, str]]) -> str | None:
+    for pattern, description in kinds:
+        if any(re.search(pattern, key) for key in keys):
+            return description
+    return None
+
+
+# Settling: one dtype, one positional table, and the config that the tensors call for.
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, name: str) -> None:
+    """Bring all weights to `dtype`, by default to the widest of theirs, one at a time."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    if odd := found - {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+        raise ValueError(f"{name} holds {odd.pop()} weights: give them in float16, bfloat16 or float32.")
+    target = dtype or reduce(torch.promote_types, found)
+    for key in tensors:
+        tensors[key] = tensors[key].to(target)
+
+
+def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: str) -> int | None:
+    """Leave one positional table for the text, merged and stretched as it needs; the rows before a stretch, if any."""
+    if POSITION_TABLE not in tensors:
+        raise ValueError(f"{name} lacks the positional table of its text tower: it is no whole checkpoint.")
+    table = tensors[POSITION_TABLE]
+    second = tensors.pop(_SECOND_TABLE, None)
+    if second is not None:
+        if second.shape != table.shape:
+            raise ValueError(
+                f"{name} has two positional tables of different shapes, {tuple(table.shape)} and "
+                f"{tuple(second.shape)}, which cannot be merged."
+            )
+        table = torch.cat([table[:keep], second[keep:]])
+    rows = table.shape[0]
+    if rows < STOCK_POSITIONS:
+        raise ValueError(f"{name} has {rows} text positions: a CLIP has {STOCK_POSITIONS}, a stretched one more.")
+    is_stock = rows == STOCK_POSITIONS
+    tensors[POSITION_TABLE] = stretch_positions(table, keep=keep, factor=factor) if is_stock else table
+    return rows if is_stock else None
+
+
+def _derive_config(
+    tensors: Mapping[str, Tensor], given: dict[str, Any] | None, activation: str | None, is_published: bool, name: str
+) -> FineLIPConfig:
+    """The config of the model: what tensors tell from the tensors, the rest as given or, for a bare file, inferred."""
+    config = _infer_config(tensors, is_published, name) if given is None else _read_config(given, name)
+    text = config.text_config
+    text.vocab_size = tensors[_TOKEN_TABLE].shape[0]
+    text.max_position_embeddings = tensors[POSITION_TABLE].shape[0]
+    if _PATCHES not in tensors:
+        config.vision_config = None
+    projection = tensors.get("text_projection.weight")
+    config.projection_dim = None if projection is None else projection.shape[0]
+    for tower in filter(None, (text, config.vision_config)):
+        tower.hidden_act = activation or tower.hidden_act
+        tower.projection_dim = config.projection_dim or tower.projection_dim
+    config.refined_image_tokens = _rows(tensors, "image_refinement.weight.3.weight")
+    config.refined_text_tokens = _rows(tensors, "text_refinement.weight.3.weight")
+    return config
+
+
+def _read_config(given: dict[str, Any], name: str) -> FineLIPConfig:
+    model_type = given.get("model_type")
+    if model_type == FineLIPConfig.model_type:
+        return FineLIPConfig.from_dict(given)
+    if model_type == CLIPConfig.model_type:
+        clip = CLIPConfig.from_dict(given)
+        return FineLIPConfig(text_config=clip.text_config, vision_config=clip.vision_config)
+    if model_type == CLIPTextConfig.model_type:
+        return FineLIPConfig(text_config=CLIPTextConfig.from_dict(given))
+    raise ValueError(f"{name} is not a CLIP: its config says model_type {model_type!r}.")
+
+
+def _infer_config(tensors: Mapping[str, Tensor], is_published: bool, name: str) -> FineLIPConfig:
+    vocab_size, width = tensors[_TOKEN_TABLE].shape
+    is_open_clip = width in _OPEN_CLIP_TEXT_WIDTHS and not is_published
+    hidden_act = "gelu" if is_open_clip else "quick_gelu"
+    text_config = CLIPTextConfig(
+        hidden_act=hidden_act,
+        vocab_size=vocab_size,
+        # CLIP's vocabularies end in the start and the end token, and its tokenizer pads with 0.
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=0,
+        **_tower_sizes(tensors, "text_model", width, _HEAD_WIDTH, name),
+    )
+    if _PATCHES not in tensors:
+        return FineLIPConfig(text_config=text_config)
+    width, channels, _, patch_size = tensors[_PATCHES].shape
+    patches = tensors["vision_model.embeddings.position_embedding.weight"].shape[0] - 1
+    vision_config = CLIPVisionConfig(
+        hidden_act=hidden_act,
+        num_channels=channels,
+        patch_size=patch_size,
+        image_size=patch_size * round(patches**0.5),
+        **_tower_sizes(tensors, "vision_model", width, _VISION_HEAD_WIDTHS.get(width, _HEAD_WIDTH), name),
+    )
+    return FineLIPConfig(text_config=text_config, vision_config=vision_config)
+
+
+def _tower_sizes(tensors: Mapping[str, Tensor], tower: str, width: int, head_width: int, name: str) -> dict[str, Any]:
+    if width % head_width:
+        raise ValueError(f"{name} has a {tower} {width} wide, which does not split into heads of {head_width}.")
+    layers = {key.split(".")[3] for key in tensors if key.startswith(f"{tower}.encoder.layers.")}
+    intermediate = _rows(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight")
+    if intermediate is None:
+        raise ValueError(f"{name} lacks the first layer of its {tower}: it is no whole checkpoint.")
+    return {
+        "hidden_size": width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": width // head_width,
+    }
+
+
+def _rows(tensors: Mapping[str, Tensor], key: str) -> int | None:
+    return tensors[key].shape[0] if key in tensors else None

@@ -1,0 +1,260 @@
+"""FineLIP: CLIP with a text encoder of 248 positions, and the weights of its token refinement."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    CLIPPreTrainedModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+)
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import ModelOutput
+
+from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_encoder_tensors
+
+
+class FineLIPConfig(PreTrainedConfig):
+    """What a `FineLIPModel` is made of.
+
+    Args:
+        text_config: of the text tower, a `CLIPTextConfig` or a dict of its fields.
+        vision_config: of the image tower, a `CLIPVisionConfig` or a dict of its fields; None for a model that
+            only reads texts.
+        projection_dim: width of the embeddings that texts and images share; None for a text tower without a
+            projection, such as SDXL's first text encoder.
+        refined_image_tokens: tokens that the refinement makes of an image (K in the paper); None without one.
+        refined_text_tokens: tokens that the refinement makes of a text; None without one.
+        logit_scale_init_value: initial logarithm of the scale of similarities.
+        initializer_factor: scale of the random weights of a new model, as in CLIP.
+        initializer_range: standard deviation of the random weights of new refinement layers.
+
+    Example:
+        >>> config = FineLIPConfig(text_config={"hidden_size": 128, "max_position_embeddings": 248})
+        >>> config.text_config.max_position_embeddings, config.vision_config
+        (248, None)
+    """
+
+    model_type = "finelip"
+    sub_configs_defaults = {  # noqa: RUF012 (transformers' own way to declare them)
+        "text_config": SubConfigSpec(config_class=CLIPTextConfig),
+        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig, optional=True),
+    }
+
+    text_config: Any = None
+    vision_config: Any = None
+    projection_dim: int | None = 512
+    refined_image_tokens: int | None = None
+    refined_text_tokens: int | None = None
+    logit_scale_init_value: float = 2.6592
+    initializer_factor: float = 1.0
+    initializer_range: float = 0.02
+
+
+class TokenRefinement(nn.Module):
+    """The weights of one aggregator of adaptive token refinement (ATRM; FineLIP, section 3).
+
+    LayerNorm(dim) → Linear(dim, ⌊0.2 · dim⌋) → GELU → Linear(⌊0.2 · dim⌋, num_tokens), and the learned scale of the
+    softmax. It holds the weights of published checkpoints, so that they survive loading and saving.
+    """
+
+    def __init__(self, dim: int, num_tokens: int) -> None:
+        super().__init__()
+        hidden = int(dim * 0.2)
+        self.weight = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_tokens))
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+
+@dataclass
+class FineLIPTextOutput(ModelOutput):
+    """What `FineLIPModel.encode_text` returns; n is the number of positions given, C the embedding size.
+
+    Attributes:
+        embeds: (batch, C), the projected state of the end token, not normalised; None without a projection.
+        tokens: (batch, n, C), the projected states of all positions; None without a projection.
+        last_hidden_state: (batch, n, width), after the final norm.
+        hidden_states: layers + 1 tensors (batch, n, width), before the final norm, if they were asked for.
+            `hidden_states[-2]` is what SDXL's UNet was trained on.
+    """
+
+    embeds: Tensor | None = None
+    tokens: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class FineLIPImageOutput(ModelOutput):
+    """What `FineLIPModel.encode_image` returns; C is the embedding size.
+
+    Attributes:
+        embeds: (batch, C), the projected class token, not normalised.
+        tokens: (batch, 1 + patches, C), projected, class token first.
+        last_hidden_state: (batch, 1 + patches, width), after the post-norm.
+        hidden_states: layers + 1 tensors (batch, 1 + patches, width), before the post-norm, if they were asked for.
+    """
+
+    embeds: Tensor | None = None
+    tokens: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class FineLIPOutput(ModelOutput):
+    """What `FineLIPModel.forward` returns: each part is None where its input was not given."""
+
+    text: FineLIPTextOutput | None = None
+    image: FineLIPImageOutput | None = None
+
+
+class FineLIPModel(CLIPPreTrainedModel):
+    """CLIP's two towers with a long text encoder (FineLIP, arXiv 2504.01916).
+
+    Weights come from `finelip_sdxl.load_finelip`, or from `from_pretrained` for a directory that `save_pretrained`
+    wrote. The keys are those of transformers' `CLIPModel`, plus `image_refinement.*` and `text_refinement.*`.
+
+    Example:
+        >>> config = FineLIPConfig(
+        ...     text_config={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
+        ...                  "max_position_embeddings": 248},
+        ...     projection_dim=32,
+        ... )
+        >>> model = FineLIPModel(config).eval()
+        >>> text = model.encode_text(torch.tensor([[49406, 320, 2368, 49407]]))
+        >>> text.embeds.shape, text.tokens.shape
+        (torch.Size([1, 32]), torch.Size([1, 4, 32]))
+        >>> model.to_text_encoder(projection=True).config.max_position_embeddings
+        248
+    """
+
+    config: FineLIPConfig  # type: ignore[assignment]
+    config_class = FineLIPConfig
+    base_model_prefix = "finelip"
+    main_input_name = "input_ids"
+
+    def __init__(self, config: FineLIPConfig) -> None:
+        super().__init__(config)
+        dim, text_config, vision_config = config.projection_dim, config.text_config, config.vision_config
+        self.text_model = CLIPTextModel._from_config(text_config)
+        self.text_projection = None if dim is None else nn.Linear(text_config.hidden_size, dim, bias=False)
+        self.vision_model = None
+        self.visual_projection = None
+        if vision_config is not None:
+            if dim is None:
+                raise ValueError("A FineLIP with an image tower needs a projection_dim, got None.")
+            self.vision_model = CLIPVisionModel._from_config(vision_config)
+            self.visual_projection = nn.Linear(vision_config.hidden_size, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.image_refinement = _refinement(dim, config.refined_image_tokens)
+        self.text_refinement = _refinement(dim, config.refined_text_tokens)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Everything that is in no state dict must be set here: loading builds on the meta device.
+        super()._init_weights(module)
+        if isinstance(module, TokenRefinement):
+            init.ones_(module.scale)
+        elif isinstance(module, FineLIPModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            for projection in (module.text_projection, module.visual_projection):
+                if projection is not None:
+                    init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.embeddings.token_embedding = value
+
+    def encode_text(self, input_ids: Tensor, output_hidden_states: bool = False) -> FineLIPTextOutput:
+        """Encode texts.
+
+        Args:
+            input_ids: (batch, n), start token first, with an end token in each row; n is at most the number of
+                positions. Attention is causal, so that what follows the end token changes nothing before it.
+            output_hidden_states: whether to return the states of every layer.
+
+        Raises:
+            ValueError: if n exceeds the number of positions.
+        """
+        positions = self.text_model.embeddings.position_embedding.weight.shape[0]
+        if input_ids.shape[-1] > positions:
+            raise ValueError(f"The text has {input_ids.shape[-1]} tokens, but this model reads at most {positions}.")
+        out = self.text_model(input_ids=input_ids, output_hidden_states=output_hidden_states)
+        project = self.text_projection
+        return FineLIPTextOutput(
+            embeds=None if project is None else project(out.pooler_output),
+            tokens=None if project is None else project(out.last_hidden_state),
+            last_hidden_state=out.last_hidden_state,
+            hidden_states=out.hidden_states,
+        )
+
+    def encode_image(self, pixel_values: Tensor, output_hidden_states: bool = False) -> FineLIPImageOutput:
+        """Encode images.
+
+        Args:
+            pixel_values: (batch, 3, height, width), normalised as for CLIP, of the size in the vision config.
+            output_hidden_states: whether to return the states of every layer.
+
+        Raises:
+            ValueError: if the model has no image tower, or the images have another size.
+        """
+        if self.vision_model is None or self.visual_projection is None:
+            raise ValueError("This FineLIP was loaded from a text encoder alone: it has no image tower.")
+        out = self.vision_model(pixel_values=pixel_values, output_hidden_states=output_hidden_states)
+        states = self.vision_model.post_layernorm(out.last_hidden_state)
+        tokens = self.visual_projection(states)
+        return FineLIPImageOutput(
+            embeds=tokens[:, 0], tokens=tokens, last_hidden_state=states, hidden_states=out.hidden_states
+        )
+
+    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None) -> FineLIPOutput:
+        """Encode texts, images or both; see `encode_text` and `encode_image`."""
+        return FineLIPOutput(
+            text=None if input_ids is None else self.encode_text(input_ids),
+            image=None if pixel_values is None else self.encode_image(pixel_values),
+        )
+
+    def to_text_encoder(self, projection: bool) -> TextEncoder:
+        """The text tower as a plain transformers model, as SDXL takes it.
+
+        Args:
+            projection: True for a `CLIPTextModelWithProjection` (SDXL's second encoder), False for a
+                `CLIPTextModel` (its first).
+
+        Returns:
+            A text encoder in evaluation mode with this model's positions, device and dtype. On the CPU it shares the
+            memory of this model's weights: `copy.deepcopy` it to train one without the other.
+
+        Raises:
+            ValueError: if a projection is asked of a model that has none.
+        """
+        config = copy.deepcopy(self.config.text_config)
+        tensors = text_encoder_tensors(self.text_model)
+        if projection:
+            if self.text_projection is None:
+                raise ValueError(
+                    "This FineLIP was loaded from a text encoder without a projection (such as SDXL's first): "
+                    "use projection=False."
+                )
+            tensors["text_projection.weight"] = self.text_projection.weight.detach()
+        if self.config.projection_dim is not None:
+            config.projection_dim = self.config.projection_dim
+        return build_text_encoder(config, tensors)
+
+
+def _refinement(dim: int | None, num_tokens: int | None) -> TokenRefinement | None:
+    if num_tokens is None:
+        return None
+    if dim is None:
+        raise ValueError("A FineLIP with token refinement needs a projection_dim, got None.")
+    return TokenRefinement(dim, num_tokens)
