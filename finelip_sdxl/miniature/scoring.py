@@ -1,0 +1,128 @@
+"""Says of a picture which of a scene's objects it shows: no learned judge, since every possible look is known.
+
+Each of the nine cells is held against every look (12 shapes × 8 colors × 2 sizes, and nothing at all) on the
+picture's background; the nearest by squared difference of the pixels is what the cell shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from .drawing import CELL_SIZE, IMAGE_SIZE, LOOKS, coverage
+from .world import BACKGROUNDS, COLORS, PLACES, Scene, SceneObject
+
+
+@dataclass(frozen=True)
+class PictureReading:
+    """What a picture shows: an object, or None for nothing, in each place in the order of ``PLACES``."""
+
+    objects: tuple[SceneObject | None, ...]
+    background: str
+
+
+@dataclass(frozen=True)
+class ObjectScore:
+    """Whether a picture has one of the scene's objects right.
+
+    Attributes:
+        shape, color, size: Whether the object's cell shows it so.
+        place: Whether no other cell looks more like the object than its own.
+    """
+
+    shape: bool
+    color: bool
+    size: bool
+    place: bool
+
+    @property
+    def right(self) -> bool:
+        """Right in shape, color and place, the three that a caption always says."""
+        return self.shape and self.color and self.place
+
+
+def read_picture(image: Image.Image) -> PictureReading:
+    """Reads the nine objects and the background off a picture of the miniature world.
+
+    Args:
+        image: Any size and mode; anything but 96 × 96 RGB is resized and converted first.
+
+    Example:
+        >>> from finelip_sdxl.miniature.drawing import draw_scene
+        >>> from finelip_sdxl.miniature.world import make_scene
+        >>> scene = make_scene("unseen-0")
+        >>> read_picture(draw_scene(scene)).objects == scene.objects
+        True
+    """
+    cells = _cells(image)
+    background = _nearest_background(cells)
+    nearest = _distances(cells, background).argmin(axis=1)
+    objects = tuple(
+        SceneObject(place, *LOOKS[look]) if look < len(LOOKS) else None
+        for place, look in zip(PLACES, nearest, strict=True)
+    )
+    return PictureReading(objects, background)
+
+
+def score_picture(image: Image.Image, scene: Scene) -> tuple[ObjectScore, ...]:
+    """A score for each of the scene's nine objects, in their order.
+
+    Example:
+        >>> from finelip_sdxl.miniature.drawing import draw_scene
+        >>> from finelip_sdxl.miniature.world import make_scene
+        >>> scene = make_scene("unseen-0")
+        >>> all(score.right for score in score_picture(draw_scene(scene), scene))
+        True
+    """
+    cells = _cells(image)
+    distances = _distances(cells, _nearest_background(cells))
+    nearest = distances.argmin(axis=1)
+    scores = []
+    for place, thing in enumerate(scene.objects):
+        wanted = (thing.shape, thing.color, thing.size)
+        seen = LOOKS[nearest[place]] if nearest[place] < len(LOOKS) else ("", "", "")
+        # Of either size: a caption need not say it.
+        alike = [LOOKS.index((thing.shape, thing.color, size)) for size in ("small", "large")]
+        best_place = distances[:, alike].min(axis=1).argmin()
+        shape, color, size = (a == b for a, b in zip(seen, wanted, strict=True))
+        scores.append(ObjectScore(shape, color, size, bool(best_place == place)))
+    return tuple(scores)
+
+
+def _cells(image: Image.Image) -> np.ndarray:
+    """The picture's nine cells, (9, 32 · 32, 3), from 0 to 1."""
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    grid = pixels.reshape(3, CELL_SIZE, 3, CELL_SIZE, 3).swapaxes(1, 2)
+    return grid.reshape(len(PLACES), CELL_SIZE * CELL_SIZE, 3)
+
+
+def _nearest_background(cells: np.ndarray) -> str:
+    """The background nearest to the cells' corners, which no object reaches."""
+    corner = np.zeros((CELL_SIZE, CELL_SIZE), dtype=bool)
+    corner[:2, :2] = corner[:2, -2:] = corner[-2:, :2] = corner[-2:, -2:] = True
+    color = np.median(cells[:, corner.ravel()], axis=(0, 1)) * 255
+    return min(BACKGROUNDS, key=lambda name: float(np.square(color - BACKGROUNDS[name]).sum()))
+
+
+def _distances(cells: np.ndarray, background: str) -> np.ndarray:
+    """Squared differences between cells and looks, (9, looks + 1)."""
+    looks = _looks(background)
+    flat = cells.reshape(len(cells), -1)
+    return np.square(flat).sum(axis=1)[:, None] - 2 * flat @ looks.T + np.square(looks).sum(axis=1)
+
+
+@cache
+def _looks(background: str) -> np.ndarray:
+    """A cell's pixels for every look, and last for nothing: (looks + 1, 32 · 32 · 3)."""
+    ground = np.array(BACKGROUNDS[background], dtype=np.float32) / 255
+    cells = [
+        ground + coverage(shape, size)[..., None] * (np.array(COLORS[color], dtype=np.float32) / 255 - ground)
+        for shape, color, size in LOOKS
+    ]
+    cells.append(np.broadcast_to(ground, cells[0].shape))
+    return np.stack(cells).reshape(len(cells), -1)

@@ -1,0 +1,88 @@
+"""The miniature world: scenes of nine objects on a 3 × 3 grid, known exactly.
+
+A scene is drawn from a name, such as ``"unseen-17"``, and is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+PLACES = (
+    "top left",
+    "top center",
+    "top right",
+    "middle left",
+    "center",
+    "middle right",
+    "bottom left",
+    "bottom center",
+    "bottom right",
+)
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "heart",
+    "diamond",
+    "cross",
+    "ring",
+    "moon",
+    "arrow",
+    "hourglass",
+    "leaf",
+)
+COLORS = {
+    "red": (222, 60, 54),
+    "orange": (240, 140, 42),
+    "yellow": (247, 208, 56),
+    "green": (66, 168, 84),
+    "teal": (38, 184, 196),
+    "blue": (54, 96, 214),
+    "purple": (138, 78, 190),
+    "pink": (244, 132, 186),
+}
+SIZES = ("small", "large")
+BACKGROUNDS = {
+    "paper": (250, 247, 240),
+    "sand": (232, 220, 196),
+    "mist": (206, 216, 224),
+    "night": (28, 32, 48),
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: where it stands and what it looks like."""
+
+    place: str
+    shape: str
+    color: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Nine objects, one in each place in the order of ``PLACES``, no shape twice, before a background."""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+
+
+def make_scene(name: str) -> Scene:
+    """The scene of this name; equal names give equal scenes on every machine.
+
+    Example:
+        >>> make_scene("unseen-0") == make_scene("unseen-0")
+        True
+    """
+    rng = random.Random(f"scene {name}")
+    shapes = rng.sample(SHAPES, len(PLACES))
+    # A few colors a scene please the eye, and give a caption objects of one color to link.
+    palette = rng.sample(list(COLORS), rng.randint(4, 7))
+    objects = tuple(
+        SceneObject(place, shape, rng.choice(palette), rng.choice(SIZES))
+        for place, shape in zip(PLACES, shapes, strict=True)
+    )
+    return Scene(objects, rng.choice(list(BACKGROUNDS)))
