@@ -541,7 +541,7 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
     if encoder is None:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
     model = source if isinstance(source, FineLIPModel) else load_finelip(source)
-    replacement = model.to_text_encoder(projection=isinstance(encoder, CLIPTextModelWithProjection))
+    replacement: Any = model.to_text_encoder(projection=isinstance(encoder, CLIPTextModelWithProjection))
     for width in ("hidden_size", "projection_dim"):
         if width == "projection_dim" and not isinstance(encoder, CLIPTextModelWithProjection):
             continue

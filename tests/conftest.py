@@ -108,7 +108,9 @@ def session_components() -> dict:
 def controlnet(session_components) -> ControlNetModel:
     """A ControlNet that changes the picture: a new one's outputs are all zero."""
     torch.manual_seed(3)
-    controlnet = ControlNetModel.from_unet(session_components["unet"]).eval()
+    controlnet = ControlNetModel.from_unet(
+        session_components["unet"], conditioning_embedding_out_channels=(16, 32)
+    ).eval()
     with torch.no_grad():
         for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
             torch.nn.init.normal_(block.weight, std=0.5)
