@@ -104,11 +104,52 @@ def load_finelip(
         >>> model.config.text_config.max_position_embeddings, model.config.text_config.stretched_from
         (248, 77)
     """
+    name = f"{source}" if isinstance(source, str | Path) else f"The given {type(source).__name__}"
+    tensors, config = _read(source, subfolder, variant, hub_kwargs)
+    finelip_config, tensors = convert_weights(
+        tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
+    )
+    return build_model(FineLIPModel, finelip_config, tensors)
+
+
+def convert_weights(
+    tensors: dict[str, Tensor],
+    config: dict[str, Any] | None = None,
+    *,
+    keep: int = KEEP,
+    factor: int = FACTOR,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    name: str = "The state dict",
+) -> tuple[FineLIPConfig, dict[str, Tensor]]:
+    """What `load_finelip` makes of a state dict, before a model is built: also for tensors on the meta device.
+
+    Args:
+        tensors: of any layout that `load_finelip` takes; emptied on the way, so that fused weights and their parts are
+            not all in memory at once.
+        config: the content of the `config.json` beside the weights, if there is one.
+        keep: see `load_finelip`.
+        factor: see `load_finelip`.
+        dtype: see `load_finelip`.
+        activation: see `load_finelip`.
+        name: of the source, for messages.
+
+    Returns:
+        The config and the weights of a `FineLIPModel`.
+
+    Raises:
+        ValueError: see `load_finelip`.
+
+    Example:
+        >>> from transformers import CLIPConfig, CLIPModel
+        >>> with torch.device("meta"):
+        ...     weights = CLIPModel(CLIPConfig()).state_dict()
+        >>> config, weights = convert_weights(weights)
+        >>> config.text_config.num_attention_heads, weights[POSITION_TABLE].shape
+        (8, torch.Size([248, 512]))
+    """
     if activation not in (None, "quick_gelu", "gelu"):
         raise ValueError(f"activation={activation!r} is unknown: give 'quick_gelu', 'gelu' or None.")
-    tensors, config = _read(source, subfolder, variant, hub_kwargs)
-    name = f"{source}" if isinstance(source, str | Path) else f"The given {type(source).__name__}"
-
     tensors, is_published = to_clip_keys(tensors, name)
     _cast(tensors, dtype, name)
     stretched_from = _settle_positions(tensors, keep, factor, name)
@@ -117,9 +158,9 @@ def load_finelip(
         finelip_config.text_config.stretched_from = stretched_from
         finelip_config.text_config.stretch_keep = keep
         finelip_config.text_config.stretch_factor = factor
-    table = tensors[POSITION_TABLE]
-    tensors.setdefault("logit_scale", table.new_tensor(finelip_config.logit_scale_init_value))
-    return build_model(FineLIPModel, finelip_config, tensors)
+    scale = finelip_config.logit_scale_init_value
+    tensors.setdefault("logit_scale", tensors[POSITION_TABLE].new_tensor(scale))
+    return finelip_config, tensors
 
 
 # Reading: from a source to tensors under its own keys, and its config as a dict if it has one.
@@ -274,7 +315,7 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
     """Rename the weights of any supported layout to the keys of `FineLIPModel`.
 
     Args:
-        tensors: a state dict; it is emptied on the way, so that fused weights and their parts are not both in memory.
+        tensors: a state dict; it is emptied on the way.
         name: of the source, for messages.
 
     Returns:

@@ -135,14 +135,14 @@ def build_model(model_class: type[ModelT], config: PreTrainedConfig, tensors: Ma
 
 
 def _check_tensors(name: str, expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{len(missing)} weights of a {name} are missing, among them {missing[0]!r}.")
     if unknown := sorted(tensors.keys() - expected.keys()):
         is_adapter = any("lora" in key or "base_layer" in key for key in unknown)
         raise ValueError(
             f"{len(unknown)} weights have no place in a {name}, among them {unknown[0]!r}"
             + (": merge or unload the LoRA first." if is_adapter else ".")
         )
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{len(missing)} weights of a {name} are missing, among them {missing[0]!r}.")
     for key, shape in expected.items():
         if tensors[key].shape != shape:
             raise ValueError(
