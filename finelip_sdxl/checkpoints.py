@@ -14,6 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,7 +33,6 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
 )
-from transformers.utils import cached_file
 
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
 from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
@@ -240,14 +247,7 @@ def _read_repository(
     source: str, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     def find(filename: str) -> Path | None:
-        try:
-            found = cached_file(
-                source, filename, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-            )
-        except OSError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise OSError(f"{source} is no path here, and the hub gives no such model ({reason}).") from error
-        return None if found is None else Path(found)
+        return _find_file(source, subfolder, filename, hub_kwargs)
 
     place = f"{source}/{subfolder}" if subfolder else source
     config_file = find("config.json")
@@ -271,6 +271,24 @@ def _read_repository(
             return tensors, config
     hint = "" if variant else " (if they are named model.fp16.safetensors, pass variant='fp16')"
     raise FileNotFoundError(f"{place} holds no model{infix}.safetensors or pytorch_model{infix}.bin{hint}.")
+
+
+def _find_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[str, Any]) -> Path | None:
+    """A file of a directory or hub repository, None if there is none of that name."""
+    if Path(source).is_dir():
+        file = Path(source, subfolder, filename)
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(source, filename, subfolder=subfolder or None, **hub_kwargs))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if filename != "config.json":  # the repository is in the cache, for its config was found: this file is not
+            return None
+        raise OSError(f"{source} is no path here, and the hub cannot be reached to look for it there.") from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise OSError(f"{source} is no path here, and the hub does not give it ({reason}).") from error
 
 
 # Renaming: from any layout to the keys of `FineLIPModel`.

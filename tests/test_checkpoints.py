@@ -1,0 +1,574 @@
+"""Loading a FineLIP: every layout gives the same model, and everything else is refused in one sentence."""
+
+import json
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import huggingface_hub.errors
+import pytest
+import torch
+from reference import REFERENCE, reference_tensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl import FineLIPModel, load_finelip, stretch_positions
+from finelip_sdxl.checkpoints import convert_weights
+from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder, text_encoder_tensors
+
+PUBLISHED = REFERENCE / "finelip_checkpoint.safetensors"
+TEXT_IDS = torch.tensor([[97, 5, 6, 7, 98]])
+PIXELS = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def published() -> FineLIPModel:
+    return load_finelip(PUBLISHED)
+
+
+def refinement_tensors() -> dict[str, Tensor]:
+    weights = reference_tensors("late_interaction")
+    return {key.replace("weight.", "cross_net.", 1): w for key, w in weights.items() if key.startswith("weight.")}
+
+
+def tiny_clip(text_width: int = 128, activation: str = "quick_gelu", positions: int = 77, **vision) -> CLIPModel:
+    text = {"hidden_size": text_width, "intermediate_size": 2 * text_width, "num_attention_heads": text_width // 64}
+    text |= {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98, "max_position_embeddings": positions}
+    vision = {"hidden_size": 64, "num_attention_heads": 1, "intermediate_size": 80, **vision}
+    shared = {"hidden_act": activation, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={**text, **shared},
+        vision_config={**vision, **shared, "image_size": 16, "patch_size": 8},
+        projection_dim=48,
+    )
+    return CLIPModel(config).eval()
+
+
+def to_openai_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a transformers CLIP under the keys of OpenAI's and open_clip's code."""
+    names = {
+        "text_model.embeddings.token_embedding.": "token_embedding.",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.encoder.layers.": "transformer.resblocks.",
+        "text_model.final_layer_norm.": "ln_final.",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+        "vision_model.pre_layrnorm.": "visual.ln_pre.",
+        "vision_model.post_layernorm.": "visual.ln_post.",
+        "text_projection.weight": "text_projection",
+        "visual_projection.weight": "visual.proj",
+        ".self_attn.": ".attn.",
+        ".layer_norm": ".ln_",
+        ".mlp.fc1.": ".mlp.c_fc.",
+        ".mlp.fc2.": ".mlp.c_proj.",
+    }
+    renamed = {}
+    for key, tensor in tensors.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        if "k_proj" in key or "v_proj" in key:
+            continue
+        if "q_proj" in key:
+            renamed[key.replace("q_proj.", "in_proj_")] = None
+        else:
+            renamed[key] = tensor.T.contiguous() if key in ("text_projection", "visual.proj") else tensor
+    for key in [key for key, tensor in renamed.items() if tensor is None]:
+        original = key.replace("visual.transformer.resblocks.", "vision_model.encoder.layers.")
+        original = original.replace("transformer.resblocks.", "text_model.encoder.layers.").replace(
+            ".attn.", ".self_attn."
+        )
+        renamed[key] = torch.cat([tensors[original.replace("in_proj_", f"{part}_proj.")] for part in "qkv"])
+    return renamed
+
+
+def same_weights(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    weights, others = model.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+# Published checkpoints.
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_every_file_of_a_published_checkpoint_gives_the_same_model(published, suffix, prefix, tmp_path) -> None:
+    tensors = {prefix + key: tensor for key, tensor in load_file(PUBLISHED).items()}
+    path = tmp_path / f"finelip{suffix}"
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    assert same_weights(load_finelip(path), published)
+    assert same_weights(load_finelip(str(path)), published)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict"])
+def test_reads_what_training_scripts_nest(published, key, tmp_path) -> None:
+    torch.save({"epoch": 3, key: load_file(PUBLISHED), "optimizer": {"state": {}}}, tmp_path / "last.pt")
+    assert same_weights(load_finelip(tmp_path / "last.pt"), published)
+
+
+def test_merges_the_two_positional_tables(published) -> None:
+    tensors = load_file(PUBLISHED)
+    table = published.text_model.embeddings.position_embedding.weight
+    assert torch.equal(table[:20], tensors["positional_embedding"][:20])
+    assert torch.equal(table[20:], tensors["positional_embedding_res"][20:])
+    assert not torch.equal(table, tensors["positional_embedding"])
+    assert not hasattr(published.config.text_config, "stretched_from")
+
+
+def test_derives_the_config_of_a_published_checkpoint(published) -> None:
+    text, vision = published.config.text_config, published.config.vision_config
+    assert (text.hidden_size, text.num_attention_heads, text.num_hidden_layers, text.hidden_act) == (
+        128,
+        2,
+        3,
+        "quick_gelu",
+    )
+    assert (text.vocab_size, text.bos_token_id, text.eos_token_id) == (600, 598, 599)
+    assert text.max_position_embeddings == 248
+    assert (vision.hidden_size, vision.num_attention_heads, vision.num_hidden_layers) == (64, 1, 2)
+    assert (vision.patch_size, vision.image_size, vision.hidden_act) == (8, 32, "quick_gelu")
+    assert published.config.projection_dim == 64
+
+
+def test_keeps_the_weights_of_the_token_refinement(published, tmp_path) -> None:
+    refinement = refinement_tensors()
+    model = load_finelip({**load_file(PUBLISHED), **refinement})
+    model.save_pretrained(tmp_path)
+    reloaded = load_finelip(tmp_path)
+    assert (reloaded.config.refined_image_tokens, reloaded.config.refined_text_tokens) == (3, 3)
+    names = {"cross_net.aggr_net.": "image_refinement.", "cross_net.cap_aggr_net.": "text_refinement."}
+    for key, tensor in refinement.items():
+        for old, new in names.items():
+            key = key.replace(old, new)
+        assert torch.equal(reloaded.state_dict()[key], tensor), key
+    assert published.image_refinement is None
+
+
+def test_half_precision_stays_half_and_mixed_precision_widens() -> None:
+    half = {key: tensor.half() for key, tensor in load_file(PUBLISHED).items()}
+    assert load_finelip(half).dtype == torch.float16
+    assert load_finelip({**half, "ln_final.bias": half["ln_final.bias"].float()}).dtype == torch.float32
+    assert load_finelip(half, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_half_precision_checkpoint_still_matches_the_reference() -> None:
+    half = {key: tensor.half() for key, tensor in load_file(PUBLISHED).items()}
+    case = reference_tensors("encoders")
+    with torch.no_grad():
+        embeds = load_finelip(half, dtype=torch.float32).encode_text(case["input_ids"]).embeds
+    assert torch.cosine_similarity(embeds, case["text_embeds"]).min() > 0.9999
+
+
+def test_leaves_a_state_dict_in_memory_alone() -> None:
+    tensors = load_file(PUBLISHED)
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    load_finelip(tensors)
+    assert tensors.keys() == before.keys()
+    assert all(torch.equal(tensors[key], before[key]) for key in before)
+
+
+# OpenAI's and open_clip's weights.
+
+
+@pytest.mark.parametrize("prefix", ["", "text."])
+def test_an_openai_layout_gives_the_outputs_of_its_clip(prefix) -> None:
+    clip = tiny_clip()
+    tensors = to_openai_layout(clip.state_dict()) | {
+        "context_length": torch.tensor(77),
+        "attn_mask": torch.ones(77, 77),
+    }
+    text_keys = ("token_embedding", "positional", "transformer", "ln_final", "text_projection", "attn_mask")
+    model = load_finelip({(prefix if key.startswith(text_keys) else "") + key: t for key, t in tensors.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(PIXELS).embeds, clip.get_image_features(PIXELS).pooler_output)
+        # Up to position 19 the stretched table is the original one.
+        expected = clip.get_text_features(TEXT_IDS)
+        text = model.encode_text(TEXT_IDS)
+        torch.testing.assert_close(text.embeds, expected.pooler_output)
+        torch.testing.assert_close(text.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(model.logit_scale, clip.logit_scale)
+
+
+@pytest.mark.parametrize("width", [1024, 1280])
+def test_open_clips_large_towers_are_gelu(width) -> None:
+    clip = tiny_clip(text_width=width, activation="gelu")
+    model = load_finelip(to_openai_layout(clip.state_dict()))
+    assert model.config.text_config.hidden_act == model.config.vision_config.hidden_act == "gelu"
+    assert model.config.text_config.num_attention_heads == width // 64
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(TEXT_IDS).embeds, clip.get_text_features(TEXT_IDS).pooler_output)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(1280, 16), (1408, 16), (1664, 16), (1024, 16), (768, 12)])
+def test_heads_of_image_towers(width, heads) -> None:
+    with torch.device("meta"):
+        clip = tiny_clip(hidden_size=width, num_attention_heads=heads)
+    config, _ = convert_weights(to_openai_layout(clip.state_dict()))
+    assert config.vision_config.num_attention_heads == heads
+
+
+def test_the_activation_is_as_the_evidence_says_and_can_be_given() -> None:
+    small, large = to_openai_layout(tiny_clip().state_dict()), to_openai_layout(tiny_clip(1024).state_dict())
+    second_table = {"positional_embedding_res": large["positional_embedding"]}
+
+    def activation(tensors, **options) -> str:
+        return load_finelip(tensors, **options).config.text_config.hidden_act
+
+    assert activation(small) == "quick_gelu"
+    assert activation(small, activation="gelu") == "gelu"
+    assert activation(large) == "gelu"
+    assert activation({**large, **second_table}) == "quick_gelu"
+    assert activation({**large, "input_resolution": torch.tensor(16)}) == "quick_gelu"
+    assert activation(tiny_clip(), activation="gelu") == "gelu"
+
+
+def test_a_text_tower_alone_gives_a_model_of_texts() -> None:
+    tensors = to_openai_layout(tiny_clip().state_dict())
+    model = load_finelip({key: tensor for key, tensor in tensors.items() if not key.startswith("visual.")})
+    assert model.vision_model is None
+    assert model.encode_text(TEXT_IDS).embeds.shape == (1, 48)
+
+
+def test_a_transformers_file_without_config_is_read_too(tmp_path) -> None:
+    encoder = stretch_text_encoder(CLIPTextModelWithProjection(tiny_clip().config.text_config))
+    encoder.save_pretrained(tmp_path)
+    model = load_finelip(tmp_path / "model.safetensors")
+    assert same_weights(model.to_text_encoder(projection=True), encoder)
+
+
+# Directories and loaded models of transformers.
+
+
+def test_a_clip_directory_is_stretched_and_says_so(tmp_path) -> None:
+    clip = tiny_clip()
+    clip.save_pretrained(tmp_path)
+    model = load_finelip(tmp_path)
+    text = model.config.text_config
+    assert (text.stretched_from, text.stretch_keep, text.stretch_factor) == (77, 20, 4)
+    original = clip.text_model.embeddings.position_embedding.weight
+    assert torch.equal(model.text_model.embeddings.position_embedding.weight, stretch_positions(original))
+    assert model.to_text_encoder(projection=True).config.stretched_from == 77
+    assert same_weights(load_finelip(clip), model)
+
+
+@pytest.mark.parametrize("encoder_class", [CLIPTextModel, CLIPTextModelWithProjection])
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_a_text_encoder_directory_with_old_and_new_keys(encoder_class, is_flat, tmp_path) -> None:
+    encoder = encoder_class(tiny_clip().config.text_config).eval()
+    encoder.save_pretrained(tmp_path)
+    if not is_flat:
+        save_file(text_encoder_tensors(encoder), tmp_path / "model.safetensors")
+    for source in (tmp_path, encoder):
+        model = load_finelip(source)
+        assert model.vision_model is None
+        has_projection = encoder_class is CLIPTextModelWithProjection
+        assert (model.text_projection is not None) == has_projection
+        assert same_weights(model.to_text_encoder(has_projection), stretch_text_encoder(encoder))
+
+
+def test_stretches_as_asked() -> None:
+    model = load_finelip(tiny_clip(), keep=10, factor=2)
+    assert model.text_model.embeddings.position_embedding.weight.shape[0] == 10 + 2 * 67
+    assert model.config.text_config.stretch_factor == 2
+
+
+def test_the_positions_are_the_tensors_whatever_the_config_says(tmp_path) -> None:
+    encoder = CLIPTextModel(tiny_clip(positions=248).config.text_config)
+    encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 77}))
+    model = load_finelip(tmp_path)
+    assert not hasattr(model.config.text_config, "stretched_from")
+    assert same_weights(model.text_model, encoder)
+    assert (
+        num_positions(model.to_text_encoder(projection=False))
+        == model.config.text_config.max_position_embeddings
+        == 248
+    )
+
+
+@pytest.mark.parametrize("tower", ["text_model.", "text_model.text_model."])
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+def test_a_second_table_of_a_hub_conversion_is_merged(tower, suffix, tmp_path) -> None:
+    encoder = CLIPTextModel(tiny_clip(positions=248).config.text_config)
+    encoder.save_pretrained(tmp_path)
+    tensors = {key.replace("text_model.", tower, 1): t for key, t in text_encoder_tensors(encoder).items()}
+    second = torch.randn(248, 128, generator=torch.Generator().manual_seed(2))
+    tensors |= {
+        f"{tower}embeddings.position_embedding_res{suffix}": second,
+        f"{tower}embeddings.position_ids": torch.arange(248),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    table = load_finelip(tmp_path).text_model.embeddings.position_embedding.weight
+    assert torch.equal(table[:20], encoder.embeddings.position_embedding.weight[:20])
+    assert torch.equal(table[20:], second[20:])
+
+
+def test_a_saved_finelip_loads_again_and_keeps_its_record(tmp_path) -> None:
+    model = load_finelip(tiny_clip())
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, model):
+        reloaded = load_finelip(source)
+        assert same_weights(reloaded, model)
+        assert reloaded.config.text_config.stretched_from == 77
+
+
+def test_does_not_modify_the_model_it_is_given() -> None:
+    clip = tiny_clip()
+    load_finelip(clip, activation="gelu", dtype=torch.float16)
+    assert clip.config.text_config.hidden_act == "quick_gelu"
+    assert clip.text_model.embeddings.position_embedding.weight.shape[0] == 77
+    assert clip.dtype == torch.float32
+
+
+def test_subfolder_variant_and_shards(tmp_path) -> None:
+    clip = tiny_clip()
+    clip.save_pretrained(tmp_path / "text_encoder", variant="fp16", max_shard_size="400KB")
+    assert not (tmp_path / "text_encoder" / "model.fp16.safetensors").exists()
+    assert same_weights(load_finelip(tmp_path, subfolder="text_encoder", variant="fp16"), load_finelip(clip))
+    with pytest.raises(FileNotFoundError, match="variant='fp16'"):
+        load_finelip(tmp_path, subfolder="text_encoder")
+
+
+def test_a_bin_directory(tmp_path) -> None:
+    clip = tiny_clip()
+    clip.config.save_pretrained(tmp_path)
+    torch.save(clip.state_dict(), tmp_path / "pytorch_model.bin")
+    assert same_weights(load_finelip(tmp_path), load_finelip(clip))
+
+
+# Full size, without weights.
+
+
+SDXL_TEXT_CONFIGS = {
+    "clip_l": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    | {"hidden_act": "quick_gelu", "projection_dim": 768},
+    "bigg": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    | {"hidden_act": "gelu", "projection_dim": 1280},
+}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "vision", "text_parameters"),
+    [
+        ("clip_l", {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}, 123_060_480),
+        ("bigg", {"hidden_size": 1664, "intermediate_size": 8192, "num_hidden_layers": 48}, 693_021_440),
+    ],
+)
+def test_full_size_checkpoints_are_accounted_for(encoder, vision, text_parameters) -> None:
+    text = SDXL_TEXT_CONFIGS[encoder]
+    patch_size = 14
+    vision = {**vision, "num_attention_heads": 16, "image_size": 224, "patch_size": patch_size}
+    vision["hidden_act"] = text["hidden_act"]
+    with torch.device("meta"):
+        stock = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"]))
+        assert sum(parameter.numel() for parameter in stock.text_model.parameters()) == text_parameters
+        config, tensors = convert_weights(to_openai_layout(stock.state_dict()))
+        model = FineLIPModel(config)
+        long_config = CLIPTextConfig(**text, max_position_embeddings=248)
+        expected = CLIPTextModelWithProjection(long_config)
+    # Strict: every weight of the checkpoint has its place and its shape, and no parameter is left without one.
+    model.load_state_dict(tensors, strict=True, assign=True)
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == sum(p.numel() for p in stock.parameters()) + 171 * text["hidden_size"]
+    )
+
+    found = text_encoder_tensors(model.text_model) | {"text_projection.weight": model.text_projection.weight}
+    assert {key: t.shape for key, t in found.items()} == {key: t.shape for key, t in expected.state_dict().items()}
+    for field in ("hidden_act", "num_attention_heads", "vocab_size", "max_position_embeddings", "layer_norm_eps"):
+        assert getattr(config.text_config, field) == getattr(long_config, field), field
+    assert config.vision_config.num_attention_heads == 16
+
+
+def test_the_parts_of_a_fused_weight_do_not_keep_it_alive() -> None:
+    _, tensors = convert_weights(to_openai_layout(tiny_clip().state_dict()))
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors.values())
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("keys", "looks_like"),
+    [
+        (["down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"], "the UNet of an SDXL"),
+        (["down_blocks.0.resnets.0.conv1.weight", "mid_block.x.weight"], "a UNet"),
+        (["encoder.down_blocks.0.weight", "quant_conv.weight"], "a VAE"),
+        (
+            ["model.diffusion_model.out.0.weight", "conditioner.embedders.0.transformer.x"],
+            "a single-file Stable Diffusion",
+        ),
+        (["unet.down_blocks.0.attn.to_q.lora_A.weight"], "a LoRA"),
+        (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "a LoRA"),
+        (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5"),
+        (["text_model.embeddings.token_embedding.weight", "text_model.head.weight"], "a SigLIP"),
+        (["token_embedding.weight", "visual.layer1.0.conv1.weight"], "a CLIP with a ResNet"),
+        (
+            ["text.token_embedding.weight", "visual.trunk.blocks.0.weight"],
+            "an open_clip with a tower of another library",
+        ),
+        (["vision_model.embeddings.class_embedding"], "the image tower of a CLIP"),
+        (["bert.embeddings.word_embeddings.weight"], "a BERT"),
+        (["clip_l", "clip_g"], "a textual inversion"),
+        (["a.weight", "b.weight"], "2 weights with keys such as 'a.weight', 'b.weight'"),
+    ],
+)
+def test_says_what_other_weights_look_like(keys, looks_like, tmp_path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(2, 2) for key in keys}, path)
+    with pytest.raises(ValueError, match=f"other.safetensors is not a checkpoint of a CLIP.*looks like {looks_like}"):
+        load_finelip(path)
+
+
+def refusal(tensors: dict[str, Tensor], **options) -> str:
+    with pytest.raises(ValueError, match=r"^[^\n]*\.$") as error:
+        load_finelip(tensors, **options)
+    return str(error.value)
+
+
+def test_refuses_tables_it_cannot_merge_or_stretch() -> None:
+    tensors = load_file(PUBLISHED)
+    stock = {**tensors, "positional_embedding": tensors["positional_embedding"][:77]}
+    assert "two positional tables of different shapes, (77, 128) and (248, 128)" in refusal(stock)
+    short = {**tensors, "positional_embedding": tensors["positional_embedding"][:64]}
+    del short["positional_embedding_res"]
+    assert "has 64 text positions" in refusal(short)
+    del short["positional_embedding"]
+    assert "lacks the positional table" in refusal(short)
+
+
+def test_refuses_incomplete_unknown_and_unfit_weights() -> None:
+    tensors = load_file(PUBLISHED)
+    missing = {key: tensor for key, tensor in tensors.items() if key != "ln_final.bias"}
+    assert "missing, among them 'text_model.final_layer_norm.bias'" in refusal(missing)
+    assert "no place in a FineLIPModel, among them 'cross_net.other.weight'" in refusal(
+        {**tensors, "cross_net.other.weight": torch.zeros(2)}
+    )
+    no_layers = {key: tensor for key, tensor in tensors.items() if not key.startswith("transformer.")}
+    assert "lacks the first layer of its text_model" in refusal(no_layers)
+    narrow = {**tensors, "token_embedding.weight": torch.zeros(600, 96)}
+    assert "96 wide, which does not split into heads of 64" in refusal(narrow)
+    quantised = {**tensors, "ln_final.bias": torch.zeros(128, dtype=torch.int8)}
+    assert "torch.int8 weights" in refusal(quantised)
+
+
+def test_refuses_bad_arguments() -> None:
+    assert "activation='relu' is unknown" in refusal(load_file(PUBLISHED), activation="relu")
+    assert "keep=77" in refusal(to_openai_layout(tiny_clip().state_dict()), keep=77)
+    with pytest.raises(ValueError, match="got a int"):
+        load_finelip(3)
+
+
+@pytest.mark.parametrize("source", ["no/such/dir/at/all", "missing.safetensors", "here/missing.pt", Path("nowhere")])
+def test_a_path_that_does_not_exist(source) -> None:
+    with pytest.raises(
+        FileNotFoundError, match="does not exist: give a checkpoint file, a model directory or a hub id"
+    ):
+        load_finelip(source)
+
+
+def test_a_hub_id_that_cannot_be_reached(tmp_path) -> None:
+    with pytest.raises(OSError, match=r"^nobody/nothing is no path here, and the hub cannot be reached[^\n]*\.$"):
+        load_finelip("nobody/nothing", local_files_only=True, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("LocalEntryNotFoundError", "cannot be reached"),
+        ("RepositoryNotFoundError", r"does not give it \(404: no such repository\)\.$"),
+        ("EntryNotFoundError", r"holds no config\.json"),
+    ],
+)
+def test_what_the_hub_answers_becomes_one_sentence(error, message, monkeypatch) -> None:
+    def answer(*args, **kwargs) -> None:
+        raise hub_error(error)
+
+    monkeypatch.setattr("finelip_sdxl.checkpoints.hf_hub_download", answer)
+    with pytest.raises(OSError, match=message):
+        load_finelip("somebody/something")
+
+
+def hub_error(name: str) -> Exception:
+    error_class = getattr(huggingface_hub.errors, name)
+    if issubclass(error_class, huggingface_hub.errors.HfHubHTTPError):
+        return error_class("404: no such repository.\nMore words.", response=MagicMock())
+    return error_class("no such file")
+
+
+def test_a_hub_id_is_read_like_a_directory(monkeypatch, tmp_path) -> None:
+    clip = tiny_clip()
+    clip.save_pretrained(tmp_path / "text")
+
+    def download(repo: str, filename: str, subfolder: str | None, revision: str) -> str:
+        assert (repo, subfolder, revision) == ("somebody/something", "text", "v2")
+        path = tmp_path / subfolder / filename
+        if not path.exists():
+            raise hub_error("EntryNotFoundError")
+        return str(path)
+
+    monkeypatch.setattr("finelip_sdxl.checkpoints.hf_hub_download", download)
+    model = load_finelip("somebody/something", subfolder="text", revision="v2")
+    assert same_weights(model, load_finelip(clip))
+
+
+def test_directories_that_hold_no_clip(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_finelip(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"whole pipeline.*subfolder='text_encoder'"):
+        load_finelip(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors"):
+        load_finelip(tmp_path)
+    save_file(to_openai_layout(tiny_clip().state_dict()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ValueError, match="its config says model_type 't5'"):
+        load_finelip(tmp_path)
+
+
+class Opaque:
+    """Something that a checkpoint should not hold."""
+
+
+def test_files_that_cannot_be_read_safely_or_at_all(tmp_path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    with pytest.raises(ValueError, match="TorchScript archive"):
+        load_finelip(path)
+    torch.save({"args": Opaque()}, path)
+    with pytest.raises(ValueError, match="Python objects besides tensors"):
+        load_finelip(path)
+    torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="looks like a file without weights"):
+        load_finelip(path)
+    torch.save(load_file(PUBLISHED), path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(OSError, match="not a whole PyTorch file"):
+        load_finelip(path)
+    path.write_text("<html>not found</html>")
+    with pytest.raises(OSError, match="neither a PyTorch file nor"):
+        load_finelip(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(OSError, match="Git LFS pointer"):
+        load_finelip(path)
+    truncated = tmp_path / "model.safetensors"
+    truncated.write_bytes(PUBLISHED.read_bytes()[:100_000])
+    with pytest.raises(OSError, match="not a whole safetensors file"):
+        load_finelip(truncated)
+
+
+def test_never_runs_code_from_a_pickle(tmp_path) -> None:
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return (open, (str(marker), "w"))
+
+    torch.save({"x": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="could run code"):
+        load_finelip(tmp_path / "evil.pt")
+    assert not marker.exists()
