@@ -1,0 +1,51 @@
+"""The miniature world and the small SDXL that draws it, both of this project: real classes, weights that ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+_HERE = Path(__file__).parent
+
+
+def miniature_path() -> Path:
+    """The folder of the stock miniature SDXL: two CLIP text encoders of 77 positions, UNet, VAE, Euler scheduler.
+
+    Example:
+        >>> from diffusers import StableDiffusionXLPipeline
+        >>> stock = StableDiffusionXLPipeline.from_pretrained(miniature_path())
+        >>> stock.tokenizer.model_max_length
+        77
+    """
+    return _HERE / "stock"
+
+
+def miniature_clip(pair: int) -> CLIPModel:
+    """One of the miniature's two CLIPs whole: the text encoder of the stock folder with its image tower.
+
+    Args:
+        pair: 1 or 2, as SDXL's text encoders are counted.
+
+    Raises:
+        ValueError: if ``pair`` is neither.
+
+    Example:
+        >>> miniature_clip(1).config.vision_config.image_size
+        96
+    """
+    from safetensors.torch import load_file
+    from transformers import CLIPConfig, CLIPModel
+
+    from finelip_sdxl.text_encoders import build_model
+
+    if pair not in (1, 2):
+        raise ValueError(f"pair is {pair!r}; expected 1 or 2, for SDXL's first or second text encoder")
+    text = load_file(miniature_path() / ("text_encoder" if pair == 1 else "text_encoder_2") / "model.safetensors")
+    rest = load_file(_HERE / "clips" / f"clip_{pair}.safetensors")
+    config = CLIPConfig(**json.loads((_HERE / "clips" / f"clip_{pair}.json").read_text()))
+    tensors = {key: tensor.float() for key, tensor in {**text, **rest}.items()}
+    return build_model(CLIPModel, config, tensors)

@@ -77,7 +77,7 @@ class Mentions:
         hard: Links with two or more candidates. ``linked``: all links. ``after``: see ``token``.
     """
 
-    def __init__(self, scenes: list[Scene], captions: list[Caption], encoding, device: str) -> None:  # noqa: ANN001
+    def __init__(self, scenes: list[Scene], captions: list[Caption], encoding, device: str) -> None:
         rows, tokens, cells, kinds, candidates = [], [], [], [], []
         labels: dict[str, list[int]] = {name: [] for name in ATTRIBUTES}
         for row, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):

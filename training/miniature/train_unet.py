@@ -1,0 +1,143 @@
+"""Trains the miniature's UNet on captions cut at 77 tokens, as SDXL's was, after its VAE and both its CLIPs.
+
+All nine objects of a scene are drawn, whatever the cut caption still mentions. As in SDXL, the UNet is told the size
+of the original picture and where it was cropped, reads both encoders' penultimate states and the second's pooled
+vector, and gets zeros for an empty prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import parser, pictures, save_atomically, train
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm import tqdm
+from train_clip import training_captions
+from transformers import CLIPModel
+
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.miniature.world import make_scene
+
+SCENES = 20_000
+SIZE = 96
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+def build_unet(state_width: int, pooled_width: int) -> UNet2DConditionModel:
+    """SDXL's UNet, small: no attention at the finest level, ``text_time`` conditioning."""
+    time_width = 32
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 96, 128),
+        layers_per_block=1,
+        attention_head_dim=(4, 4, 4),  # the number of heads, as in SDXL's own config
+        cross_attention_dim=state_width,
+        norm_num_groups=16,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=time_width,
+        projection_class_embeddings_input_dim=pooled_width + 6 * time_width,
+    )
+
+
+@torch.no_grad()
+def latents_of_scenes(vae: AutoencoderKL, path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents, (count, 4, 12, 12), and SDXL's time ids, (count, 6), of the training scenes; kept in a file.
+
+    One picture in ten comes from an original of half the size, one in ten is a crop of an enlarged one, so that the
+    two conditionings mean what they mean in SDXL.
+    """
+    if not path.exists():
+        latents, time_ids = [], []
+        random = torch.Generator().manual_seed(0)
+        for first in tqdm(range(0, count, 100), desc="latents"):
+            images = pictures([make_scene(f"train-{k}") for k in range(first, first + 100)])
+            ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]]).repeat(100, 1)
+            images[:10] = F.interpolate(F.avg_pool2d(images[:10], 2), scale_factor=2, mode="bilinear")
+            ids[:10, :2] = SIZE // 2
+            enlarged = F.interpolate(images[10:20], size=(SIZE + 16, SIZE + 16), mode="bilinear")
+            for k in range(10):
+                top, left = torch.randint(1, 17, (2,), generator=random).tolist()
+                images[10 + k] = enlarged[k, :, top : top + SIZE, left : left + SIZE]
+                ids[10 + k, 2:4] = torch.tensor([top, left])
+            latents.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
+            time_ids.append(ids)
+        save_atomically({"latents": torch.cat(latents), "time_ids": torch.cat(time_ids)}, path)
+    cached = torch.load(path, weights_only=True)
+    return cached["latents"], cached["time_ids"]
+
+
+def main() -> None:
+    flags = parser(__doc__, steps=4000, batch_size=32, learning_rate=1e-3)
+    flags.add_argument("--scenes", type=int, default=SCENES, help="training pictures; a multiple of 100")
+    arguments = flags.parse_args()
+    device = arguments.device
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    clips = [CLIPModel.from_pretrained(arguments.runs / f"clip_{pair}").eval().to(device) for pair in (1, 2)]
+    vae = AutoencoderKL.from_pretrained(arguments.runs / "vae").eval()
+    latents, time_ids = latents_of_scenes(vae, arguments.runs / "latents.pt", arguments.scenes)
+    # As in SDXL, the two tokenizers differ in what they pad with.
+    tokenizers = [build_tokenizer(), build_tokenizer(pad_token="!")]
+    unet = build_unet(sum(clip.config.text_config.hidden_size for clip in clips), clips[1].config.projection_dim)
+    unet.to(device)
+    average = EMAModel(unet.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
+    scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both encoders' penultimate states side by side, and the second's pooled vector."""
+        states, pooled = [], torch.empty(0)
+        for clip, tokenizer in zip(clips, tokenizers, strict=True):
+            ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+            output = clip.text_model(ids.to(device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = clip.text_projection(output.pooler_output)
+        return torch.cat(states, dim=-1).float(), pooled.float()
+
+    def step_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        size = arguments.batch_size
+        chosen = torch.randint(len(latents), (size,))
+        captions = training_captions([make_scene(f"train-{k}") for k in chosen.tolist()], step)
+        absent = torch.rand(size)
+        texts = ["" if absent[k] < 0.03 else caption.text for k, caption in enumerate(captions)]
+        zero = (absent > 0.9).to(device)
+        clean = latents[chosen].to(device)
+        noise = torch.randn_like(clean)
+        # More of the noisy steps, where the text matters.
+        time = (torch.rand(size, device=device).sqrt() * scheduler.config.num_train_timesteps).long()
+        noisy = scheduler.add_noise(clean, noise, time)
+        target = scheduler.get_velocity(clean, noise, time)
+        with torch.autocast(device, torch.bfloat16):
+            states, pooled = encode(texts)
+            states = states.masked_fill(zero[:, None, None], 0)
+            conditions = {"text_embeds": pooled.masked_fill(zero[:, None], 0), "time_ids": time_ids[chosen].to(device)}
+            predicted = unet(noisy, time, states, added_cond_kwargs=conditions).sample.float()
+        loss = F.mse_loss(predicted, target)
+        return loss, {"loss": loss.item()}
+
+    modules = nn.ModuleDict({"unet": unet})
+    train(arguments, "unet", modules, step_loss, lambda step: average.step(unet.parameters()), {"average": average})
+
+    averaged = copy.deepcopy(unet)
+    average.copy_to(averaged.parameters())
+    averaged.save_pretrained(arguments.runs / "unet")
+
+
+if __name__ == "__main__":
+    main()
