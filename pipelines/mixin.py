@@ -20,6 +20,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from diffusers.utils.torch_utils import get_module_execution_device
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from finelip_sdxl.checkpoints import load_finelip
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
     LENGTH_BUCKETS,
@@ -190,23 +191,23 @@ class LongPromptMixin(_Parent):
             for name, source in sources.items()
             if source is not None
         }
+        parts: dict[str, Any] = {}
         bare = []
         for name, tokenizer_name in _ENCODERS.items():
-            encoder = getattr(self, name)
+            encoder, tokenizer = getattr(self, name), getattr(self, tokenizer_name)
             if encoder is None:
                 continue
             if name in replacements:
                 stock = self._stock_reader(name)
                 if self.short_prompt == "stock" and stock is not None:
-                    setattr(self, f"stock_{name}", stock[0])
-                setattr(self, name, replacements[name])
+                    parts[f"stock_{name}"] = stock[0]
+                encoder = parts[name] = replacements[name]
             elif num_positions(encoder) <= STOCK_POSITIONS:
-                setattr(self, name, stretch_text_encoder(encoder))
+                encoder = parts[name] = stretch_text_encoder(encoder)
                 bare.append(name)
-            tokenizer = getattr(self, tokenizer_name)
-            positions = num_positions(getattr(self, name))
-            if tokenizer is not None and tokenizer.model_max_length != positions:
-                setattr(self, tokenizer_name, _with_max_length(tokenizer, positions))
+            if tokenizer is not None and tokenizer.model_max_length != num_positions(encoder):
+                parts[tokenizer_name] = _with_max_length(tokenizer, num_positions(encoder))
+        self.register_modules(**parts)
         if bare and not replacements:
             logger.warning(
                 "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
@@ -462,16 +463,13 @@ class LongPromptMixin(_Parent):
     def _stock_reader(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
         """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
         encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
-        if _is_stock(encoder):
-            return encoder, _stock_position_ids(encoder)
-        if held is None:
-            return None
-        if self.num_fused_loras or _was_extended(encoder, held):
+        if held is not None:
+            if not self.num_fused_loras and not _was_extended(encoder, held):
+                return held, _stock_position_ids(held)
             self._warn_once(
                 f"{name} has a LoRA or added tokens that stock_{name} lacks, so {name} reads short prompts as well."
             )
-            return None
-        return held, _stock_position_ids(held)
+        return (encoder, _stock_position_ids(encoder)) if _is_stock(encoder) else None
 
     def _warn_once(self, sentence: str) -> None:
         if sentence not in self._said:
@@ -534,28 +532,19 @@ def _sign_init(cls: type) -> None:
 
 
 def _replacement(name: str, source: Any, encoder: Any) -> Any:
-    """The text encoder of a FineLIP, in the place of `encoder`."""
-    from finelip_sdxl.checkpoints import load_finelip
-    from finelip_sdxl.model import FineLIPModel
-
+    """The text encoder of a FineLIP, to stand in the place of `encoder`."""
     if encoder is None:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
-    model = source if isinstance(source, FineLIPModel) else load_finelip(source)
-    replacement: Any = model.to_text_encoder(projection=isinstance(encoder, CLIPTextModelWithProjection))
-    for width in ("hidden_size", "projection_dim"):
-        if width == "projection_dim" and not isinstance(encoder, CLIPTextModelWithProjection):
-            continue
+    has_projection = isinstance(encoder, CLIPTextModelWithProjection)
+    replacement: Any = load_finelip(source, dtype=encoder.dtype).to_text_encoder(projection=has_projection)
+    for width in ("hidden_size", "projection_dim") if has_projection else ("hidden_size",):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
             raise ValueError(
-                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: pass one trained from"
-                f" the CLIP that `{name}` is{_other_place(name)}."
+                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: `finelip` takes one"
+                " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
             )
-    return replacement.to(device=encoder.device, dtype=encoder.dtype)
-
-
-def _other_place(name: str) -> str:
-    return " (or pass it as finelip_2?)" if name == "text_encoder" else " (or pass it as finelip?)"
+    return replacement.to(encoder.device)
 
 
 def _is_stock(encoder: Any) -> bool:
