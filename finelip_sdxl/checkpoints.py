@@ -111,7 +111,8 @@ def load_finelip(
         >>> model.config.text_config.max_position_embeddings, model.config.text_config.stretched_from
         (248, 77)
     """
-    name = f"{source}" if isinstance(source, str | Path) else f"The given {type(source).__name__}"
+    kind = "state dict" if isinstance(source, Mapping) else type(source).__name__
+    name = str(source) if isinstance(source, str | Path) else f"The given {kind}"
     tensors, config = _read(source, subfolder, variant, hub_kwargs)
     finelip_config, tensors = convert_weights(
         tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
