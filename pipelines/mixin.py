@@ -392,7 +392,7 @@ class LongPromptMixin(_Parent):
                 f"`{name_2}` holds {len(texts_2)} texts and `{name_2[:-2]}` {len(texts)}: pass as many of both."
             )
         return [
-            self.maybe_convert_prompt(batch, tokenizer)
+            self.maybe_convert_prompt(batch, tokenizer) if _has_added_tokens(tokenizer) else batch
             for batch, (_, tokenizer) in zip((texts, texts_2), self._encoders(), strict=False)
         ]
 
@@ -567,6 +567,12 @@ def _was_extended(encoder: Any, held: Any) -> bool:
     if encoder.get_input_embeddings().num_embeddings != held.get_input_embeddings().num_embeddings:
         return True
     return any(hasattr(module, "base_layer") for module in encoder.modules())
+
+
+def _has_added_tokens(tokenizer: Any) -> bool:
+    """Whether a textual inversion may be in a prompt. (To look for one, Diffusers tokenises the whole prompt, which
+    logs a warning of "indexing errors" for long ones.)"""
+    return not tokenizer.get_added_vocab().keys() <= set(tokenizer.all_special_tokens)
 
 
 def _with_max_length(tokenizer: Any, length: int) -> Any:

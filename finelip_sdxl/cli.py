@@ -1,0 +1,356 @@
+"""The command line: `finelip-sdxl generate`, `convert` and `tokens`.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from finelip_sdxl.prompts import (
+    HIDDEN_STATES,
+    LENGTH_BUCKETS,
+    LONG_PROMPT,
+    SHORT_PROMPT,
+    STOCK_POSITIONS,
+    PromptReader,
+    check_texts,
+    read_prompts,
+)
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; `arguments` are those of the shell by default.
+
+    Returns:
+        The exit code: 0, or 2 after a mistake in the input, which one line on stderr explains.
+
+    Example:
+        >>> from finelip_sdxl.cli import main
+        >>> main(["tokens", "a red square above a blue ring"])  # doctest: +SKIP
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"finelip-sdxl {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"finelip-sdxl {options.command}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+# Commands
+
+
+def generate(options: argparse.Namespace) -> None:
+    """A prompt to one or more PNG files."""
+    prompt, files = _prompt(options), _image_files(options.out, options.num_images)
+    seed = random.randrange(2**32) if options.seed is None else options.seed
+
+    import torch
+
+    from finelip_sdxl.pipelines import FineLIPSDXLPipeline
+
+    device, dtype = _device_and_dtype(options)
+    pipe = FineLIPSDXLPipeline.from_pretrained(options.base, **_loading(options), dtype=dtype)
+    print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt))
+    if options.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    images = pipe(
+        prompt,
+        negative_prompt=options.negative_prompt,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        width=options.width,
+        height=options.height,
+        num_images_per_prompt=options.num_images,
+        # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
+        generator=[torch.Generator().manual_seed(seed + number) for number in range(options.num_images)],
+    ).images
+
+    parameters = {
+        "prompt": prompt,
+        "negative_prompt": options.negative_prompt,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "base": str(options.base),
+        "finelip": options.finelip,
+        "finelip_2": options.finelip_2,
+        "dtype": str(dtype).removeprefix("torch."),
+        "short_prompt": pipe.short_prompt,
+        "long_prompt": pipe.long_prompt,
+        "hidden_states": pipe.hidden_states,
+        "finelip_sdxl": version("finelip-sdxl"),
+    }
+    for number, (image, file) in enumerate(zip(images, files, strict=True)):
+        size = {"width": image.width, "height": image.height}
+        _save_png(image, file, prompt, {**parameters, **size, "seed": seed + number})
+        print(f"{file} (seed {seed + number})")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """An SDXL, with or without a FineLIP, to a directory that this package and stock Diffusers open."""
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise ValueError(f"{out} exists: pass --overwrite to replace it, or another directory.")
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise ValueError(f"{out} is not a saved pipeline (it has no model_index.json), so it is not overwritten.")
+
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from finelip_sdxl import pipelines
+
+    base = _base(options.base)
+    stock_name = str(DiffusionPipeline.load_config(base)["_class_name"])
+    name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
+    if name not in pipelines.__all__:
+        raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted.")
+    pipe = getattr(pipelines, name).from_pretrained(base, **_loading(options), dtype=getattr(torch, options.dtype))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        pipe.save_pretrained(f"{temporary}/new")
+        if out.exists():
+            out.rename(f"{temporary}/old")  # goes with the temporary directory
+        os.rename(f"{temporary}/new", out)
+    print(out)
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
+    prompt = check_texts("prompt", _prompt(options))
+    negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
+    readers, saved = _readers(_base(options.base))
+    report = read_prompts(
+        readers,
+        [prompt] * len(readers),
+        None if negative is None else [negative] * len(readers),
+        short_prompt=options.short_prompt or saved.get("short_prompt", SHORT_PROMPT[0]),
+        long_prompt=options.long_prompt or saved.get("long_prompt", LONG_PROMPT[0]),
+        length_buckets=saved.get("length_buckets", LENGTH_BUCKETS) or (),
+    )
+    print(report)
+
+
+# Parts of commands
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    given = [text for text in (options.text, options.prompt) if text is not None]
+    if options.prompt_file is not None:
+        try:
+            given.append(Path(options.prompt_file).read_text(encoding="utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{options.prompt_file} is not text in UTF-8: {error}.") from error
+    if len(given) != 1:
+        raise ValueError(
+            f"Pass one prompt, as an argument, with --prompt or with --prompt-file, instead of {len(given) or 'none'}."
+        )
+    return given[0]
+
+
+def _base(base: str) -> str | Path:
+    if base == "miniature":
+        from finelip_sdxl.miniature import miniature_path
+
+        return miniature_path()
+    return base
+
+
+def _loading(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that were given; what was not is up to a saved folder, or the default."""
+    names = ("finelip", "finelip_2", "variant", "short_prompt", "long_prompt", "hidden_states")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    device = options.device
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {options.device} is no device: use one such as cpu, cuda, cuda:1 or mps."
+        ) from error
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise ValueError(f"--device {device} is not available on this machine: use --device cpu.")
+    if options.offload and device.type == "cpu":
+        raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
+    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+
+
+def _image_files(out: str, count: int) -> list[Path]:
+    file = Path(out)
+    if file.suffix.lower() != ".png" or file.is_dir():
+        raise ValueError(f"--out {out} must be the name of a PNG file, such as picture.png.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
+
+
+def _save_png(image: Any, file: Path, prompt: str, parameters: dict[str, Any]) -> None:
+    """Write under another name first: a file that is there is whole."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("prompt", prompt.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # ends a text in a PNG
+    info.add_itxt("parameters", json.dumps(parameters))
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _readers(base: str | Path) -> tuple[list[PromptReader], dict[str, Any]]:
+    """The encoders of a base as `from_pretrained` makes them, and the options that are saved with it."""
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    from finelip_sdxl.stretch import FACTOR, KEEP
+
+    index = DiffusionPipeline.load_config(base)
+    readers = []
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if not (index.get(encoder) or [None])[0]:
+            continue
+        config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
+        positions = config.max_position_embeddings
+        is_stock = positions <= STOCK_POSITIONS or getattr(config, "stretched_from", None) == STOCK_POSITIONS
+        readers.append(
+            PromptReader(
+                encoder,
+                CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
+                positions=KEEP + FACTOR * (positions - KEEP) if positions <= STOCK_POSITIONS else positions,
+                has_stock=is_stock or f"stock_{encoder}" in index,
+            )
+        )
+    if not readers:
+        raise ValueError(f"{base} has no CLIP text encoders: pass an SDXL.")
+    return readers, index
+
+
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="finelip-sdxl", description="SDXL that reads prompts of any length.")
+    parser.add_argument("--version", action="version", version=version("finelip-sdxl"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | convert | tokens")
+
+    command = _command(commands, "generate", generate, "draw a prompt")
+    _add_prompt(command)
+    command.add_argument(
+        "--out", default="finelip-sdxl.png", metavar="PNG", help="file to write (default: %(default)s)"
+    )
+    command.add_argument("--steps", type=_count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
+    command.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=5.0,
+        metavar="X",
+        help="classifier-free guidance, off up to 1 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="of the noise, plus one for each further image (default: random)"
+    )
+    command.add_argument("--width", type=_count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    command.add_argument("--height", type=_count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    command.add_argument(
+        "--num-images", type=_count, default=1, metavar="N", help="images to draw (default: %(default)s)"
+    )
+    command.add_argument(
+        "--device", metavar="NAME", help="such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
+    )
+    command.add_argument("--offload", action="store_true", help="keep on the device only the model that is running")
+    _add_base(command)
+    _add_loading(command, dtype=None, dtype_help="float16, or float32 on the CPU")
+    _add_reading(command)
+
+    command = _command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
+    command.add_argument("base", help="hub id or directory of an SDXL, or miniature")
+    command.add_argument("out", help="directory to write")
+    command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
+    _add_loading(command, dtype="float32", dtype_help="%(default)s")
+    _add_reading(command)
+
+    command = _command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
+    _add_prompt(command)
+    _add_base(command)
+    _add_reading(command, hidden_states=False)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_prompt(command: argparse.ArgumentParser) -> None:
+    command.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt, of any length")
+    command.add_argument("--prompt", metavar="TEXT", help="the prompt, in place of the argument")
+    command.add_argument("--prompt-file", metavar="FILE", help="a text file that holds the prompt")
+    command.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what the picture should not show (default: nothing)"
+    )
+
+
+def _add_base(command: argparse.ArgumentParser) -> None:
+    text = "hub id or directory of an SDXL (default: %(default)s, the small one that comes with the package)"
+    command.add_argument("--base", default="miniature", metavar="SDXL", help=text)
+
+
+def _add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help: str) -> None:
+    text = "checkpoint, directory or hub id of a FineLIP or Long-CLIP for the %s encoder (default: stock, stretched)"
+    command.add_argument("--finelip", metavar="CLIP", help=text % "first")
+    command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
+    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")
+    command.add_argument(
+        "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
+    )
+
+
+def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
+    command.add_argument(
+        "--short-prompt",
+        choices=SHORT_PROMPT,
+        help="up to 77 tokens are read as stock SDXL does, or stretched (default: as saved, or stock)",
+    )
+    command.add_argument("--long-prompt", choices=LONG_PROMPT, help="past 248 tokens (default: as saved, or window)")
+    if hidden_states:
+        text = "of the text encoders for the UNet (default: as saved, or penultimate)"
+        command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

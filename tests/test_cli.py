@@ -1,0 +1,192 @@
+"""The command line, run in this process on the tiny SDXL."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_text_encoder
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
+
+from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.cli import main
+
+LONG = "The red fox is above the small blue square, 狐. " * 14
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    return str(tmp_path / "new" / "picture.png")
+
+
+def parameters(file: str) -> dict:
+    return json.loads(Image.open(file).text["parameters"])
+
+
+def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, picture, capsys) -> None:
+    arguments = ["--base", stock_folder, "--steps", "2", "--seed", "3", "--device", "cpu", "--out", picture]
+    assert main(["generate", LONG, "--negative-prompt", "large", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "text_encoder and text_encoder_2 reads prompt" in printed
+    assert LONG in printed
+    assert f"{picture} (seed 3)" in printed
+
+    image = Image.open(picture)
+    assert image.size == (16, 16)
+    assert image.text["prompt"] == LONG
+    found = parameters(picture)
+    assert (found["prompt"], found["seed"], found["steps"], found["dtype"]) == (LONG, 3, 2, "float32")
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe(LONG, negative_prompt="large", num_inference_steps=2, generator=generator).images[0]
+    assert image.tobytes() == expected.tobytes()
+
+
+def test_generate_takes_options_and_a_prompt_from_a_file(stock_folder, picture, tmp_path, capsys) -> None:
+    (tmp_path / "prompt.txt").write_text(LONG * 3, encoding="utf-8")
+    arguments = ["--base", stock_folder, "--steps", "1", "--out", picture, "--num-images", "2", "--device", "cpu"]
+    more = ["--dtype", "bfloat16", "--long-prompt", "truncate", "--width", "24", "--hidden-states", "published"]
+    assert main(["generate", "--prompt-file", str(tmp_path / "prompt.txt"), *arguments, *more]) == 0
+    assert "are CUT" in capsys.readouterr().out
+    first, second = (parameters(picture.replace(".png", f"-{number}.png")) for number in (1, 2))
+    assert second["seed"] == first["seed"] + 1
+    assert (first["width"], first["height"], first["dtype"]) == (24, 16, "bfloat16")
+    assert (first["long_prompt"], first["hidden_states"]) == ("truncate", "published")
+
+
+def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, picture) -> None:
+    arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", picture]
+    assert main(["generate", "a\0fox", *arguments]) == 0
+    assert Image.open(picture).text["prompt"] == "a\N{REPLACEMENT CHARACTER}fox"
+    assert parameters(picture)["prompt"] == "a\0fox"
+
+
+def test_convert_writes_what_stock_and_ours_open(stock_folder, tmp_path, capsys) -> None:
+    finelip, out = tmp_path / "finelip", tmp_path / "deep" / "converted"
+    make_text_encoder(32, positions=248, seed=7).save_pretrained(finelip)
+    options = ["--finelip", str(finelip), "--long-prompt", "error", "--dtype", "float16"]
+    assert main(["convert", stock_folder, str(out), *options]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert [path.name for path in out.parent.iterdir()] == ["converted"], "no temporary directory is left"
+    pipe = FineLIPSDXLPipeline.from_pretrained(out, dtype=torch.float16)
+    assert pipe.long_prompt == "error"
+    assert StableDiffusionXLPipeline.from_pretrained(out).tokenizer.model_max_length == 248
+
+    before = (out / "model_index.json").read_text()
+    assert main(["convert", stock_folder, str(out)]) == 2
+    assert "exists: pass --overwrite" in capsys.readouterr().err
+    assert (out / "model_index.json").read_text() == before
+    assert main(["convert", stock_folder, str(out), "--overwrite"]) == 0
+    assert "long_prompt" not in (out / "model_index.json").read_text()
+    assert [path.name for path in out.parent.iterdir()] == ["converted"]
+
+
+def test_convert_keeps_the_kind_of_pipeline(components, tmp_path) -> None:
+    components |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
+    StableDiffusionXLImg2ImgPipeline(**components).save_pretrained(tmp_path / "refiner")
+    assert main(["convert", str(tmp_path / "refiner"), str(tmp_path / "out")]) == 0
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"
+    assert index["requires_aesthetics_score"] is True
+
+
+def test_convert_overwrites_nothing_but_pipelines(stock_folder, tmp_path, capsys) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "letter.txt").write_text("dear")
+    assert main(["convert", stock_folder, str(tmp_path / "letters"), "--overwrite"]) == 2
+    assert "not a saved pipeline" in capsys.readouterr().err
+    assert (tmp_path / "letters" / "letter.txt").read_text() == "dear"
+
+
+def test_a_failed_convert_leaves_nothing(stock_folder, tmp_path, capsys) -> None:
+    torch.save({"unet.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    assert main(["convert", stock_folder, str(tmp_path / "out"), "--finelip", str(tmp_path / "other.pt")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prompt", [LONG, LONG * 4, "a fox", ""])
+@pytest.mark.parametrize("saved", [False, True])
+def test_tokens_prints_what_the_pipeline_reports(stock_folder, tmp_path, capsys, prompt, saved) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, short_prompt="stretched", length_buckets=())
+    if saved:
+        pipe.save_pretrained(tmp_path)
+    else:
+        pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    base = str(tmp_path) if saved else stock_folder
+    assert main(["tokens", prompt, "--base", base, "--negative-prompt", "large"]) == 0
+    assert capsys.readouterr().out.strip() == str(pipe.describe_prompt(prompt, negative_prompt="large"))
+
+
+def test_tokens_needs_no_weights(stock_folder, tmp_path, capsys) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    pipe.save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    assert main(["tokens", "a fox", "--base", str(tmp_path), "--long-prompt", "error"]) == 0
+    assert "as stock SDXL reads it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "Pass one prompt"),
+        (["generate", "a", "--prompt", "b"], "Pass one prompt"),
+        (["tokens", "a", "--base", "no/such/folder"], "no/such/folder"),
+        (["tokens", "--prompt-file", "missing.txt"], "missing.txt"),
+        (["tokens", "--prompt-file", "{binary}"], "is not text in UTF-8"),
+        (["tokens", "{endless}", "--base", "{stock}"], "at most 20,000"),
+        (["tokens", "{long}", "--base", "{stock}", "--long-prompt", "error"], "which reads 248"),
+        (["generate", "a", "--out", "picture.jpg"], "must be the name of a PNG file"),
+        (["generate", "a", "--base", "{stock}", "--device", "nowhere"], "is no device"),
+        (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),
+        (
+            ["generate", "a", "--base", "{stock}", "--device", "cpu", "--width", "12", "--out", "{png}"],
+            "divisible by 8",
+        ),
+        (["generate", "a", "--base", "{stock}", "--device", "cpu", "--finelip", "x.pt", "--out", "{png}"], "x.pt"),
+        (["generate", "a", "--base", "{empty}", "--device", "cpu", "--out", "{png}"], "model_index.json"),
+        (["convert", "{empty}", "{empty}/out"], "model_index.json"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, arguments, message) -> None:
+    binary, empty = tmp_path / "binary.txt", tmp_path / "empty"
+    binary.write_bytes(b"\xff\xfe\x00")
+    empty.mkdir()
+    names = {"stock": stock_folder, "binary": binary, "empty": empty, "png": tmp_path / "a.png"}
+    names |= {"endless": "a" * 100_000, "long": LONG * 4}
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    line = captured.err.strip().splitlines()[-1]
+    assert line.startswith(f"finelip-sdxl {arguments[0]}: error: ")
+    assert message in line
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["paint"], "invalid choice"),
+        (["generate", "a", "--steps", "0"], "whole number of at least 1"),
+        (["generate", "a", "--short-prompt", "long"], "invalid choice"),
+    ],
+)
+def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from finelip_sdxl.cli import main\n"
+        "try: main(['generate', '--help'])\n"
+        "finally: assert not {'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for option in ("--negative-prompt", "--guidance-scale", "--finelip-2", "--long-prompt", "PIXELS", "default: 30"):
+        assert option in done.stdout
