@@ -22,9 +22,9 @@ HIDDEN_STATES = ("penultimate", "published")
 LENGTH_BUCKETS = (77, 154)
 
 # Scripts that write no spaces: their marks end a sentence or a clause by themselves, Latin ones only before a space.
-_WIDE_SENTENCE_ENDS = ("。", "！", "？", "｡")  # noqa: RUF001
-_WIDE_CLAUSE_ENDS = ("，", "、", "；", "：")  # noqa: RUF001
-_CLOSING = "\"'”’»)]」』）"  # noqa: RUF001
+_WIDE_SENTENCE_ENDS = ("。", "！", "？", "｡")
+_WIDE_CLAUSE_ENDS = ("，", "、", "；", "：")
+_CLOSING = "\"'”’»)]」』）"
 
 PROMPT = "prompt"
 NEGATIVE_PROMPT = "negative prompt"
@@ -135,8 +135,10 @@ class PromptReport:
         encoders: dict[str, list[str]] = {}
         for reading in self.readings:
             role = f"{reading.role} {reading.index + 1}" if batched else reading.role
-            encoders.setdefault(f"reads {role}: {reading._body()}", []).append(reading.encoder)
-        return "\n".join(f"{' and '.join(names)} {text}" for text, names in encoders.items())
+            encoders.setdefault(f"{role}: {reading._body()}", []).append(reading.encoder)
+        return "\n".join(
+            f"{' and '.join(names)} {'reads' if len(names) == 1 else 'read'} {text}" for text, names in encoders.items()
+        )
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,11 @@ class LongPromptMixin(_Parent):
 
     # Loading and saving
 
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parent's components, and the held originals that there are."""
+        return {name: part for name, part in super().components.items() if name not in _HELD or part is not None}
+
     @classmethod
     def from_pretrained(cls, base: str | os.PathLike, finelip: Any = None, finelip_2: Any = None, **kwargs: Any) -> Any:
         """Load an SDXL pipeline and give its text encoders 248 positions.
@@ -263,6 +268,8 @@ class LongPromptMixin(_Parent):
         Example:
             >>> print(pipe.describe_prompt("a red square above a blue ring"))  # doctest: +SKIP
         """
+        if not self._encoders():
+            raise ValueError("This pipeline has no text encoders, so there is nothing that reads a prompt.")
         prompts = self._prompt_batches(prompt, prompt_2)
         negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
         return self._read(prompts, negatives)
@@ -309,10 +316,9 @@ class LongPromptMixin(_Parent):
 
             if prompts or negatives:
                 report = self._read(prompts, negatives, shape)
-                for reading in report.cut:
-                    logger.warning(
-                        "%s does not read this part of the %s: %s", reading.encoder, reading.role, reading.cut_text
-                    )
+                if report.cut:
+                    lost = dict.fromkeys(f"{reading.role}: {reading.cut_text}" for reading in report.cut)
+                    logger.warning("Cut and not read, %s", "; ".join(lost))
                 with self._scaled_lora(lora_scale):
                     if prompts:
                         prompt_embeds, pooled = self._encode(report, PROMPT, clip_skip)
@@ -324,21 +330,24 @@ class LongPromptMixin(_Parent):
                 prompt = prompt_2 = lora_scale = None
 
         # All that is left, or everything for encoders of 77 positions: zeros for an absent negative, dtype, copies.
-        return super().encode_prompt(
-            prompt,
-            prompt_2,
-            device,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=clip_skip,
+        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
+            super().encode_prompt(
+                prompt,
+                prompt_2,
+                device,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                negative_prompt,
+                negative_prompt_2,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                lora_scale=lora_scale,
+                clip_skip=clip_skip,
+            )
         )
+        return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def _encoders(self) -> list[tuple[str, Any]]:
         """Name and tokenizer of each text encoder, paired as stock pairs them: without a first tokenizer or encoder

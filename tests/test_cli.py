@@ -29,7 +29,7 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, pictu
     arguments = ["--base", stock_folder, "--steps", "2", "--seed", "3", "--device", "cpu", "--out", picture]
     assert main(["generate", LONG, "--negative-prompt", "large", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "text_encoder and text_encoder_2 reads prompt" in printed
+    assert "text_encoder and text_encoder_2 read prompt" in printed
     assert LONG in printed
     assert f"{picture} (seed 3)" in printed
 

@@ -1,0 +1,170 @@
+"""How texts are split, padded and reported, without any model."""
+
+import pytest
+from conftest import make_tokenizer
+
+from finelip_sdxl.prompts import (
+    MAX_CHARACTERS,
+    PromptReader,
+    check_length_buckets,
+    check_texts,
+    read_prompts,
+    split_windows,
+    token_rows,
+)
+
+TOKENIZER = make_tokenizer(248)
+
+
+def windows(text: str, size: int) -> list[str]:
+    """The texts of the windows that hold `size` tokens without start and end token."""
+    reader = PromptReader("text_encoder", TOKENIZER, positions=size + 2)
+    report = read_prompts([reader], [[text]], length_buckets=())
+    return [window.text for window in report.readings[0].windows]
+
+
+def reader(positions: int = 248, has_stock: bool = False, encoder: str = "text_encoder") -> PromptReader:
+    return PromptReader(encoder, TOKENIZER, positions, has_stock)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "expected"),
+    [
+        # sentence ends before commas before words; the last one that fits
+        ("a fox. a hare, a fox of the", 8, ["a fox. a hare, ", "a fox of the"]),
+        ("a fox a hare. the fox, a hare", 8, ["a fox a hare. ", "the fox, a hare"]),
+        ("a fox a hare! a fox. the hare a fox", 8, ["a fox a hare! a fox. ", "the hare a fox"]),
+        ("a fox, a hare, the fox of a hare", 8, ["a fox, a hare, ", "the fox of a hare"]),
+        ("a fox a hare a fox a hare a fox", 8, ["a fox a hare a fox a hare ", "a fox"]),
+        # marks inside words and numbers are no boundaries
+        ("a fox a 3.5 a hare a fox", 6, ["a fox a 3.5 ", "a hare a fox"]),
+        # closing quotes and brackets belong to their sentence, a line break ends one
+        ('a fox "a hare." the fox of a', 7, ['a fox "a hare." ', "the fox of a"]),
+        ("a fox a hare\na fox of the hare", 6, ["a fox a hare\n", "a fox of the hare"]),
+        # a boundary in the first half would make windows degenerate
+        ("a. fox hare fox hare fox hare fox hare fox", 8, ["a. fox hare fox hare fox hare ", "fox hare fox"]),
+    ],
+)
+def test_windows_end_where_the_text_does(text, size, expected) -> None:
+    assert windows(text, size) == expected
+
+
+def test_scripts_without_spaces_are_cut_at_their_own_marks() -> None:
+    text = "赤い狐。青い鳥。" * 3  # three tokens a character in this vocabulary
+    assert windows(text, 40) == ["赤い狐。青い鳥。赤い狐。", "青い鳥。赤い狐。青い鳥。"]
+    assert windows("赤い狐、青い鳥、赤い狐と", 30) == ["赤い狐、青い鳥、", "赤い狐と"]
+
+
+def test_characters_are_not_torn() -> None:
+    text = "🦊" * 30  # four tokens each, and no boundary at all
+    parts = windows(text, 10)
+    assert "".join(parts) == text
+    assert all(len(part) in (1, 2) for part in parts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 246])
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "fox", "a fox. " * 40, "fox" * 200, "  a\n\n fox\t, " * 30, "a\x00🦊 ﬁ狐。İ " * 20, "!!!???,,," * 30],
+)
+def test_windows_hold_every_token_once_and_every_character_in_order(text, size) -> None:
+    report = read_prompts([reader(size + 2)], [[text]], length_buckets=())
+    (reading,) = report.readings
+    expected = TOKENIZER(text, add_special_tokens=False, verbose=False).input_ids
+    assert [token for window in reading.windows for token in window.token_ids] == expected
+    assert "".join(window.text for window in reading.windows) == text
+    assert all(window.tokens <= size + 2 for window in reading.windows)
+    assert all(2 * len(window.token_ids) >= size for window in reading.windows[:-1]), "no window is less than half full"
+    assert not reading.cut_tokens
+
+
+def test_windows_need_room() -> None:
+    assert split_windows("", [], 1) == [(0, 0)]
+    with pytest.raises(ValueError, match="at least 1 token"):
+        split_windows("a", [(0, 1)], 0)
+
+
+def test_truncation_keeps_the_first_tokens_and_reports_the_rest() -> None:
+    text = "a red fox and the hare. " * 20
+    report = read_prompts([reader(77)], [[text]], long_prompt="truncate")
+    (reading,) = report.cut
+    assert reading.tokens == report.positions == 77
+    assert reading.cut_tokens == 7 * 20 - 75
+    assert reading.windows[0].text + reading.cut_text == text
+    assert f"{reading.cut_tokens} tokens are CUT" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "buckets", "short_prompt", "has_stock", "positions"),
+    [
+        (10, (77, 154), "stretched", False, 77),
+        (77, (77, 154), "stretched", False, 77),
+        (78, (77, 154), "stretched", False, 154),
+        (200, (77, 154), "stretched", False, 248),
+        (10, (), "stretched", False, 248),
+        (10, (20, 300), "stretched", False, 20),
+        (30, (20, 300), "stretched", False, 248),
+        (10, (20,), "stock", True, 77),
+        (77, (), "stock", True, 77),
+        (78, (), "stock", True, 248),
+        (10, (20,), "stock", False, 20),
+    ],
+)
+def test_padded_length(tokens, buckets, short_prompt, has_stock, positions) -> None:
+    text = " ".join(["fox"] * (tokens - 2))
+    report = read_prompts([reader(has_stock=has_stock)], [[text]], length_buckets=buckets, short_prompt=short_prompt)
+    assert (report.positions, report.windows) == (positions, 1)
+    assert report.readings[0].as_stock == (short_prompt == "stock" and has_stock and positions == 77)
+
+
+def test_two_encoders_share_the_length_of_the_smaller() -> None:
+    readers = [reader(248), reader(100, encoder="text_encoder_2")]
+    text = " ".join(["fox"] * 150)
+    report = read_prompts(readers, [["fox"], [text]])
+    assert (report.positions, report.windows) == (100, 2)
+
+
+def test_rows_are_what_the_tokenizer_itself_makes() -> None:
+    for tokenizer in (TOKENIZER, make_tokenizer(248, pad_token="!")):
+        report = read_prompts([PromptReader("text_encoder", tokenizer, 248)], [["a red fox", "a"]])
+        (first,), (second,) = token_rows(report.readings, tokenizer, windows=1)
+        expected = tokenizer(["a red fox", "a"], padding="max_length", max_length=77).input_ids
+        assert [first, second] == expected
+        rows = token_rows(report.readings, tokenizer, windows=3)
+        empty = tokenizer("", padding="max_length", max_length=77).input_ids
+        assert rows == [[first, empty, empty], [second, empty, empty]]
+
+
+def test_report_reads_well() -> None:
+    readers = [reader(has_stock=True), reader(has_stock=True, encoder="text_encoder_2")]
+    report = read_prompts(readers, [["a fox", "the hare"], ["a fox", "a hare"]], [["red", "red"], ["red", "red"]])
+    assert str(report) == (
+        "text_encoder and text_encoder_2 read prompt 1:"
+        " 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        '  window 1, 4 tokens: "a fox"\n'
+        "text_encoder reads prompt 2: 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        '  window 1, 4 tokens: "the hare"\n'
+        "text_encoder_2 reads prompt 2: 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        '  window 1, 4 tokens: "a hare"\n'
+        "text_encoder and text_encoder_2 read negative prompt 1:"
+        " 3 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        '  window 1, 3 tokens: "red"\n'
+        "text_encoder and text_encoder_2 read negative prompt 2:"
+        " 3 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        '  window 1, 3 tokens: "red"'
+    )
+    single = str(report.readings[0])
+    assert single.startswith("text_encoder reads prompt: 4 tokens")
+
+
+def test_texts_of_every_kind_are_checked() -> None:
+    assert check_texts("prompt", "a" * MAX_CHARACTERS) == ["a" * MAX_CHARACTERS]
+    assert check_texts("prompt", ("a", "")) == ["a", ""]
+    for value in (b"fox", {"a": 1}, 1.5, ["a", None]):
+        with pytest.raises(TypeError, match="must be a string"):
+            check_texts("prompt", value)
+
+
+def test_length_buckets_are_sorted_and_unique() -> None:
+    assert check_length_buckets([154, 77, 77]) == (77, 154)
+    assert check_length_buckets(None) == check_length_buckets([]) == ()
