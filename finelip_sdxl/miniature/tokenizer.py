@@ -20,7 +20,8 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 def build_tokenizer(pad_token: str = _END, max_length: int = 77) -> CLIPTokenizer:
     """A ``CLIPTokenizer`` for the miniature; SDXL's second one pads with ``"!"``, its first with the end token."""
     vocab, merges = _train()
-    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=max_length)
+    # Pairs are what `merges` takes, whatever its annotation says.
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=max_length)  # type: ignore[arg-type]
 
 
 def _train() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -1,0 +1,137 @@
+"""Scenes, captions, tokenizer and scorer of the miniature world; no weights are needed here."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from transformers import CLIPTokenizer
+
+from finelip_sdxl.miniature.captions import count_words, long_caption, short_caption
+from finelip_sdxl.miniature.drawing import draw_scene
+from finelip_sdxl.miniature.scoring import read_picture, score_picture
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.miniature.world import COLORS, PLACES, make_scene
+
+SCENES = [make_scene(f"test-{k}") for k in range(200)]
+WRITERS = {"short": short_caption, "long": long_caption}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return build_tokenizer()
+
+
+def test_a_name_gives_the_same_scene_and_captions_in_another_process() -> None:
+    program = (
+        "from finelip_sdxl.miniature.world import make_scene\n"
+        "from finelip_sdxl.miniature.captions import long_caption\n"
+        "scene = make_scene('test-0'); print(scene); print(long_caption(scene, 'test-0').text)"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == [str(SCENES[0]), long_caption(SCENES[0], "test-0").text]
+
+
+def test_a_scene_fills_every_place_and_repeats_no_shape() -> None:
+    for scene in SCENES:
+        assert tuple(thing.place for thing in scene.objects) == PLACES
+        assert len({thing.shape for thing in scene.objects}) == len(PLACES)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_mentions_say_what_is_true(kind) -> None:
+    for k, scene in enumerate(SCENES):
+        caption = WRITERS[kind](scene, f"test-{k}")
+        for mention in caption.mentions:
+            thing = scene.objects[mention.index]
+            words = caption.text[mention.start : mention.end]
+            assert thing.shape in words
+            if mention.kind == "reference":
+                continue
+            assert words.endswith(".")
+            assert (thing.size in words) == mention.size_named
+            if mention.kind == "plain":
+                assert thing.color in words
+            else:  # its color is only in the sentence about the object that it names, earlier in the caption
+                assert not any(color in count_words(words) for color in COLORS)
+                reference = caption.mentions[caption.mentions.index(mention) - 1]
+                assert scene.objects[reference.index].color == thing.color
+                named = [m for m in caption.mentions if m.index == reference.index and m.kind == "plain"]
+                assert named
+                assert named[0].end <= mention.start
+
+
+@pytest.mark.parametrize(("kind", "fewest", "most"), [("short", 2, 77), ("long", 202, 248)])
+def test_captions_have_the_promised_length_in_tokens(tokenizer, kind, fewest, most) -> None:
+    lengths = [len(tokenizer(WRITERS[kind](scene, f"test-{k}").text).input_ids) for k, scene in enumerate(SCENES)]
+    assert min(lengths) >= fewest
+    assert max(lengths) <= most
+
+
+def test_long_captions_describe_eight_or_nine_objects_and_link_about_a_third() -> None:
+    captions = [long_caption(scene, f"test-{k}") for k, scene in enumerate(SCENES)]
+    counts = [len(caption.described) for caption in captions]
+    assert set(counts) == {8, 9}
+    linked = sum(mention.kind == "linked" for caption in captions for mention in caption.described)
+    assert 0.28 < linked / sum(counts) < 0.40
+
+
+def test_tokenizer_has_clips_rules(tokenizer) -> None:
+    assert tokenizer("!").input_ids == [
+        tokenizer.bos_token_id,
+        tokenizer.convert_tokens_to_ids("!</w>"),
+        len(tokenizer) - 1,
+    ]
+    assert tokenizer.convert_tokens_to_ids("!") == 0
+    assert tokenizer.eos_token_id == len(tokenizer) - 1 == tokenizer.pad_token_id
+    assert build_tokenizer(pad_token="!").pad_token_id == 0
+    assert tokenizer("A  RED star").input_ids == tokenizer("a red star").input_ids
+
+
+@pytest.mark.parametrize("text", ["xylophones, 3.5 of them", "猫は赤い", "😀", "Zürich", "\x00\x07"])
+def test_tokenizer_encodes_what_it_never_saw(tokenizer, text) -> None:
+    ids = tokenizer(text).input_ids
+    assert len(ids) > 2
+    assert tokenizer.unk_token_id not in ids[1:-1]
+
+
+def test_scorer_reads_clean_renderings() -> None:
+    right = [
+        thing == seen for scene in SCENES for thing, seen in zip(scene.objects, _read(draw_scene(scene)), strict=True)
+    ]
+    assert np.mean(right) >= 0.995
+    assert all(read_picture(draw_scene(scene)).background == scene.background for scene in SCENES)
+
+
+def test_scorer_reads_blurred_and_noisy_renderings() -> None:
+    random = np.random.default_rng(0)
+    for scene in SCENES[:20]:
+        blurred = np.asarray(draw_scene(scene).filter(ImageFilter.GaussianBlur(0.8)), dtype=float)
+        noisy = Image.fromarray((blurred + random.normal(0, 12, blurred.shape)).clip(0, 255).astype(np.uint8))
+        assert all(score.right for score in score_picture(noisy, scene))
+
+
+def test_scorer_sees_what_is_wrong_and_where() -> None:
+    scene = SCENES[0]
+    picture = draw_scene(scene)
+    corner = picture.crop((0, 0, 32, 32))
+    swapped = picture.copy()
+    swapped.paste(picture.crop((64, 64, 96, 96)), (0, 0))
+    swapped.paste(corner, (64, 64))
+    scores = score_picture(swapped, scene)
+    assert [score.right for score in scores] == [False, *[True] * 7, False]
+    assert not scores[0].place
+    assert not scores[8].place
+
+
+def test_scorer_sees_an_empty_cell() -> None:
+    scene = SCENES[1]
+    picture = draw_scene(scene)
+    picture.paste(picture.getpixel((0, 0)), (32, 32, 64, 64))
+    assert read_picture(picture).objects[4] is None
+    assert not score_picture(picture, scene)[4].right
+
+
+def _read(picture: Image.Image) -> tuple:
+    return read_picture(picture).objects
