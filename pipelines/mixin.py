@@ -47,14 +47,19 @@ _Parent: Any = object
 
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _HELD = ("stock_text_encoder", "stock_text_encoder_2")
-_OPTIONS = ("short_prompt", "hidden_states", "long_prompt", "length_buckets")
+_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "short_prompt": partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
+    "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
+    "long_prompt": partial(check_choice, "long_prompt", choices=LONG_PROMPT),
+    "length_buckets": check_length_buckets,
+}
 
 
-def _option(name: str, check: Callable[[Any], Any], doc: str) -> property:
+def _option(name: str, doc: str) -> property:
     """An option that lives in the pipeline's config, so that Diffusers saves it and hands it on."""
     return property(
         lambda self: self.config[name],
-        lambda self, value: self.register_to_config(**{name: check(value)}),
+        lambda self, value: self.register_to_config(**{name: _OPTIONS[name](value)}),
         doc=doc,
     )
 
@@ -107,24 +112,10 @@ class LongPromptMixin(_Parent):
             cls.model_cpu_offload_seq = "->".join([*_HELD, stock.model_cpu_offload_seq])
         _sign_init(cls)
 
-    short_prompt = _option(
-        "short_prompt",
-        partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
-        "How prompts of up to 77 tokens are read: 'stock' or 'stretched'.",
-    )
-    hidden_states = _option(
-        "hidden_states",
-        partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
-        "Which states the UNet gets: 'penultimate' or 'published'.",
-    )
-    long_prompt = _option(
-        "long_prompt",
-        partial(check_choice, "long_prompt", choices=LONG_PROMPT),
-        "What happens past 248 tokens: 'window', 'truncate' or 'error'.",
-    )
-    length_buckets = _option(
-        "length_buckets", check_length_buckets, "Lengths in tokens that prompts are padded to, ascending."
-    )
+    short_prompt = _option("short_prompt", "How prompts of up to 77 tokens are read: 'stock' or 'stretched'.")
+    hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'published'.")
+    long_prompt = _option("long_prompt", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
+    length_buckets = _option("length_buckets", "Lengths in tokens that prompts are padded to, ascending.")
 
     # Loading and saving
 
@@ -170,6 +161,10 @@ class LongPromptMixin(_Parent):
                 raise ValueError(
                     f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them."
                 )
+        # What is wrong in the arguments should be known before gigabytes are loaded.
+        for name in _OPTIONS.keys() & kwargs:
+            _OPTIONS[name](kwargs[name])
+        finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(_HELD), **kwargs}
 
@@ -216,7 +211,7 @@ class LongPromptMixin(_Parent):
         if bare and not replacements:
             logger.warning(
                 "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
-                " worse than trained ones; pass finelip=<a FineLIP or Long-CLIP checkpoint> to use trained weights.",
+                " worse than trained ones: pass a FineLIP or Long-CLIP as finelip= (or finelip_2= for the second encoder).",
                 " and ".join(bare),
             )
 
@@ -306,9 +301,10 @@ class LongPromptMixin(_Parent):
             prompts, negatives, shape = None, None, None
             if prompt_embeds is None:
                 prompts = self._prompt_batches(prompt, prompt_2)
-                shape = self._shape_of("negative_prompt_embeds", negative_prompt_embeds)
+                if do_classifier_free_guidance:
+                    shape = self._shape_of("negative_prompt_embeds", negative_prompt_embeds)
                 if any(not "".join(texts).strip() for texts in zip(*prompts, strict=True)):
-                    logger.warning("`prompt` is empty, so nothing but chance guides the picture.")
+                    logger.warning("`prompt` is empty, so no text guides the picture.")
             if do_classifier_free_guidance and negative_prompt_embeds is None:
                 shape = self._shape_of("prompt_embeds", prompt_embeds)
                 batch_size = len(prompts[0] if prompts else prompt_embeds)  # type: ignore[arg-type]

@@ -268,6 +268,7 @@ def test_text_that_does_not_fit_beside_embeddings_is_refused(components) -> None
         ValueError, match="needs 2 windows of 154 positions, but the embeddings passed beside it have 1"
     ):
         embeddings(pipe, prompt=LONG, **beside)
+    embeddings(pipe, prompt=LONG, do_classifier_free_guidance=False, **beside)  # they play no part, as in stock
     with pytest.raises(ValueError, match="300 positions long"):
         embeddings(pipe, **{**beside, "negative_prompt_embeds": torch.randn(1, 300, 80)})
 

@@ -59,6 +59,7 @@ def test_both_encoders_are_stretched_and_one_line_says_what_that_means(stock_fol
     assert len(messages) == 1
     assert "not trained" in messages[0]
     assert "finelip=" in messages[0]
+    assert "text_encoder and text_encoder_2" in messages[0]
 
 
 def test_the_stretch_copies_no_weights(components) -> None:
@@ -156,19 +157,22 @@ def test_a_finelip_of_the_wrong_width_is_refused(stock_folder, argument, encoder
         FineLIPSDXLPipeline.from_pretrained(stock_folder, **{argument: finelip})
 
 
+def test_wrong_arguments_are_refused_before_anything_is_loaded(tmp_path) -> None:
+    with pytest.raises(ValueError, match="`short_prompt` must be"):
+        FineLIPSDXLPipeline.from_pretrained(tmp_path, short_prompt="shorter")
+    with pytest.raises(OSError, match=r"missing\.pt"):
+        FineLIPSDXLPipeline.from_pretrained(tmp_path, finelip=tmp_path / "missing.pt")
+    encoder = make_text_encoder(32)
+    with pytest.raises(ValueError, match="Both a FineLIP and `text_encoder`"):
+        FineLIPSDXLPipeline.from_pretrained(tmp_path, finelip=encoder, text_encoder=encoder)
+
+
 def test_missing_files_and_other_checkpoints_are_refused(stock_folder, tmp_path) -> None:
     with pytest.raises(OSError, match=r"no file named model_index\.json"):
         FineLIPSDXLPipeline.from_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"missing\.pt"):
-        FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=tmp_path / "missing.pt")
     torch.save({"unet.weight": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt"):
         FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="`short_prompt` must be"):
-        FineLIPSDXLPipeline.from_pretrained(stock_folder, short_prompt="shorter")
-    encoder = make_text_encoder(32)
-    with pytest.raises(ValueError, match="Both a FineLIP and `text_encoder`"):
-        FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=encoder, text_encoder=encoder)
 
 
 @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
