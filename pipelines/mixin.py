@@ -211,7 +211,7 @@ class LongPromptMixin(_Parent):
         if bare and not replacements:
             logger.warning(
                 "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
-                " worse than trained ones: pass a FineLIP or Long-CLIP as finelip= (or finelip_2= for the second encoder).",
+                " worse than trained ones: pass a FineLIP or Long-CLIP as finelip= (finelip_2= for the second one).",
                 " and ".join(bare),
             )
 
