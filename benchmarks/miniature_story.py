@@ -23,17 +23,19 @@ import numpy as np
 import torch
 from compel import CompelForSDXL
 from diffusers import StableDiffusionXLPipeline
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.world import Scene, make_scene
 
 STOCK_TOKENS = 77
 BATCH_SIZE = 25
+SHEET_COLUMNS = 6
 COLUMNS = ("plain, read whole", "linked, read whole", "plain, cut by stock", "linked, cut by stock")
 
 # Pictures of a batch of captions, from the keyword arguments that every row shares (steps, guidance, seeds).
@@ -81,6 +83,20 @@ def share_with_interval(counts: np.ndarray) -> list[tuple[float, float, float]]:
     return list(zip(share.tolist(), low.tolist(), high.tolist(), strict=True))
 
 
+def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """The described scenes above what each reading made of their captions, twice as large."""
+    rows = {"the scene": [draw_scene(sample.scene) for sample in samples], **rows}
+    size, label, gap = 2 * IMAGE_SIZE, 28, 8
+    sheet = Image.new("RGB", (len(samples) * (size + gap) - gap, len(rows) * (size + label + gap) - gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    for row, (name, images) in enumerate(rows.items()):
+        top = row * (size + label + gap)
+        pen.text((0, top), name, fill="black", font=font)
+        for column, image in enumerate(images[: len(samples)]):
+            sheet.paste(image.resize((size, size), Image.Resampling.LANCZOS), (column * (size + gap), top + label))
+    return sheet
+
+
 def rows() -> dict[str, tuple[str, Draw]]:
     """Each row's name: the captions it draws, and how."""
     stock = StableDiffusionXLPipeline.from_pretrained(miniature_path(), dtype=torch.float32)
@@ -96,11 +112,14 @@ def rows() -> dict[str, tuple[str, Draw]]:
 
     return {
         "stock": ("short", lambda texts, **arguments: stock(texts, **arguments).images),
-        "stretch only": ("short", lambda texts, **arguments: stretched(texts, **arguments).images),
+        "stretched, not trained, also for short prompts": (
+            "short",
+            lambda texts, **arguments: stretched(texts, **arguments).images,
+        ),
         "FineLIP-SDXL's default": ("short", lambda texts, **arguments: default(texts, **arguments).images),
         "stock, cut at 77": ("long", lambda texts, **arguments: stock(texts, **arguments).images),
         "compel, windows of 77": ("long", draw_windows),
-        "stretch only, 248": ("long", lambda texts, **arguments: stretched(texts, **arguments).images),
+        "stretched, not trained": ("long", lambda texts, **arguments: stretched(texts, **arguments).images),
     }
 
 
@@ -111,6 +130,7 @@ def main() -> None:
     flags.add_argument("--guidance-scale", type=float, default=5.0, help="classifier-free guidance (default 5.0)")
     flags.add_argument("--only", nargs="*", default=[], help="names of the rows to draw (default all)")
     flags.add_argument("--json", type=Path, help="also write the figures here")
+    flags.add_argument("--sheet", type=Path, help="also write a PNG here: the first scenes, a row for each reading")
     arguments = flags.parse_args()
 
     tokenizer = StableDiffusionXLPipeline.from_pretrained(miniature_path()).tokenizer
@@ -118,7 +138,8 @@ def main() -> None:
     drawn: dict[str, list[Image.Image]] = {}
     counts = {}
     started = time.time()
-    for name, (kind, draw) in rows().items():
+    all_rows = rows()
+    for name, (kind, draw) in all_rows.items():
         if arguments.only and name not in arguments.only:
             continue
         images: list[Image.Image] = []
@@ -149,6 +170,9 @@ def main() -> None:
         pairs = zip(drawn["stock"], drawn["FineLIP-SDXL's default"], strict=True)
         equal = sum(a.tobytes() == b.tobytes() for a, b in pairs)
         print(f"\nShort captions: {equal} of {arguments.scenes} default pictures equal stock's bit for bit.")
+    if arguments.sheet:
+        long_rows = {name: images for name, images in drawn.items() if all_rows[name][0] == "long"}
+        draw_sheet(samples["long"][:SHEET_COLUMNS], long_rows).save(arguments.sheet)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2))
 
