@@ -64,6 +64,7 @@ def generate(options: argparse.Namespace) -> None:
 
     device, dtype = _device_and_dtype(options)
     pipe = FineLIPSDXLPipeline.from_pretrained(options.base, **_loading(options), dtype=dtype)
+    pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
     print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt))
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
@@ -120,6 +121,7 @@ def convert(options: argparse.Namespace) -> None:
     if name not in pipelines.__all__:
         raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted.")
     pipe = getattr(pipelines, name).from_pretrained(base, **_loading(options), dtype=getattr(torch, options.dtype))
+    pipe.swap_text_encoders()
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:

@@ -47,6 +47,9 @@ _Parent: Any = object
 
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _HELD = ("stock_text_encoder", "stock_text_encoder_2")
+# Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
+_UNSWAPPED = "_finelip_sdxl_unswapped"
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "short_prompt": partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
     "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
@@ -138,7 +141,8 @@ class LongPromptMixin(_Parent):
                 that of every component, float32 by default.
 
         Returns:
-            The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248.
+            The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248, or were built
+            directly with 77 and saved so by this class: what was saved comes back.
 
         Raises:
             ValueError: a FineLIP whose width is not the encoder's, or an unknown option.
@@ -168,8 +172,12 @@ class LongPromptMixin(_Parent):
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(_HELD), **kwargs}
 
+        index = cls.load_config(os.fspath(base), **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
         pipe = super().from_pretrained(os.fspath(base), **kwargs)
-        pipe.swap_text_encoders(finelip, finelip_2)
+        if index.get(_UNSWAPPED) and finelip is None and finelip_2 is None:
+            logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
+        else:
+            pipe.swap_text_encoders(finelip, finelip_2)
         return pipe
 
     def swap_text_encoders(self, finelip: Any = None, finelip_2: Any = None) -> None:
@@ -220,20 +228,23 @@ class LongPromptMixin(_Parent):
         with _prefixed_keys(self):
             super().save_pretrained(save_directory, *args, **kwargs)
 
-    def to_json_string(self) -> str:
-        """`model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
-        config = json.loads(super().to_json_string())
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write `model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
+        config = json.loads(self.to_json_string())
         config["_class_name"] = self._stock_class().__name__
         parameters = inspect.signature(LongPromptMixin.__init__).parameters
         for name in _OPTIONS:
-            if self.config.get(name) == parameters[name].default:
+            if self.config[name] == parameters[name].default:
                 del config[name]
         for name in _HELD:
-            if config.get(name) == [None, None]:
+            if config[name] == [None, None]:
                 del config[name]
         if "length_buckets" in config:  # an empty list there breaks Diffusers' downloads
             config["length_buckets"] = config["length_buckets"] or None
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+        if self._encoders() and not self._reads_long_prompts():
+            config[_UNSWAPPED] = True
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def _stock_class(cls) -> type[DiffusionPipeline]:
@@ -468,7 +479,7 @@ class LongPromptMixin(_Parent):
     def _stock_reader(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
         """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
         encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
-        if held is not None:
+        if held is not None and _is_stock(held):
             if not self.num_fused_loras and not _was_extended(encoder, held):
                 return held, _stock_position_ids(held)
             self._warn_once(

@@ -350,6 +350,21 @@ def test_a_saved_folder_is_not_called_untrained_again(stock_folder, tmp_path, ca
     assert not [record for record in caplog.records if record.name.startswith("finelip_sdxl")]
 
 
+def test_what_was_built_with_77_positions_comes_back_so(components, tmp_path, caplog) -> None:
+    FineLIPSDXLPipeline(**components).save_pretrained(tmp_path)
+    pipe, stock = FineLIPSDXLPipeline.from_pretrained(tmp_path), StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    assert_same_pipelines(pipe, FineLIPSDXLPipeline(**components))
+    assert np.array_equal(draw(pipe, LONG), draw(stock, LONG))
+    assert "swap_text_encoders() gives them 248" in caplog.text
+    stock.save_pretrained(tmp_path / "stock")
+    assert num_positions(FineLIPSDXLPipeline.from_pretrained(tmp_path / "stock").text_encoder) == 248
+    finelip = make_text_encoder(32, positions=248, seed=7)
+    pipe = FineLIPSDXLPipeline.from_pretrained(tmp_path, finelip=finelip)
+    assert num_positions(pipe.text_encoder_2) == 248
+    pipe.save_pretrained(tmp_path / "swapped")
+    assert "unswapped" not in (tmp_path / "swapped" / "model_index.json").read_text()
+
+
 def test_swap_after_from_pipe(components) -> None:
     stock = StableDiffusionXLPipeline(**components)
     pipe = FineLIPSDXLPipeline.from_pipe(stock)
