@@ -553,13 +553,15 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
     has_projection = isinstance(encoder, CLIPTextModelWithProjection)
     replacement: Any = load_finelip(source, dtype=encoder.dtype).to_text_encoder(projection=has_projection)
-    for width in ("hidden_size", "projection_dim") if has_projection else ("hidden_size",):
+    for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
             raise ValueError(
                 f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: `finelip` takes one"
                 " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
             )
+    # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
+    vars(replacement.config).pop("stretched_from", None)
     return replacement.to(encoder.device)
 
 

@@ -124,6 +124,15 @@ def test_without_stock_short_prompts_no_original_is_held_or_loaded(stock_folder,
     assert [reading.as_stock for reading in readings] == [False, True], "only what can be is read as stock"
 
 
+def test_a_finelip_of_77_positions_is_not_taken_for_stock(stock_folder) -> None:
+    """Its rows are those of its own table, which only its own pictures are stock for."""
+    source = make_text_encoder(32, positions=77, seed=7)
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=source, short_prompt="stretched")
+    assert num_positions(pipe.text_encoder) == 248
+    pipe.short_prompt = "stock"
+    assert [reading.as_stock for reading in pipe.describe_prompt(SHORT).readings] == [False, True]
+
+
 @pytest.mark.parametrize("what", ["lora", "token"])
 def test_a_held_original_does_not_replace_an_encoder_with_additions(stock_folder, what, caplog) -> None:
     encoder = make_text_encoder(32, positions=248, seed=7)

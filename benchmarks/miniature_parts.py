@@ -1,0 +1,114 @@
+"""How good the miniature's parts are by themselves, on unseen scenes.
+
+    python benchmarks/miniature_parts.py
+
+Prints two tables: what the scorer reads of clean renderings and of those that went through the VAE, and what a linear
+probe reads of each text encoder's penultimate states at the ends of an object's sentence, in short captions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from datetime import date
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline
+
+from finelip_sdxl.miniature import miniature_path
+from finelip_sdxl.miniature.captions import short_caption
+from finelip_sdxl.miniature.drawing import draw_pixels, draw_scene
+from finelip_sdxl.miniature.scoring import score_picture
+from finelip_sdxl.miniature.world import COLORS, PLACES, SHAPES, Scene, make_scene
+
+ANSWERS = {"place": PLACES, "shape": SHAPES, "color": tuple(COLORS)}
+
+
+def score_renderings(pipe: StableDiffusionXLPipeline, scenes: list[Scene]) -> None:
+    pixels = torch.from_numpy(np.stack([draw_pixels(scene) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
+    decoded = [image for batch in pixels.split(25) for image in pipe.vae(batch).sample]
+    pictures = {
+        "clean": [draw_scene(scene) for scene in scenes],
+        "through the VAE": pipe.image_processor.postprocess(torch.stack(decoded)),
+    }
+    print("\n| renderings | shape, color and place right, % | size too, % |\n|---|---|---|")
+    for name, images in pictures.items():
+        pairs = zip(images, scenes, strict=True)
+        scores = [score for image, scene in pairs for score in score_picture(image, scene)]
+        right = 100 * np.mean([score.right for score in scores])
+        all_right = 100 * np.mean([score.right and score.size for score in scores])
+        print(f"| {name} | {right:.2f} | {all_right:.2f} |")
+
+
+def states_and_labels(
+    encoder: torch.nn.Module, tokenizer, names: list[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Penultimate states at sentence ends (mentions, dim), their labels, and which are plain and which hard links."""
+    scenes = [make_scene(name) for name in names]
+    captions = [short_caption(scene, name) for scene, name in zip(scenes, names, strict=True)]
+    encoding = tokenizer([caption.text for caption in captions], padding="max_length", return_tensors="pt")
+    states = torch.cat(
+        [encoder(ids, output_hidden_states=True).hidden_states[-2] for ids in encoding.input_ids.split(100)]
+    )
+    mentions = [(row, mention) for row, caption in enumerate(captions) for mention in caption.described]
+    at = torch.stack([states[row, encoding.char_to_token(row, mention.end - 1)] for row, mention in mentions])
+    things = [scenes[row].objects[mention.index] for row, mention in mentions]
+    labels = {
+        name: torch.tensor([values.index(getattr(thing, name)) for thing in things]) for name, values in ANSWERS.items()
+    }
+    plain = torch.tensor([mention.kind == "plain" for _, mention in mentions])
+    hard = torch.tensor([mention.kind == "linked" and mention.candidates >= 2 for _, mention in mentions])
+    return at, labels, plain, hard
+
+
+def fit_probe(states: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.nn.Linear:
+    """Multinomial logistic regression with a little weight decay."""
+    with torch.enable_grad():
+        probe = torch.nn.Linear(states.shape[1], classes)
+        optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(probe(states), labels) + 1e-4 * probe.weight.pow(2).sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+    return probe
+
+
+def probe_encoders(pipe: StableDiffusionXLPipeline, count: int) -> None:
+    print("\nRight in percent; a hard link has two or more candidates.\n")
+    print("| text encoder | plain: place | plain: shape | plain: color | hard links: color |")
+    print("|---|---|---|---|---|")
+    for name, tokenizer in (("text_encoder", pipe.tokenizer), ("text_encoder_2", pipe.tokenizer_2)):
+        encoder = getattr(pipe, name)
+        seen, seen_labels, *_ = states_and_labels(encoder, tokenizer, [f"train-{k}" for k in range(4 * count)])
+        states, labels, plain, hard = states_and_labels(encoder, tokenizer, [f"unseen-{k}" for k in range(count)])
+        scale = seen.std(dim=0)
+        cells = []
+        for attribute, values in ANSWERS.items():
+            probe = fit_probe(seen / scale, seen_labels[attribute], len(values))
+            right = probe(states / scale).argmax(dim=-1) == labels[attribute]
+            cells.append(right[plain])
+        cells.append(right[hard])  # the last attribute is the color
+        print(f"| {name} |", " | ".join(f"{100 * cell.float().mean():.2f} of {len(cell)}" for cell in cells), "|")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
+    arguments = flags.parse_args()
+    pipe = StableDiffusionXLPipeline.from_pretrained(miniature_path())
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
+    print(f"{arguments.scenes} scenes")
+    with torch.no_grad():
+        score_renderings(pipe, [make_scene(f"unseen-{k}") for k in range(arguments.scenes)])
+        probe_encoders(pipe, arguments.scenes)
+
+
+if __name__ == "__main__":
+    main()
