@@ -127,7 +127,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
     flags.add_argument("--steps", type=int, default=20, help="Euler steps (default 20)")
-    flags.add_argument("--guidance-scale", type=float, default=5.0, help="classifier-free guidance (default 5.0)")
+    flags.add_argument("--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default 3.0)")
     flags.add_argument("--only", nargs="*", default=[], help="names of the rows to draw (default all)")
     flags.add_argument("--json", type=Path, help="also write the figures here")
     flags.add_argument("--sheet", type=Path, help="also write a PNG here: the first scenes, a row for each reading")

@@ -58,6 +58,7 @@ def generate(options: argparse.Namespace) -> None:
     prompt, files = _prompt(options), _image_files(options.out, options.num_images)
     seed = random.randrange(2**32) if options.seed is None else options.seed
 
+    _quiet_transformers()
     import torch
 
     from finelip_sdxl.pipelines import FineLIPSDXLPipeline
@@ -110,6 +111,7 @@ def convert(options: argparse.Namespace) -> None:
     if out.exists() and not (out / "model_index.json").is_file():
         raise ValueError(f"{out} is not a saved pipeline (it has no model_index.json), so it is not overwritten.")
 
+    _quiet_transformers()
     import torch
     from diffusers import DiffusionPipeline
 
@@ -149,6 +151,15 @@ def tokens(options: argparse.Namespace) -> None:
 
 
 # Parts of commands
+
+
+def _quiet_transformers() -> None:
+    """Errors only: importing Diffusers makes it advise on image processors that no SDXL uses, and it shows a bar for
+    weights that load in milliseconds."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _prompt(options: argparse.Namespace) -> str:
