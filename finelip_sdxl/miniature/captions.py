@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .world import Scene, SceneObject
+from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, SceneObject
 
 SHORT_OBJECTS = (3, 8)
 LONG_OBJECTS = (8, 9)
@@ -231,8 +231,6 @@ def _article(noun: str) -> str:
 
 def vocabulary() -> Iterable[str]:
     """Texts that hold every word a caption can use, for training the tokenizer."""
-    from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES
-
     yield from (*PLACES, *SHAPES, *COLORS, *SIZES, *BACKGROUNDS, "a an upper lower")
     for texts in (_WORDY_SENTENCES, _LINKS, _TAILS, _BACKGROUNDS, _FILLERS, *_BACKGROUND_WORDS.values()):
         yield from (re.sub(r"\{\w+\}", " ", text) for text in texts)

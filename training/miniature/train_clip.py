@@ -156,7 +156,7 @@ def probe(clip: CLIPModel, grounding: Grounding, tokenizer: CLIPTokenizer, count
 
 
 def main() -> None:
-    flags = parser(__doc__, steps=1500, batch_size=64, learning_rate=1e-3)
+    flags = parser(__doc__, steps=800, batch_size=64, learning_rate=1e-3)
     flags.add_argument("--pair", type=int, choices=(1, 2), default=1, help="which of SDXL's two encoders")
     arguments = flags.parse_args()
     device = arguments.device

@@ -35,7 +35,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def main() -> None:
-    arguments = parser(__doc__, steps=2500, batch_size=16, learning_rate=1e-3).parse_args()
+    arguments = parser(__doc__, steps=1600, batch_size=16, learning_rate=1e-3).parse_args()
     device = arguments.device
     torch.manual_seed(0)
     vae = build_vae().to(device)
