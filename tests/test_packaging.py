@@ -1,0 +1,65 @@
+"""What an installation puts where: `pipelines/` becomes `finelip_sdxl.pipelines`, and the miniature comes along."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PROGRAM = """
+import finelip_sdxl, finelip_sdxl.pipelines
+from finelip_sdxl.miniature import miniature_path
+print(finelip_sdxl.__file__)
+print(finelip_sdxl.pipelines.__file__)
+print((miniature_path() / "unet" / "diffusion_pytorch_model.safetensors").is_file())
+"""
+
+
+def imported_from(folder: Path, **environment: str) -> list[str]:
+    """Where a fresh interpreter, started far from the repository, finds the package."""
+    command = [sys.executable, "-c", PROGRAM]
+    run = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return run.stdout.split()
+
+
+def test_an_editable_install_finds_the_pipelines(tmp_path) -> None:
+    origins = [json.loads(found.read_text("direct_url.json") or "{}") for found in distributions(name="finelip-sdxl")]
+    if not any(origin.get("dir_info", {}).get("editable") for origin in origins):
+        pytest.skip("the package is not installed with `pip install -e .` here")
+    package, pipelines, has_weights = imported_from(tmp_path)
+    assert Path(package) == REPOSITORY / "finelip_sdxl" / "__init__.py"
+    assert Path(pipelines) == REPOSITORY / "pipelines" / "__init__.py"
+    assert has_weights == "True"
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_one_package_with_pipelines_and_weights(tmp_path) -> None:
+    # Building leaves files in the source folder, which would be in the next wheel as well.
+    source = tmp_path / "source"
+    for name in ("finelip_sdxl", "pipelines"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built = subprocess.run(
+        [*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, source], capture_output=True, text=True
+    )
+    if built.returncode and "No matching distribution found for setuptools" in built.stderr:
+        pytest.skip("pip cannot fetch setuptools, with which the wheel is built, on this machine")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    packages = {entry.name for entry in site.iterdir() if entry.suffix != ".dist-info"}
+    assert packages - {"bin"} == {"finelip_sdxl"}
+    package, pipelines, has_weights = imported_from(tmp_path, PYTHONPATH=str(site))
+    assert Path(package) == site / "finelip_sdxl" / "__init__.py"
+    assert Path(pipelines) == site / "finelip_sdxl" / "pipelines" / "__init__.py"
+    assert has_weights == "True"
