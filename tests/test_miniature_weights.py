@@ -32,7 +32,7 @@ def stock() -> StableDiffusionXLPipeline:
 
 def draw(pipe: StableDiffusionXLPipeline, texts: list[str], steps: int = 20) -> list[Image.Image]:
     seeds = [torch.Generator().manual_seed(k) for k in range(len(texts))]
-    return pipe(texts, num_inference_steps=steps, generator=seeds).images
+    return pipe(texts, num_inference_steps=steps, guidance_scale=3.0, generator=seeds).images
 
 
 def test_weights_are_small_half_precision_safetensors() -> None:
