@@ -125,6 +125,17 @@ def test_scorer_sees_what_is_wrong_and_where() -> None:
     assert not scores[8].place
 
 
+def test_a_twin_elsewhere_does_not_count_against_an_object_in_its_place() -> None:
+    scene = SCENES[2]
+    picture = draw_scene(scene)
+    picture.paste(picture.crop((0, 0, 32, 32)), (64, 64))
+    blurred = picture.crop((0, 0, 32, 32)).filter(ImageFilter.GaussianBlur(0.8))
+    picture.paste(blurred, (0, 0))  # so that the twin looks more like it
+    scores = score_picture(picture, scene)
+    assert scores[0].right
+    assert not scores[8].right
+
+
 def test_scorer_sees_an_empty_cell() -> None:
     scene = SCENES[1]
     picture = draw_scene(scene)

@@ -1,5 +1,7 @@
 """The knowledge-preserved stretch of a positional table."""
 
+import itertools
+
 import pytest
 import torch
 from reference import reference_tensors
@@ -17,12 +19,9 @@ def test_matches_the_published_stretch() -> None:
     torch.testing.assert_close(stretch_positions(case["positional_77"]), case["positional_248"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("rows", [2, 21, 77, 120])
-@pytest.mark.parametrize("keep", [0, 1, 20])
+@pytest.mark.parametrize(("rows", "keep"), [(2, 0), (2, 1), *itertools.product((21, 77, 120), (0, 1, 20))])
 @pytest.mark.parametrize("factor", [1, 2, 4, 7])
 def test_length_and_original_rows_for_any_shape(rows, keep, factor) -> None:
-    if keep >= rows:
-        pytest.skip("nothing left to stretch")
     table = random_table(rows)
     stretched = stretch_positions(table, keep=keep, factor=factor)
     assert stretched.shape == (keep + factor * (rows - keep), 8)

@@ -30,7 +30,8 @@ class ObjectScore:
 
     Attributes:
         shape, color, size: Whether the object's cell shows it so.
-        place: Whether no other cell looks more like the object than its own.
+        place: Whether the object's cell shows its shape and color, or at least looks more like it than any other cell.
+            A twin elsewhere does not count against an object that stands where it should.
     """
 
     shape: bool
@@ -88,7 +89,7 @@ def score_picture(image: Image.Image, scene: Scene) -> tuple[ObjectScore, ...]:
         alike = [LOOKS.index((thing.shape, thing.color, size)) for size in ("small", "large")]
         best_place = distances[:, alike].min(axis=1).argmin()
         shape, color, size = (a == b for a, b in zip(seen, wanted, strict=True))
-        scores.append(ObjectScore(shape, color, size, bool(best_place == place)))
+        scores.append(ObjectScore(shape, color, size, bool(best_place == place) or (shape and color)))
     return tuple(scores)
 
 
