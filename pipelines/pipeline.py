@@ -12,7 +12,7 @@ from typing import Any
 try:
     from finelip_sdxl import pipelines
 except ImportError as error:
-    raise ImportError("This pipeline needs the FineLIP-SDXL package: run `pip install .` in a clone of its repository.") from error
+    raise ImportError("This pipeline needs FineLIP-SDXL: run `pip install .` in a clone of its repository.") from error
 
 
 # Diffusers wants exactly one pipeline class to be visible here, hence no import of ours by name.

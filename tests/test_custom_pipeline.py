@@ -65,4 +65,4 @@ def test_without_the_package_it_says_what_to_install(blocked) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last == "ImportError: This pipeline needs the FineLIP-SDXL package: run `pip install .` in a clone of its repository."
+    assert last == "ImportError: This pipeline needs FineLIP-SDXL: run `pip install .` in a clone of its repository."
