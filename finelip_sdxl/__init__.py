@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finelip_sdxl.checkpoints import load_finelip
+    from finelip_sdxl.miniature import miniature_clip, miniature_path
     from finelip_sdxl.model import FineLIPConfig, FineLIPModel
     from finelip_sdxl.pipelines import (
         FineLIPSDXLControlNetPipeline,
@@ -23,6 +24,8 @@ _EXPORTS = {
     "FineLIPSDXLInpaintPipeline": "finelip_sdxl.pipelines",
     "FineLIPSDXLPipeline": "finelip_sdxl.pipelines",
     "load_finelip": "finelip_sdxl.checkpoints",
+    "miniature_clip": "finelip_sdxl.miniature",
+    "miniature_path": "finelip_sdxl.miniature",
     "stretch_positions": "finelip_sdxl.stretch",
 }
 
@@ -34,6 +37,8 @@ __all__ = [
     "FineLIPSDXLInpaintPipeline",
     "FineLIPSDXLPipeline",
     "load_finelip",
+    "miniature_clip",
+    "miniature_path",
     "stretch_positions",
 ]
 

@@ -10,8 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.miniature import miniature_clip, miniature_path
+from finelip_sdxl import FineLIPSDXLPipeline, miniature_clip, miniature_path
 from finelip_sdxl.miniature.captions import short_caption
 from finelip_sdxl.miniature.drawing import draw_pixels
 from finelip_sdxl.miniature.scoring import score_picture
