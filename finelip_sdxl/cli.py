@@ -168,7 +168,11 @@ def _prompt(options: argparse.Namespace) -> str:
         try:
             given.append(Path(options.prompt_file).read_text(encoding="utf-8").strip())
         except UnicodeDecodeError as error:
-            raise ValueError(f"{options.prompt_file} is not text in UTF-8: {error}.") from error
+            raise ValueError(f"--prompt-file {options.prompt_file} is not text in UTF-8: {error}.") from error
+        except OSError as error:
+            raise ValueError(
+                f"--prompt-file {options.prompt_file} cannot be read ({error.strerror}): pass a text file."
+            ) from error
     if len(given) != 1:
         raise ValueError(
             f"Pass one prompt, as an argument, with --prompt or with --prompt-file, instead of {len(given) or 'none'}."

@@ -458,7 +458,7 @@ def test_refuses_incomplete_unknown_and_unfit_weights() -> None:
 def test_refuses_bad_arguments() -> None:
     assert "activation='relu' is unknown" in refusal(load_file(PUBLISHED), activation="relu")
     assert "keep=77" in refusal(to_openai_layout(tiny_clip().state_dict()), keep=77)
-    with pytest.raises(ValueError, match="got a int"):
+    with pytest.raises(ValueError, match="not from int"):
         load_finelip(3)
 
 
