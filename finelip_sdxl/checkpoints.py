@@ -185,7 +185,7 @@ def _read(
         return dict(source), None
     if not isinstance(source, str | Path):
         raise ValueError(
-            f"A FineLIP is loaded from a path, a hub id, a state dict or a CLIP model, not from {type(source).__name__}."
+            f"A FineLIP comes from a path, a hub id, a state dict or a CLIP model, not from {type(source).__name__}."
         )
     path = Path(source)
     if path.is_file():
