@@ -35,10 +35,9 @@ from transformers import (
 )
 
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+from finelip_sdxl.prompts import STOCK_POSITIONS
 from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
 from finelip_sdxl.text_encoders import POSITION_TABLE, TextEncoder, build_model, text_encoder_tensors
-
-STOCK_POSITIONS = 77
 
 Source = str | Path | Mapping[str, Tensor] | FineLIPModel | CLIPModel | TextEncoder
 
