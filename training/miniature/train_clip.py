@@ -74,7 +74,7 @@ class Mentions:
         row, token: Which caption, and which of its tokens ends the mention; (mentions,).
         cell: Which of the batch's cells it names, nine for each scene; (mentions,).
         labels: For each attribute, (mentions,); -100 where the sentence does not say it.
-        hard: Links with two or more candidates. ``linked``: all links. ``after``: see ``token``.
+        plain, linked, hard: Which mentions are plain, which are links, and which links have two or more candidates.
     """
 
     def __init__(self, scenes: list[Scene], captions: list[Caption], encoding, device: str) -> None:
