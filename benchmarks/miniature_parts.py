@@ -22,16 +22,15 @@ from diffusers import StableDiffusionXLPipeline
 
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.captions import short_caption
-from finelip_sdxl.miniature.drawing import draw_pixels, draw_scene
+from finelip_sdxl.miniature.drawing import draw_batch, draw_scene
 from finelip_sdxl.miniature.scoring import score_picture
-from finelip_sdxl.miniature.world import COLORS, PLACES, SHAPES, Scene, make_scene
+from finelip_sdxl.miniature.world import ATTRIBUTES, Scene, make_scene
 
-ANSWERS = {"place": PLACES, "shape": SHAPES, "color": tuple(COLORS)}
+ANSWERS = {name: ATTRIBUTES[name] for name in ("place", "shape", "color")}  # the size is not always said
 
 
 def score_renderings(pipe: StableDiffusionXLPipeline, scenes: list[Scene]) -> None:
-    pixels = torch.from_numpy(np.stack([draw_pixels(scene) for scene in scenes])).permute(0, 3, 1, 2) * 2 - 1
-    decoded = [image for batch in pixels.split(25) for image in pipe.vae(batch).sample]
+    decoded = [image for batch in draw_batch(scenes).split(25) for image in pipe.vae(batch).sample]
     pictures = {
         "clean": [draw_scene(scene) for scene in scenes],
         "through the VAE": pipe.image_processor.postprocess(torch.stack(decoded)),

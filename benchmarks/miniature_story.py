@@ -31,9 +31,10 @@ from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
 from finelip_sdxl.miniature.scoring import score_picture
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import Scene, make_scene
+from finelip_sdxl.prompts import STOCK_POSITIONS
 
-STOCK_TOKENS = 77
 BATCH_SIZE = 25
 SHEET_COLUMNS = 6
 COLUMNS = ("plain, read whole", "linked, read whole", "plain, cut by stock", "linked, cut by stock")
@@ -55,7 +56,7 @@ def make_samples(count: int, kind: str, tokenizer) -> list[Sample]:
     for k in range(count):
         scene = make_scene(f"unseen-{k}")
         caption = write(scene, f"unseen-{k}")
-        encoding = tokenizer(caption.text, truncation=True, max_length=STOCK_TOKENS)
+        encoding = tokenizer(caption.text, truncation=True, max_length=STOCK_POSITIONS)
         # The last token of a cut text is the end token; everything before it was read.
         read = tuple(encoding.char_to_token(mention.end - 1) is not None for mention in caption.described)
         samples.append(Sample(scene, caption, read))
@@ -106,20 +107,20 @@ def rows() -> dict[str, tuple[str, Draw]]:
     for pipe in (stock, stretched, default):
         pipe.set_progress_bar_config(disable=True)
 
+    def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
+        return lambda texts, **arguments: pipe(texts, **arguments).images
+
     def draw_windows(texts: list[str], **arguments) -> list[Image.Image]:
         read = windows(texts)
         return stock(prompt_embeds=read.embeds, pooled_prompt_embeds=read.pooled_embeds, **arguments).images
 
     return {
-        "stock": ("short", lambda texts, **arguments: stock(texts, **arguments).images),
-        "stretched, not trained, also for short prompts": (
-            "short",
-            lambda texts, **arguments: stretched(texts, **arguments).images,
-        ),
-        "FineLIP-SDXL's default": ("short", lambda texts, **arguments: default(texts, **arguments).images),
-        "stock, cut at 77": ("long", lambda texts, **arguments: stock(texts, **arguments).images),
+        "stock": ("short", draw_with(stock)),
+        "stretched, not trained, also for short prompts": ("short", draw_with(stretched)),
+        "FineLIP-SDXL's default": ("short", draw_with(default)),
+        "stock, cut at 77": ("long", draw_with(stock)),
         "compel, windows of 77": ("long", draw_windows),
-        "stretched, not trained": ("long", lambda texts, **arguments: stretched(texts, **arguments).images),
+        "stretched, not trained": ("long", draw_with(stretched)),
     }
 
 
@@ -133,7 +134,7 @@ def main() -> None:
     flags.add_argument("--sheet", type=Path, help="also write a PNG here: the first scenes, a row for each reading")
     arguments = flags.parse_args()
 
-    tokenizer = StableDiffusionXLPipeline.from_pretrained(miniature_path()).tokenizer
+    tokenizer = build_tokenizer()
     samples = {kind: make_samples(arguments.scenes, kind, tokenizer) for kind in ("short", "long")}
     drawn: dict[str, list[Image.Image]] = {}
     counts = {}

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
     LENGTH_BUCKETS,
@@ -117,7 +118,7 @@ def convert(options: argparse.Namespace) -> None:
 
     from finelip_sdxl import pipelines
 
-    base = _base(options.base)
+    base = resolve_base(options.base)
     stock_name = str(DiffusionPipeline.load_config(base)["_class_name"])
     name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
     if name not in pipelines.__all__:
@@ -138,7 +139,7 @@ def tokens(options: argparse.Namespace) -> None:
     """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
     prompt = check_texts("prompt", _prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
-    readers, saved = _readers(_base(options.base))
+    readers, saved = _readers(resolve_base(options.base))
     report = read_prompts(
         readers,
         [prompt] * len(readers),
@@ -178,14 +179,6 @@ def _prompt(options: argparse.Namespace) -> str:
             f"Pass one prompt, as an argument, with --prompt or with --prompt-file, instead of {len(given) or 'none'}."
         )
     return given[0]
-
-
-def _base(base: str) -> str | Path:
-    if base == "miniature":
-        from finelip_sdxl.miniature import miniature_path
-
-        return miniature_path()
-    return base
 
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
@@ -236,7 +229,7 @@ def _save_png(image: Any, file: Path, prompt: str, parameters: dict[str, Any]) -
         temporary.unlink(missing_ok=True)
 
 
-def _readers(base: str | Path) -> tuple[list[PromptReader], dict[str, Any]]:
+def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
     """The encoders of a base as `from_pretrained` makes them, and the options that are saved with it."""
     from diffusers import DiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTokenizer

@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.checkpoints import load_finelip
+from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
     LENGTH_BUCKETS,
@@ -153,10 +154,7 @@ class LongPromptMixin(_Parent):
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
-        if base == "miniature":
-            from finelip_sdxl.miniature import miniature_path
-
-            base = miniature_path()
+        base = resolve_base(base)
         # Without a dtype every library falls back on its own, and half-precision repositories end in two.
         torch_dtype = kwargs.pop("torch_dtype", None)
         kwargs["dtype"] = kwargs.get("dtype") or torch_dtype or torch.float32
@@ -172,8 +170,8 @@ class LongPromptMixin(_Parent):
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(_HELD), **kwargs}
 
-        index = cls.load_config(os.fspath(base), **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
-        pipe = super().from_pretrained(os.fspath(base), **kwargs)
+        index = cls.load_config(base, **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
+        pipe = super().from_pretrained(base, **kwargs)
         if index.get(_UNSWAPPED) and finelip is None and finelip_2 is None:
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
@@ -354,6 +352,7 @@ class LongPromptMixin(_Parent):
                 clip_skip=clip_skip,
             )
         )
+        # By name, as in stock: Diffusers' tests read them off this line to call `encode_prompt` alone.
         return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def _encoders(self) -> list[tuple[str, Any]]:

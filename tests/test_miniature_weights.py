@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from finelip_sdxl import FineLIPSDXLPipeline, miniature_clip, miniature_path
 from finelip_sdxl.miniature.captions import short_caption
-from finelip_sdxl.miniature.drawing import draw_pixels
+from finelip_sdxl.miniature.drawing import draw_batch
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import make_scene
@@ -89,8 +89,7 @@ def test_default_pipeline_draws_short_captions_bit_for_bit_as_stock(stock: Stabl
 
 @torch.no_grad()
 def test_scorer_reads_what_the_vae_makes_of_renderings(stock: StableDiffusionXLPipeline) -> None:
-    pixels = torch.from_numpy(np.stack([draw_pixels(scene) for scene in SCENES])).permute(0, 3, 1, 2)
-    decoded = stock.vae(pixels * 2 - 1).sample
+    decoded = stock.vae(draw_batch(SCENES)).sample
     images = stock.image_processor.postprocess(decoded)
     scores = [score for image, scene in zip(images, SCENES, strict=True) for score in score_picture(image, scene)]
     assert np.mean([score.right and score.size for score in scores]) >= 0.98
@@ -101,9 +100,8 @@ def test_scorer_reads_what_the_vae_makes_of_renderings(stock: StableDiffusionXLP
 def test_clips_are_whole(pair: int) -> None:
     """Each finds most of 32 unseen pictures by their captions, which needs both towers and both projections."""
     clip = miniature_clip(pair)
-    pixels = torch.from_numpy(np.stack([draw_pixels(scene) for scene in SCENES])).permute(0, 3, 1, 2) * 2 - 1
     tokens = build_tokenizer()([caption.text for caption in CAPTIONS], padding="max_length", return_tensors="pt")
-    similarity = clip(input_ids=tokens.input_ids, pixel_values=pixels).logits_per_text
+    similarity = clip(input_ids=tokens.input_ids, pixel_values=draw_batch(SCENES)).logits_per_text
     assert (similarity.argmax(dim=1) == torch.arange(len(SCENES))).float().mean() >= 0.5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,16 @@ def miniature_path() -> Path:
         77
     """
     return _HERE / "stock"
+
+
+def resolve_base(base: str | os.PathLike) -> str:
+    """What to open for a base: the folder of the miniature for ``"miniature"``, and anything else as it is.
+
+    Example:
+        >>> resolve_base("stabilityai/stable-diffusion-xl-base-1.0")
+        'stabilityai/stable-diffusion-xl-base-1.0'
+    """
+    return os.fspath(miniature_path() if base == "miniature" else base)
 
 
 def miniature_clip(pair: int) -> CLIPModel:

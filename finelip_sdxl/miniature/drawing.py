@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import torch
 from PIL import Image, ImageChops, ImageDraw
 
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene
@@ -42,6 +44,12 @@ def draw_pixels(scene: Scene) -> np.ndarray:
 def draw_scene(scene: Scene) -> Image.Image:
     """The scene as an RGB picture of 96 × 96 pixels."""
     return Image.fromarray((draw_pixels(scene) * 255 + 0.5).astype(np.uint8))
+
+
+def draw_batch(scenes: Sequence[Scene]) -> torch.Tensor:
+    """The scenes' pictures as a VAE or a CLIP of the miniature takes them: (scenes, 3, 96, 96), from -1 to 1."""
+    pixels = np.stack([draw_pixels(scene) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2 - 1
 
 
 def _draw_shape(mask: Image.Image, shape: str, center: float, radius: float) -> None:

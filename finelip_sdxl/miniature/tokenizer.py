@@ -9,6 +9,7 @@ import json
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .captions import vocabulary
 
@@ -43,12 +44,6 @@ def _train() -> tuple[dict[str, int], list[tuple[str, str]]]:
     )
     learner.train_from_iterator(vocabulary(), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    symbols = _bytes_in_order()
+    symbols = bytes_to_unicode().values()  # the printable ones first, so that "!" has id 0
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges), _START, _END]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
-
-
-def _bytes_in_order() -> list[str]:
-    """The 256 byte symbols, the printable ones first, so that ``"!"`` has id 0 as in CLIP's vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + k) for k in range(256 - len(printable))]

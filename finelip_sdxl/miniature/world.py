@@ -44,6 +44,8 @@ COLORS = {
     "pink": (244, 132, 186),
 }
 SIZES = ("small", "large")
+# What can be asked of an object, and the answers in a fixed order.
+ATTRIBUTES = {"place": PLACES, "shape": SHAPES, "color": tuple(COLORS), "size": SIZES}
 BACKGROUNDS = {
     "paper": (250, 247, 240),
     "sand": (232, 220, 196),

@@ -12,15 +12,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from finelip_sdxl.miniature.drawing import draw_pixels
-from finelip_sdxl.miniature.world import COLORS, PLACES, SHAPES, SIZES, Scene, make_scene
-
-# What can be asked of an object, and the answers in a fixed order.
-ATTRIBUTES = {"place": PLACES, "shape": SHAPES, "color": tuple(COLORS), "size": SIZES}
+from finelip_sdxl.miniature.world import Scene, make_scene
 
 
 def parser(description: str, steps: int, batch_size: int, learning_rate: float) -> argparse.ArgumentParser:
@@ -97,9 +92,3 @@ def save_atomically(state: dict, path: Path) -> None:
 def training_scenes(step: int, count: int) -> list[Scene]:
     """The scenes of this step; every step has its own."""
     return [make_scene(f"train-{step * count + k}") for k in range(count)]
-
-
-def pictures(scenes: list[Scene]) -> torch.Tensor:
-    """The scenes' pictures, (scenes, 3, 96, 96), from -1 to 1."""
-    pixels = np.stack([draw_pixels(scene) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2 - 1

@@ -13,13 +13,14 @@ import json
 
 import torch
 import torch.nn.functional as F
-from common import ATTRIBUTES, parser, pictures, train, training_scenes
+from common import parser, train, training_scenes
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
+from finelip_sdxl.miniature.drawing import draw_batch
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.miniature.world import COLORS, PLACES, SHAPES, Scene, make_scene
+from finelip_sdxl.miniature.world import ATTRIBUTES, COLORS, PLACES, SHAPES, Scene, make_scene
 
 WIDTHS = {1: 128, 2: 160}  # SDXL's are 768 and 1280
 LAYERS = 6
@@ -173,7 +174,7 @@ def main() -> None:
         mentions = Mentions(scenes, captions, encoding, device)
         with torch.autocast(device, torch.bfloat16):
             text = clip.text_model(encoding.input_ids.to(device), output_hidden_states=True)
-            image = clip.vision_model(pictures(scenes).to(device))
+            image = clip.vision_model(draw_batch(scenes).to(device))
             contrast = symmetric_contrast(
                 clip.text_projection(text.pooler_output), clip.visual_projection(image.pooler_output), clip.logit_scale
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import parser, pictures, save_atomically, train
+from common import parser, save_atomically, train
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from train_clip import training_captions
 from transformers import CLIPModel
 
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_batch
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import make_scene
 
 SCENES = 20_000
-SIZE = 96
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -38,7 +38,7 @@ def build_unet(state_width: int, pooled_width: int) -> UNet2DConditionModel:
     """SDXL's UNet, small: no attention at the finest level, ``text_time`` conditioning."""
     time_width = 32
     return UNet2DConditionModel(
-        sample_size=SIZE // 8,
+        sample_size=IMAGE_SIZE // 8,
         in_channels=4,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -66,14 +66,14 @@ def latents_of_scenes(vae: AutoencoderKL, path: Path, count: int) -> tuple[torch
         latents, time_ids = [], []
         random = torch.Generator().manual_seed(0)
         for first in tqdm(range(0, count, 100), desc="latents"):
-            images = pictures([make_scene(f"train-{k}") for k in range(first, first + 100)])
-            ids = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]]).repeat(100, 1)
+            images = draw_batch([make_scene(f"train-{k}") for k in range(first, first + 100)])
+            ids = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]]).repeat(100, 1)
             images[:10] = F.interpolate(F.avg_pool2d(images[:10], 2), scale_factor=2, mode="bilinear")
-            ids[:10, :2] = SIZE // 2
-            enlarged = F.interpolate(images[10:20], size=(SIZE + 16, SIZE + 16), mode="bilinear")
+            ids[:10, :2] = IMAGE_SIZE // 2
+            enlarged = F.interpolate(images[10:20], size=(IMAGE_SIZE + 16, IMAGE_SIZE + 16), mode="bilinear")
             for k in range(10):
                 top, left = torch.randint(1, 17, (2,), generator=random).tolist()
-                images[10 + k] = enlarged[k, :, top : top + SIZE, left : left + SIZE]
+                images[10 + k] = enlarged[k, :, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
                 ids[10 + k, 2:4] = torch.tensor([top, left])
             latents.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
             time_ids.append(ids)

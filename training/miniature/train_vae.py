@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from common import ATTRIBUTES, parser, pictures, train, training_scenes
+from common import parser, train, training_scenes
 from diffusers import AutoencoderKL
 from torch import nn
 
-from finelip_sdxl.miniature.world import make_scene
+from finelip_sdxl.miniature.drawing import draw_batch
+from finelip_sdxl.miniature.world import ATTRIBUTES, make_scene
 
 NOISE = 0.1  # beside latents of about unit variance
 HEADS = ("shape", "color", "size")
@@ -43,7 +44,7 @@ def main() -> None:
 
     def step_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         scenes = training_scenes(step, arguments.batch_size)
-        images = pictures(scenes).to(device)
+        images = draw_batch(scenes).to(device)
         with torch.autocast(device, torch.bfloat16):
             latents = vae.encode(images).latent_dist.mode().float()
             decoded = vae.decode(latents + NOISE * torch.randn_like(latents)).sample.float()
@@ -69,7 +70,7 @@ def main() -> None:
     train(arguments, "vae", nn.ModuleDict({"vae": vae, "heads": heads}), step_loss)
 
     with torch.no_grad():
-        latents = vae.encode(pictures([make_scene(f"train-{k}") for k in range(256)]).to(device)).latent_dist.mode()
+        latents = vae.encode(draw_batch([make_scene(f"train-{k}") for k in range(256)]).to(device)).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(arguments.runs / "vae")
 
