@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finelip_sdxl.checkpoints import load_finelip
+    from finelip_sdxl.interaction import late_interaction
+    from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
     from finelip_sdxl.miniature import miniature_clip, miniature_path
     from finelip_sdxl.model import FineLIPConfig, FineLIPModel
     from finelip_sdxl.pipelines import (
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
         FineLIPSDXLPipeline,
     )
     from finelip_sdxl.stretch import stretch_positions
+    from finelip_sdxl.token_refinement import TokenRefinement
 
 # Public names and the modules that hold them, imported on first use: `import finelip_sdxl` alone stays cheap.
 _EXPORTS = {
@@ -23,10 +26,14 @@ _EXPORTS = {
     "FineLIPSDXLImg2ImgPipeline": "finelip_sdxl.pipelines",
     "FineLIPSDXLInpaintPipeline": "finelip_sdxl.pipelines",
     "FineLIPSDXLPipeline": "finelip_sdxl.pipelines",
+    "TokenRefinement": "finelip_sdxl.token_refinement",
+    "contrastive_loss": "finelip_sdxl.losses",
+    "late_interaction": "finelip_sdxl.interaction",
     "load_finelip": "finelip_sdxl.checkpoints",
     "miniature_clip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
     "stretch_positions": "finelip_sdxl.stretch",
+    "triplet_margin_loss": "finelip_sdxl.losses",
 }
 
 __all__ = [
@@ -36,10 +43,14 @@ __all__ = [
     "FineLIPSDXLImg2ImgPipeline",
     "FineLIPSDXLInpaintPipeline",
     "FineLIPSDXLPipeline",
+    "TokenRefinement",
+    "contrastive_loss",
+    "late_interaction",
     "load_finelip",
     "miniature_clip",
     "miniature_path",
     "stretch_positions",
+    "triplet_margin_loss",
 ]
 
 

@@ -1,10 +1,11 @@
-"""FineLIP: CLIP with a text encoder of 248 positions, and the weights of its token refinement."""
+"""FineLIP: CLIP with a text encoder of 248 positions, token refinement and late interaction."""
 
 import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     CLIPPreTrainedModel,
@@ -18,7 +19,12 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
+from finelip_sdxl.interaction import late_interaction
+from finelip_sdxl.losses import triplet_margin_loss
 from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_encoder_tensors
+from finelip_sdxl.token_refinement import TokenRefinement
+
+GLOBAL_WEIGHT = 0.8  # of the cosine of embeddings in the fused similarity; the rest is late interaction's
 
 
 class FineLIPConfig(PreTrainedConfig):
@@ -58,20 +64,6 @@ class FineLIPConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
 
-class TokenRefinement(nn.Module):
-    """The weights of one aggregator of adaptive token refinement (ATRM; FineLIP, section 3).
-
-    LayerNorm(dim) → Linear(dim, ⌊0.2 · dim⌋) → GELU → Linear(⌊0.2 · dim⌋, num_tokens), and the learned scale of the
-    softmax. It holds the weights of published checkpoints, so that they survive loading and saving.
-    """
-
-    def __init__(self, dim: int, num_tokens: int) -> None:
-        super().__init__()
-        hidden = int(dim * 0.2)
-        self.weight = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_tokens))
-        self.scale = nn.Parameter(torch.ones(1, 1, 1))
-
-
 @dataclass
 class FineLIPTextOutput(ModelOutput):
     """What `FineLIPModel.encode_text` returns; n is the number of positions given, C the embedding size.
@@ -79,6 +71,7 @@ class FineLIPTextOutput(ModelOutput):
     Attributes:
         embeds: (batch, C), the projected state of the end token, not normalised; None without a projection.
         tokens: (batch, n, C), the projected states of all positions; None without a projection.
+        refined_tokens: (batch, K + 1, C), the text's refined tokens and its end token; None without a refinement.
         last_hidden_state: (batch, n, width), after the final norm.
         hidden_states: layers + 1 tensors (batch, n, width), before the final norm, if they were asked for.
             `hidden_states[-2]` is what SDXL's UNet was trained on.
@@ -86,6 +79,7 @@ class FineLIPTextOutput(ModelOutput):
 
     embeds: Tensor | None = None
     tokens: Tensor | None = None
+    refined_tokens: Tensor | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
@@ -97,20 +91,35 @@ class FineLIPImageOutput(ModelOutput):
     Attributes:
         embeds: (batch, C), the projected class token, not normalised.
         tokens: (batch, 1 + patches, C), projected, class token first.
+        refined_tokens: (batch, 1 + K, C), the class token and the patches' refined tokens; None without a refinement.
         last_hidden_state: (batch, 1 + patches, width), after the post-norm.
         hidden_states: layers + 1 tensors (batch, 1 + patches, width), before the post-norm, if they were asked for.
     """
 
     embeds: Tensor | None = None
     tokens: Tensor | None = None
+    refined_tokens: Tensor | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class FineLIPOutput(ModelOutput):
-    """What `FineLIPModel.forward` returns: each part is None where its input was not given."""
+    """What `FineLIPModel.forward` returns: each part is None where its input was not given.
 
+    Attributes:
+        loss: the triplet margin loss of the paper, of late interaction's similarity (of the cosine, without a token
+            refinement); None without `ids`.
+        similarity: (images, texts), what FineLIP retrieves by: 0.8 · global + 0.2 · fine, or global alone.
+        global_similarity: (images, texts), the cosine of the embeddings.
+        fine_similarity: (images, texts), late interaction of the refined tokens; None without a token refinement.
+        text, image: what `encode_text` and `encode_image` return.
+    """
+
+    loss: Tensor | None = None
+    similarity: Tensor | None = None
+    global_similarity: Tensor | None = None
+    fine_similarity: Tensor | None = None
     text: FineLIPTextOutput | None = None
     image: FineLIPImageOutput | None = None
 
@@ -191,9 +200,18 @@ class FineLIPModel(CLIPPreTrainedModel):
             raise ValueError(f"The text has {input_ids.shape[-1]} tokens, but this model reads at most {positions}.")
         out = self.text_model(input_ids=input_ids, output_hidden_states=output_hidden_states)
         project = self.text_projection
+        tokens = None if project is None else project(out.last_hidden_state)
+        refined = None
+        if self.text_refinement is not None:
+            at = torch.arange(input_ids.shape[-1], device=input_ids.device)
+            end = end_positions(input_ids, self.config.text_config.eos_token_id)[:, None]
+            # A text that is nothing but its end token has no other to refine.
+            few = self.text_refinement(tokens, mask=at < end.clamp(min=1))
+            refined = torch.cat([few, tokens.gather(1, end[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1)
         return FineLIPTextOutput(
             embeds=None if project is None else project(out.pooler_output),
-            tokens=None if project is None else project(out.last_hidden_state),
+            tokens=tokens,
+            refined_tokens=refined,
             last_hidden_state=out.last_hidden_state,
             hidden_states=out.hidden_states,
         )
@@ -213,16 +231,67 @@ class FineLIPModel(CLIPPreTrainedModel):
         out = self.vision_model(pixel_values=pixel_values, output_hidden_states=output_hidden_states)
         states = self.vision_model.post_layernorm(out.last_hidden_state)
         tokens = self.visual_projection(states)
+        refined = None
+        if self.image_refinement is not None:
+            refined = torch.cat([tokens[:, :1], self.image_refinement(tokens[:, 1:])], dim=1)
         return FineLIPImageOutput(
-            embeds=tokens[:, 0], tokens=tokens, last_hidden_state=states, hidden_states=out.hidden_states
+            embeds=tokens[:, 0],
+            tokens=tokens,
+            refined_tokens=refined,
+            last_hidden_state=states,
+            hidden_states=out.hidden_states,
         )
 
-    def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None) -> FineLIPOutput:
-        """Encode texts, images or both; see `encode_text` and `encode_image`."""
-        return FineLIPOutput(
-            text=None if input_ids is None else self.encode_text(input_ids),
-            image=None if pixel_values is None else self.encode_image(pixel_values),
-        )
+    def forward(
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, ids: Tensor | None = None
+    ) -> FineLIPOutput:
+        """Encode texts, images or both, and compare each image with each text if both are given.
+
+        Args:
+            input_ids: (texts, n), see `encode_text`.
+            pixel_values: (images, 3, height, width), see `encode_image`.
+            ids: (pairs,), of the images, to get the loss: text i then belongs to image i, and pairs of equal id are no
+                negatives of each other.
+
+        Raises:
+            ValueError: see `encode_text` and `encode_image`; or if `ids` come without as many texts and images.
+        """
+        text = None if input_ids is None else self.encode_text(input_ids)
+        image = None if pixel_values is None else self.encode_image(pixel_values)
+        out = FineLIPOutput(text=text, image=image)
+        if text and image and text.embeds is not None and image.embeds is not None:
+            trained = out.global_similarity = F.normalize(image.embeds, dim=-1) @ F.normalize(text.embeds, dim=-1).T
+            out.similarity = out.global_similarity
+            if text.refined_tokens is not None and image.refined_tokens is not None:
+                trained = out.fine_similarity = late_interaction(image.refined_tokens, text.refined_tokens)
+                out.similarity = GLOBAL_WEIGHT * out.global_similarity + (1 - GLOBAL_WEIGHT) * out.fine_similarity
+            if ids is not None:
+                out.loss = triplet_margin_loss(trained, ids)
+        elif ids is not None:
+            raise ValueError("ids were given without texts and images to compare: pass input_ids and pixel_values.")
+        return out
+
+    def add_token_refinement(self, num_tokens: int | None = None) -> None:
+        """Give a model that has none, such as one made from a plain CLIP, a new token refinement for both towers.
+
+        Args:
+            num_tokens: refined tokens K of an image and of a text; by default ⌊patches · 0.4 · 0.5⌋, as published.
+
+        Raises:
+            ValueError: if the model has a token refinement, or lacks an image tower or the text projection.
+        """
+        vision, dim = self.config.vision_config, self.config.projection_dim
+        if self.image_refinement is not None or self.text_refinement is not None:
+            raise ValueError("This FineLIP has a token refinement: load another base, or train the one that is there.")
+        if vision is None or dim is None:
+            raise ValueError("Token refinement needs an image tower and a text projection, and this model lacks them.")
+        if num_tokens is None:
+            num_tokens = (vision.image_size // vision.patch_size) ** 2 // 5
+        self.config.refined_image_tokens = self.config.refined_text_tokens = num_tokens
+        for name in ("image_refinement", "text_refinement"):
+            refinement = TokenRefinement(dim, num_tokens).to(self.logit_scale)
+            refinement.apply(self._init_weights)
+            setattr(self, name, refinement.train(self.training))
 
     def to_text_encoder(self, projection: bool) -> TextEncoder:
         """The text tower as a plain transformers model, as SDXL takes it.
@@ -250,6 +319,24 @@ class FineLIPModel(CLIPPreTrainedModel):
         if self.config.projection_dim is not None:
             config.projection_dim = self.config.projection_dim
         return build_text_encoder(config, tensors)
+
+
+def end_positions(input_ids: Tensor, end_token: int) -> Tensor:
+    """Where each text ends: (batch,), by the rule of transformers' `CLIPTextModel`.
+
+    Configs that call the end token 2 are older than textual inversion: there the largest id is the end token.
+
+    Args:
+        input_ids: (batch, n), with an end token in each row.
+        end_token: `eos_token_id` of the text config.
+
+    Example:
+        >>> end_positions(torch.tensor([[7, 3, 8, 8], [7, 3, 4, 8]]), end_token=8)
+        tensor([2, 3])
+    """
+    if end_token == 2:
+        return input_ids.argmax(dim=-1)
+    return (input_ids == end_token).int().argmax(dim=-1)
 
 
 def _refinement(dim: int | None, num_tokens: int | None) -> TokenRefinement | None:

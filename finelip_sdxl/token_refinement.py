@@ -1,0 +1,58 @@
+"""Adaptive token refinement (ATRM): many tokens become few, each a weighted mean of all (FineLIP, section 3)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenRefinement(nn.Module):
+    """One aggregator of adaptive token refinement; FineLIP has one for images and one for texts.
+
+    From tokens X, (N, C), it makes A · X, (K, C), with A = softmax over the N tokens of (s · W(X))ᵀ, where W is
+    LayerNorm(C) → Linear(C, ⌊0.2 · C⌋) → GELU → Linear(⌊0.2 · C⌋, K), and s a learned scale that starts at 1.
+    Parameters bear the published names: `weight.0.*` (LayerNorm), `weight.1.*`, `weight.3.*` (linear layers), `scale`.
+
+    Source: FineLIP (arXiv 2504.01916), section 3.
+
+    Args:
+        dim: width C of a token, at least 5.
+        num_tokens: refined tokens K.
+
+    Raises:
+        ValueError: if one of them is out of range.
+
+    Example:
+        >>> refine = TokenRefinement(dim=64, num_tokens=3)
+        >>> refine(torch.randn(2, 16, 64)).shape
+        torch.Size([2, 3, 64])
+    """
+
+    def __init__(self, dim: int, num_tokens: int) -> None:
+        super().__init__()
+        hidden = int(dim * 0.2)
+        if hidden < 1 or num_tokens < 1:
+            raise ValueError(
+                f"TokenRefinement got dim={dim} and num_tokens={num_tokens}: give a dim of at least 5 (a fifth of it "
+                "is the hidden width) and at least one token."
+            )
+        self.weight = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_tokens))
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Refine tokens.
+
+        Args:
+            tokens: (batch, tokens, dim), of any number of tokens from 1.
+            mask: (batch, tokens), True where a token counts; at least one in each row. None if all count.
+
+        Returns:
+            (batch, num_tokens, dim), in the dtype of `tokens`.
+
+        Raises:
+            ValueError: if the shape of `mask` is not that of the tokens.
+        """
+        logits = self.weight(tokens) * self.scale  # (batch, tokens, num_tokens)
+        if mask is not None:
+            if mask.shape != tokens.shape[:2]:
+                raise ValueError(f"mask is {tuple(mask.shape)}; expected {tuple(tokens.shape[:2])}, as the tokens.")
+            logits = logits.masked_fill(~mask.bool()[..., None], float("-inf"))
+        return logits.softmax(dim=1).to(tokens.dtype).mT @ tokens
