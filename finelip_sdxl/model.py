@@ -202,7 +202,7 @@ class FineLIPModel(CLIPPreTrainedModel):
         project = self.text_projection
         tokens = None if project is None else project(out.last_hidden_state)
         refined = None
-        if self.text_refinement is not None:
+        if self.text_refinement is not None and tokens is not None:
             at = torch.arange(input_ids.shape[-1], device=input_ids.device)
             end = end_positions(input_ids, self.config.text_config.eos_token_id)[:, None]
             # A text that is nothing but its end token has no other to refine.

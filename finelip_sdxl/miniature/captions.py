@@ -136,8 +136,13 @@ def short_caption(scene: Scene, name: str) -> Caption:
             return caption
 
 
-def long_caption(scene: Scene, name: str) -> Caption:
+def long_caption(scene: Scene, name: str, first: Sequence[int] = ()) -> Caption:
     """A caption of 8 or 9 objects and 200 to 246 words and marks, which 77 tokens do not hold and 248 do.
+
+    Args:
+        scene: what is described.
+        name: of the caption: equal scenes and names give equal captions on every machine.
+        first: indices of the objects that are described before all others, in this order.
 
     Example:
         >>> from finelip_sdxl.miniature.world import make_scene
@@ -146,7 +151,7 @@ def long_caption(scene: Scene, name: str) -> Caption:
     """
     rng = random.Random(f"long caption {name}")
     while True:
-        caption = _describe(scene, rng, rng.randint(*LONG_OBJECTS), wordiness=1.0, linkage=0.65)
+        caption = _describe(scene, rng, rng.randint(*LONG_OBJECTS), wordiness=1.0, linkage=0.65, first=first)
         if LONG_WORDS[0] <= len(count_words(caption.text)) <= LONG_WORDS[1]:
             return caption
 
@@ -156,10 +161,13 @@ def count_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text)
 
 
-def _describe(scene: Scene, rng: random.Random, count: int, wordiness: float, linkage: float) -> Caption:
-    """Describes ``count`` objects: the wordier, the more long sentences and fillers; linked where it can be, at the
-    rate of ``linkage``."""
+def _describe(
+    scene: Scene, rng: random.Random, count: int, wordiness: float, linkage: float, first: Sequence[int] = ()
+) -> Caption:
+    """Describes ``count`` objects, those of ``first`` before others: the wordier, the more long sentences and fillers;
+    linked where it can be, at the rate of ``linkage``."""
     order = rng.sample(range(len(scene.objects)), count)
+    order = [*first, *(k for k in order if k not in first)][:count]
     text, mentions, plain = "", list[Mention](), list[int]()
     forms = _Deck(_WORDY_SENTENCES, rng), _Deck(_SENTENCES, rng)
     tails, fillers = _Deck(_TAILS, rng), _Deck(_FILLERS, rng)

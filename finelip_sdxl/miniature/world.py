@@ -83,8 +83,41 @@ def make_scene(name: str) -> Scene:
     shapes = rng.sample(SHAPES, len(PLACES))
     # A few colors a scene please the eye, and give a caption objects of one color to link.
     palette = rng.sample(list(COLORS), rng.randint(4, 7))
-    objects = tuple(
-        SceneObject(place, shape, rng.choice(palette), rng.choice(SIZES))
-        for place, shape in zip(PLACES, shapes, strict=True)
-    )
+    objects = tuple(_make_object(place, shape, palette, rng) for place, shape in zip(PLACES, shapes, strict=True))
     return Scene(objects, rng.choice(list(BACKGROUNDS)))
+
+
+def make_family(name: str, count: int, shared: int) -> tuple[list[Scene], list[int]]:
+    """Scenes that share their background and some objects; who hears of those alone cannot tell them apart.
+
+    Args:
+        name: of the family; equal names give equal families on every machine.
+        count: scenes.
+        shared: objects that are the same in all of them.
+
+    Returns:
+        The scenes, and the indices of the shared objects in ``Scene.objects``, in random order.
+
+    Example:
+        >>> (first, second), shared = make_family("unseen-0", count=2, shared=4)
+        >>> [first.objects[k] == second.objects[k] for k in shared]
+        [True, True, True, True]
+    """
+    rng = random.Random(f"family {name}")
+    parent = make_scene(name)
+    same = rng.sample(range(len(PLACES)), shared)
+    taken = {parent.objects[k].shape for k in same}
+    palette = sorted({thing.color for thing in parent.objects})
+    scenes = []
+    for _ in range(count):
+        shapes = iter(rng.sample([shape for shape in SHAPES if shape not in taken], len(PLACES) - shared))
+        objects = tuple(
+            thing if k in same else _make_object(thing.place, next(shapes), palette, rng)
+            for k, thing in enumerate(parent.objects)
+        )
+        scenes.append(Scene(objects, parent.background))
+    return scenes, same
+
+
+def _make_object(place: str, shape: str, palette: list[str], rng: random.Random) -> SceneObject:
+    return SceneObject(place, shape, rng.choice(palette), rng.choice(SIZES))

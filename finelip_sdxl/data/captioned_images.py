@@ -1,0 +1,52 @@
+"""What training and evaluation ask of any data set of images and captions."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+
+from PIL import Image
+
+
+class UnreadableImageError(OSError):
+    """An image that is missing or broken; the message names it."""
+
+
+class CaptionedImages(ABC):
+    """Images and their captions, in a fixed order.
+
+    Attributes:
+        group_size: consecutive images that training puts into one batch, since they are hard negatives of each other.
+    """
+
+    group_size: int = 1
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """One image, RGB.
+
+        Raises:
+            UnreadableImageError: if it is missing or broken.
+        """
+
+    @abstractmethod
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of one image, at least one."""
+
+    def short_caption(self, index: int) -> str:
+        """A caption that stock's 77 tokens hold: here the first sentence, which sums up in most long captions."""
+        return split_sentences(self.captions(index)[0])[0]
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, at least one, without the white space between them.
+
+    Example:
+        >>> split_sentences("A fox sleeps. The moon is 3.5 hours old! Is it?")
+        ['A fox sleeps.', 'The moon is 3.5 hours old!', 'Is it?']
+    """
+    return re.split(r"(?<=[.!?])\s+", text.strip())
