@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finelip_sdxl.checkpoints import load_finelip
+    from finelip_sdxl.checkpoints import load_finelip, save_published
     from finelip_sdxl.interaction import late_interaction
     from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
     from finelip_sdxl.miniature import miniature_clip, miniature_path
@@ -32,6 +32,7 @@ _EXPORTS = {
     "load_finelip": "finelip_sdxl.checkpoints",
     "miniature_clip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
+    "save_published": "finelip_sdxl.checkpoints",
     "stretch_positions": "finelip_sdxl.stretch",
     "triplet_margin_loss": "finelip_sdxl.losses",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "load_finelip",
     "miniature_clip",
     "miniature_path",
+    "save_published",
     "stretch_positions",
     "triplet_margin_loss",
 ]

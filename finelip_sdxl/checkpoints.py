@@ -2,9 +2,11 @@
 
 The way of the weights, top-down: read tensors (and a config, if there is one), rename them to the keys of
 transformers' `CLIPModel`, make one positional table of at least 248 rows, derive the config, build the model.
+`save_published` goes the way back, to a file in the layout of the published checkpoints.
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -23,7 +25,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -34,6 +36,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from finelip_sdxl.miniature import resolve_finelip
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
 from finelip_sdxl.prompts import STOCK_POSITIONS
 from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
@@ -71,6 +74,7 @@ def load_finelip(
       checkpoint, an OpenAI CLIP or open_clip state dict (ViT), also nested under `state_dict` or `model` and with
       `module.` before its keys, or a bare transformers CLIP file;
     - a directory or hub id of a transformers CLIP model, of a CLIP text encoder, or of what `FineLIPModel` saved;
+    - `miniature-clip-1` or `-2`, `miniature-finelip-1` or `-2`: of the miniature that comes with this package;
     - a state dict in memory, or a loaded `FineLIPModel`, `CLIPModel`, `CLIPTextModel` or
       `CLIPTextModelWithProjection`, which is not modified; on the CPU, unchanged weights share its memory.
 
@@ -117,6 +121,47 @@ def load_finelip(
         tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
     )
     return build_model(FineLIPModel, finelip_config, tensors)
+
+
+def save_published(model: FineLIPModel, path: str | Path) -> None:
+    """Write a FineLIP as the published checkpoints are: OpenAI's keys, a second positional table, `cross_net.*`.
+
+    What a model lacks (image tower, projections, token refinement) its file lacks too. Both positional tables are
+    the whole table, so that their reader may take the rows from either. `load_finelip` gives the same model back, bit
+    for bit; only the record of a stretch (`stretched_from`) has no place in such a file.
+
+    Args:
+        model: without adapters (merge or unload a LoRA first).
+        path: a `.safetensors` or `.pt` file. It is replaced only once the new one is whole.
+
+    Raises:
+        ValueError: if `path` has another suffix, or the model is one that this layout, which has no config, cannot
+            tell from others: heads that are not 64 wide, GELU, or other positions, image sizes or end tokens than its
+            tensors suggest. `save_pretrained` writes those.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import CLIPTextConfig, CLIPTextModel
+        >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+        >>> model = load_finelip(stock)
+        >>> with TemporaryDirectory() as folder:
+        ...     save_published(model, f"{folder}/finelip.safetensors")
+        ...     again = load_finelip(f"{folder}/finelip.safetensors")
+        >>> all(torch.equal(weight, again.state_dict()[key]) for key, weight in model.state_dict().items())
+        True
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"{path} is neither named .safetensors nor .pt: give one of these suffixes.")
+    _check_published_layout_suffices(model, path)
+    tensors = to_published_keys({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary) if path.suffix == ".safetensors" else torch.save(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def convert_weights(
@@ -176,6 +221,7 @@ def convert_weights(
 def _read(
     source: Source, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    source = resolve_finelip(source)
     if isinstance(source, CLIPTextModel | CLIPTextModelWithProjection):
         return text_encoder_tensors(source), source.config.to_dict()
     if isinstance(source, FineLIPModel | CLIPModel):
@@ -299,29 +345,30 @@ _PUBLISHED_ONLY = r"position(al)?_embedding_res|^input_resolution$|^cross_net\."
 
 _CLIP_TEXT_KEY = r"^(?:text_model\.)*(?:embeddings\.)?token_embedding\.weight$"
 
-_OPENAI_NAMES = {
-    "token_embedding.weight": _TOKEN_TABLE,
-    "positional_embedding": POSITION_TABLE,
-    "positional_embedding_res": _SECOND_TABLE,
-    "text_projection": "text_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": _PATCHES,
-    "visual.proj": "visual_projection.weight",
-}
-_OPENAI_PATTERNS = (
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
-    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"^cross_net\.aggr_net\.", "image_refinement."),
-    (r"^cross_net\.cap_aggr_net\.", "text_refinement."),
+# OpenAI's names and ours, either way; ^ and $ are the ends of a key.
+_OPENAI_NAMES = (
+    ("^token_embedding.weight$", f"^{_TOKEN_TABLE}$"),
+    ("^positional_embedding$", f"^{POSITION_TABLE}$"),
+    ("^positional_embedding_res$", f"^{_SECOND_TABLE}$"),
+    ("^text_projection$", "^text_projection.weight$"),
+    ("^visual.class_embedding$", "^vision_model.embeddings.class_embedding$"),
+    ("^visual.positional_embedding$", "^vision_model.embeddings.position_embedding.weight$"),
+    ("^visual.conv1.weight$", f"^{_PATCHES}$"),
+    ("^visual.proj$", "^visual_projection.weight$"),
+    ("^ln_final.", "^text_model.final_layer_norm."),
+    ("^visual.ln_pre.", "^vision_model.pre_layrnorm."),
+    ("^visual.ln_post.", "^vision_model.post_layernorm."),
+    ("^transformer.resblocks.", "^text_model.encoder.layers."),
+    ("^visual.transformer.resblocks.", "^vision_model.encoder.layers."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".attn.", ".self_attn."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    ("^cross_net.aggr_net.", "^image_refinement."),
+    ("^cross_net.cap_aggr_net.", "^text_refinement."),
 )
+_TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # OpenAI multiplies by them from the other side
 _TRANSFORMERS_PATTERNS = (
     (r"^(text_model|vision_model)\.(?:\1\.)+", r"\1."),  # wrappers that nest the tower once more
     (r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # CLIPTextModel built by transformers >= 5.6
@@ -364,24 +411,53 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
     renamed: dict[str, Tensor] = {}
     for key in list(tensors):
         tensor = tensors.pop(key)
-        new_key = _rename(key, _OPENAI_PATTERNS if is_openai else _TRANSFORMERS_PATTERNS)
         if not is_openai:
-            renamed[new_key] = tensor
-        elif ".in_proj_" in new_key:
+            for pattern, replacement in _TRANSFORMERS_PATTERNS:
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = tensor
+            continue
+        key = _rename(key, _OPENAI_NAMES)
+        if ".in_proj_" in key:
             # Cloned, since views would keep the fused weight alive and be saved and trained as one memory.
-            for part, piece in zip(("q", "k", "v"), tensor.chunk(3), strict=True):
-                renamed[new_key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
-        elif key in ("text_projection", "visual.proj"):
-            renamed[_OPENAI_NAMES[key]] = tensor.T.contiguous()
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
         else:
-            renamed[_OPENAI_NAMES.get(key, new_key)] = tensor
+            renamed[key] = tensor.T.contiguous() if key in _TRANSPOSED else tensor
     return renamed, is_published
 
 
-def _rename(key: str, patterns: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in patterns:
-        key = re.sub(pattern, replacement, key)
-    return key
+def to_published_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a `FineLIPModel` to the keys of the published FineLIP: the inverse of `to_clip_keys`.
+
+    Args:
+        tensors: the state dict of a `FineLIPModel`.
+
+    Returns:
+        Contiguous tensors; none shares memory with another.
+
+    Example:
+        >>> sorted(to_published_keys({POSITION_TABLE: torch.zeros(248, 4), "image_refinement.scale": torch.ones(1)}))
+        ['cross_net.aggr_net.scale', 'positional_embedding', 'positional_embedding_res']
+    """
+    tensors = {**tensors, _SECOND_TABLE: tensors[POSITION_TABLE].clone()}
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        new_key = _rename(key, [(ours, theirs) for theirs, ours in _OPENAI_NAMES])
+        if re.search(r"\.[kv]_proj\.", key):
+            continue  # fused with the query's
+        if ".q_proj." in key:
+            parts = [tensors[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            renamed[new_key.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+        else:
+            renamed[new_key] = (tensor.T if key in _TRANSPOSED else tensor).contiguous()
+    return renamed
+
+
+def _rename(key: str, names: Iterable[tuple[str, str]]) -> str:
+    marked = f"^{key}$"
+    for old, new in names:
+        marked = marked.replace(old, new)
+    return marked[1:-1]
 
 
 # What weights are by the keys that only they have; the first match names them. The first kind has CLIP's token table.
@@ -532,6 +608,33 @@ def _tower_sizes(tensors: Mapping[str, Tensor], tower: str, width: int, head_wid
         "num_hidden_layers": len(layers),
         "num_attention_heads": width // head_width,
     }
+
+
+# What an encoder computes with, and its file without a config leaves to be inferred.
+_INFERRED = {
+    "text_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "max_position_embeddings", "eos_token_id"),
+    "vision_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size"),
+}
+
+
+def _check_published_layout_suffices(model: FineLIPModel, path: Path) -> None:
+    """Refuse a model that would be read as another."""
+    weights = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    if adapted := [key for key in weights if "lora" in key or "base_layer" in key]:
+        raise ValueError(f"The model has weights such as {adapted[0]!r}: merge or unload the LoRA first.")
+    try:
+        config, _ = convert_weights(to_published_keys(weights), name=str(path))
+    except ValueError as error:
+        raise ValueError(f"A published checkpoint cannot hold this model, use save_pretrained: {error}") from error
+    for tower, fields in _INFERRED.items():
+        for field in fields if getattr(model.config, tower) is not None else ():
+            own, inferred = getattr(getattr(model.config, tower), field), getattr(getattr(config, tower), field)
+            # 2 is an old config's way to say that the largest id ends a text, which is what is inferred.
+            if own != inferred and (field, own) != ("eos_token_id", 2):
+                raise ValueError(
+                    f"A published checkpoint cannot hold this model, use save_pretrained: its {tower} has {field} "
+                    f"{own!r}, and {path.name} would be read with {inferred!r}."
+                )
 
 
 def _rows(tensors: Mapping[str, Tensor], key: str) -> int | None:

@@ -275,7 +275,8 @@ class FineLIPModel(CLIPPreTrainedModel):
         """Give a model that has none, such as one made from a plain CLIP, a new token refinement for both towers.
 
         Args:
-            num_tokens: refined tokens K of an image and of a text; by default ⌊patches · 0.4 · 0.5⌋, as published.
+            num_tokens: refined tokens K of an image and of a text; by default ⌊patches · 0.4 · 0.5⌋, as published, and
+                at least one.
 
         Raises:
             ValueError: if the model has a token refinement, or lacks an image tower or the text projection.
@@ -286,12 +287,12 @@ class FineLIPModel(CLIPPreTrainedModel):
         if vision is None or dim is None:
             raise ValueError("Token refinement needs an image tower and a text projection, and this model lacks them.")
         if num_tokens is None:
-            num_tokens = (vision.image_size // vision.patch_size) ** 2 // 5
-        self.config.refined_image_tokens = self.config.refined_text_tokens = num_tokens
+            num_tokens = max(1, (vision.image_size // vision.patch_size) ** 2 // 5)
         for name in ("image_refinement", "text_refinement"):
             refinement = TokenRefinement(dim, num_tokens).to(self.logit_scale)
             refinement.apply(self._init_weights)
             setattr(self, name, refinement.train(self.training))
+        self.config.refined_image_tokens = self.config.refined_text_tokens = num_tokens
 
     def to_text_encoder(self, projection: bool) -> TextEncoder:
         """The text tower as a plain transformers model, as SDXL takes it.

@@ -7,12 +7,13 @@ from unittest.mock import MagicMock
 import huggingface_hub.errors
 import pytest
 import torch
+from peft import LoraConfig
 from reference import REFERENCE, reference_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from finelip_sdxl import FineLIPModel, load_finelip, stretch_positions
+from finelip_sdxl import FineLIPConfig, FineLIPModel, load_finelip, miniature_clip, save_published, stretch_positions
 from finelip_sdxl.checkpoints import convert_weights
 from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder, text_encoder_tensors
 
@@ -167,6 +168,115 @@ def test_leaves_a_state_dict_in_memory_alone() -> None:
     load_finelip(tensors)
     assert tensors.keys() == before.keys()
     assert all(torch.equal(tensors[key], before[key]) for key in before)
+
+
+# Writing published checkpoints.
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_published_checkpoint_read_and_written_is_the_same_file(suffix, tmp_path) -> None:
+    original = load_file(PUBLISHED) | refinement_tensors()
+    path = tmp_path / "folder" / f"finelip{suffix}"
+    save_published(load_finelip(original), path)
+    written = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+    assert written.keys() == original.keys()
+    # Training leaves rows in either table that nobody reads.
+    used = {"positional_embedding": slice(20), "positional_embedding_res": slice(20, 248)}
+    for key, tensor in original.items():
+        assert written[key].shape == tensor.shape
+        rows = used.get(key, ...)
+        assert torch.equal(written[key][rows], tensor[rows]), key
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_written_and_read_is_the_same_model(dtype, tmp_path) -> None:
+    model = load_finelip(tiny_clip(), dtype=dtype)
+    model.add_token_refinement()
+    save_published(model, str(tmp_path / "finelip.safetensors"))
+    reloaded = load_finelip(tmp_path / "finelip.safetensors")
+    assert same_weights(reloaded, model)
+    assert reloaded.dtype == dtype
+    assert torch.equal(reloaded.encode_text(TEXT_IDS).refined_tokens, model.encode_text(TEXT_IDS).refined_tokens)
+    assert torch.equal(reloaded.encode_image(PIXELS.to(dtype)).tokens, model.encode_image(PIXELS.to(dtype)).tokens)
+
+
+@pytest.mark.parametrize("encoder_class", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_a_text_tower_alone_has_less_to_write(encoder_class, tmp_path) -> None:
+    model = load_finelip(encoder_class(tiny_clip().config.text_config))
+    save_published(model, tmp_path / "text.pt")
+    assert not any(key.startswith(("visual.", "cross_net.")) for key in torch.load(tmp_path / "text.pt"))
+    assert same_weights(load_finelip(tmp_path / "text.pt"), model)
+
+
+def test_an_old_config_s_end_token_is_no_hindrance(published, tmp_path) -> None:
+    text = tiny_clip().config.text_config
+    text.eos_token_id = 2
+    save_published(load_finelip(CLIPTextModel(text)), tmp_path / "text.pt")
+    assert load_finelip(tmp_path / "text.pt").config.text_config.eos_token_id == 98
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"activation": "gelu"}, r"text_config has hidden_act 'gelu', and x\.pt would be read with 'quick_gelu'"),
+        ({"num_attention_heads": 4}, "vision_config has num_attention_heads 4.*read with 1"),
+        ({"hidden_size": 80}, "vision_model 80 wide, which does not split into heads of 64"),
+        ("miniature-clip-1", "use save_pretrained"),
+    ],
+)
+def test_refuses_to_write_what_would_be_read_as_another_model(source, message, tmp_path) -> None:
+    model = load_finelip(source if isinstance(source, str) else tiny_clip(**source))
+    with pytest.raises(ValueError, match=message):
+        save_published(model, tmp_path / "x.pt")
+    assert not any(tmp_path.iterdir())
+
+
+def test_refuses_to_write_positions_that_would_be_stretched_again(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"max_position_embeddings 77, and x\.pt would be read with 248"):
+        save_published(FineLIPModel(FineLIPConfig(text_config=tiny_clip().config.text_config)), tmp_path / "x.pt")
+
+
+def test_refuses_to_write_adapters_and_other_suffixes(published, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"x\.ckpt is neither named \.safetensors nor \.pt"):
+        save_published(published, tmp_path / "x.ckpt")
+    adapted = load_finelip(published)
+    adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge or unload the LoRA first"):
+        save_published(adapted, tmp_path / "x.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(published, monkeypatch, tmp_path) -> None:
+    path = tmp_path / "finelip.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(tensors: dict[str, Tensor], file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("finelip_sdxl.checkpoints.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_published(published, path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
+
+
+# The miniature's encoders by name.
+
+
+@pytest.mark.parametrize("pair", [1, 2])
+def test_the_miniature_s_clips_have_names(pair) -> None:
+    model = load_finelip(f"miniature-clip-{pair}")
+    assert model.config.text_config.max_position_embeddings == 248
+    assert model.config.text_config.stretched_from == 77
+    assert same_weights(model, load_finelip(miniature_clip(pair)))
+
+
+def test_a_name_that_the_miniature_does_not_ship(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("finelip_sdxl.miniature._HERE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="finelip_2 does not exist"):
+        load_finelip("miniature-finelip-2")
+    load_finelip(tiny_clip()).save_pretrained(tmp_path / "finelip_2")
+    assert load_finelip("miniature-finelip-2").config.text_config.hidden_size == 128
 
 
 # OpenAI's and open_clip's weights.

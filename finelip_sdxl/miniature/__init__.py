@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
 _HERE = Path(__file__).parent
+_Source = TypeVar("_Source")
 
 
 def miniature_path() -> Path:
@@ -60,3 +62,25 @@ def miniature_clip(pair: int) -> CLIPModel:
     config = CLIPConfig(**json.loads((_HERE / "clips" / f"clip_{pair}.json").read_text()))
     tensors = {key: tensor.float() for key, tensor in {**text, **rest}.items()}
     return build_model(CLIPModel, config, tensors)
+
+
+def resolve_finelip(source: _Source) -> _Source | CLIPModel | Path:
+    """What to load for the name of one of the miniature's encoders, and anything else as it is.
+
+    Args:
+        source: ``"miniature-clip-1"`` or ``"miniature-clip-2"`` for a stock CLIP; ``"miniature-finelip-1"`` or
+            ``"miniature-finelip-2"`` for the folder of a FineLIP trained from it.
+
+    Example:
+        >>> resolve_finelip("miniature-clip-1").config.text_config.max_position_embeddings
+        77
+        >>> resolve_finelip("miniature-finelip-2").name
+        'finelip_2'
+        >>> resolve_finelip("openai/clip-vit-large-patch14")
+        'openai/clip-vit-large-patch14'
+    """
+    name = re.fullmatch(r"miniature-(clip|finelip)-([12])", source) if isinstance(source, str) else None
+    if name is None:
+        return source
+    kind, pair = name.groups()
+    return miniature_clip(int(pair)) if kind == "clip" else _HERE / f"finelip_{pair}"
