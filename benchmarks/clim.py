@@ -1,0 +1,185 @@
+"""Time and memory of FineLIP's similarity and loss, forward and backward, against a loop over captions.
+
+    python benchmarks/clim.py
+    python benchmarks/clim.py --batch-sizes 128 --ours-only 256 512 1024
+    python benchmarks/clim.py --tokens all --batch-sizes 8 16
+
+A step is token refinement, late interaction and triplet margin loss of random tokens, and the gradients of the tokens
+and of the refinement's weights. Each is measured in a process of its own; its memory is what the peak adds to the
+inputs. Exits with an error if the loss or the gradients of the two differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import shlex
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from datetime import date
+from functools import partial
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+from naive_clim import late_interaction_loop, refined_similarity_loop
+from torch import Tensor
+
+from finelip_sdxl import TokenRefinement, late_interaction, triplet_margin_loss
+
+# A class token and 14 × 14 patches, FineLIP's positions, the width of CLIP-L.
+IMAGE_TOKENS, TEXT_TOKENS, DIM = 197, 248, 768
+REFINED_TOKENS = (IMAGE_TOKENS - 1) // 5
+
+
+class Measured(NamedTuple):
+    """One way to compute a step, at one batch size."""
+
+    seconds: float
+    mebibytes: float
+    loss: float
+    gradient: float  # norm of all gradients together
+
+
+def refined_similarity(
+    image_refinement: TokenRefinement,
+    text_refinement: TokenRefinement,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Ours, of the whole batch at once; see `refined_similarity_loop`."""
+    end = lengths[:, None] - 1
+    before_end = torch.arange(text_tokens.shape[1], device=end.device) < end
+    texts = torch.cat([text_refinement(text_tokens, before_end), text_tokens.take_along_dim(end[..., None], 1)], dim=1)
+    images = torch.cat([image_tokens[:, :1], image_refinement(image_tokens[:, 1:])], dim=1)
+    return late_interaction(images, texts)
+
+
+def all_similarity(image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Ours, without refinement; see `late_interaction_loop`."""
+    mask = torch.arange(text_tokens.shape[1], device=lengths.device) < lengths[:, None]
+    return late_interaction(image_tokens, text_tokens, text_mask=mask)
+
+
+def measure(way: str, batch: int, flags: argparse.Namespace) -> Measured:
+    torch.set_num_threads(flags.threads)
+    torch.manual_seed(0)
+    options = {"device": flags.device, "dtype": getattr(torch, flags.dtype)}
+    image_tokens = torch.randn(batch, IMAGE_TOKENS, DIM, **options).requires_grad_()
+    text_tokens = torch.randn(batch, TEXT_TOKENS, DIM, **options).requires_grad_()
+    lengths = torch.randint(TEXT_TOKENS // 2, TEXT_TOKENS + 1, (batch,)).to(flags.device)
+    learned = [image_tokens, text_tokens]
+    if flags.tokens == "refined":
+        refinements = [TokenRefinement(DIM, REFINED_TOKENS).to(**options) for _ in range(2)]
+        learned += [weight for refinement in refinements for weight in refinement.parameters()]
+        similarity = partial(refined_similarity_loop if way == "loop" else refined_similarity, *refinements)
+    else:
+        similarity = late_interaction_loop if way == "loop" else all_similarity
+
+    def step(count: int) -> Tensor:
+        for tensor in learned:
+            tensor.grad = None
+        loss = triplet_margin_loss(
+            similarity(image_tokens[:count], text_tokens[:count], lengths[:count]), torch.arange(count).to(flags.device)
+        )
+        loss.backward()
+        return loss.detach()
+
+    on_cuda = flags.device == "cuda"
+    before, seconds = torch.cuda.memory_allocated() / 2**20 if on_cuda else peak_of_process(), []
+    step(2)  # starts threads and kernels
+    for _ in range(flags.repeats):
+        started = time.perf_counter()
+        loss = step(batch).item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else peak_of_process()
+    gradient = torch.stack([tensor.grad.float().norm() for tensor in learned]).norm().item()
+    return Measured(statistics.median(seconds), peak - before, loss, gradient)
+
+
+def peak_of_process() -> float:
+    """MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure_apart(way: str, batch: int, flags: argparse.Namespace) -> Measured | None:
+    """`measure` in a process of its own; None if its memory does not suffice."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(measure, way, batch, flags).result()
+    except (BrokenProcessPool, torch.OutOfMemoryError):  # killed by the system, or refused by the device
+        return None
+
+
+def check_equal(loop: Measured, ours: Measured, dtype: str) -> None:
+    """Raises: ValueError if they computed different things."""
+    for what in ("loss", "gradient"):
+        one, other = getattr(loop, what), getattr(ours, what)
+        if not abs(one - other) <= (1e-3 if dtype == "float32" else 5e-2) * abs(one):
+            raise ValueError(f"The {what} of the loop is {one:.8g} and ours {other:.8g}: they should be equal.")
+
+
+def compare(flags: argparse.Namespace) -> None:
+    print("| batch | loop, s | ours, s | times faster | loop, MiB | ours, MiB | times smaller |")
+    print("|---|---|---|---|---|---|---|")
+    for batch in flags.batch_sizes:
+        loop, ours = (measure_apart(way, batch, flags) for way in ("loop", "ours"))
+        if loop and ours:
+            check_equal(loop, ours, flags.dtype)
+            faster, smaller = loop.seconds / ours.seconds, loop.mebibytes / max(ours.mebibytes, 1)
+            times = f"{loop.seconds:.3g} | {ours.seconds:.3g} | {faster:.1f}"
+            print(f"| {batch} | {times} | {loop.mebibytes:.0f} | {ours.mebibytes:.0f} | {smaller:.1f} |", flush=True)
+        else:
+            lacking = " and ".join(way for way, result in (("loop", loop), ("ours", ours)) if result is None)
+            print(f"| {batch} | does not fit: {lacking} |||||||", flush=True)
+
+
+def show_ours(flags: argparse.Namespace) -> None:
+    print("\n| batch | ours, s | ours, MiB | MiB a pair |\n|---|---|---|---|")
+    for batch in flags.ours_only:
+        ours = measure_apart("ours", batch, flags)
+        cells = (
+            "does not fit | |"
+            if ours is None
+            else f"{ours.seconds:.3g} | {ours.mebibytes:.0f} | {ours.mebibytes / batch:.1f}"
+        )
+        print(f"| {batch} | {cells} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--batch-sizes", type=int, nargs="*", default=[16, 32, 64, 128], metavar="N", help="(default 16 32 64 128)")
+    add("--ours-only", type=int, nargs="*", default=[], metavar="N", help="batch sizes that only ours computes")
+    add("--tokens", choices=("refined", "all"), default="refined", help="what is compared (default refined)")
+    add("--repeats", type=int, default=3, metavar="N", help="steps, of which the median counts (default 3)")
+    add("--threads", type=int, default=2, metavar="N", help="of the CPU (default 2)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all tensors")
+    flags = parser.parse_args()
+    if min([*flags.batch_sizes, *flags.ours_only, 2]) < 2 or min(flags.repeats, flags.threads) < 1:
+        parser.error("batch sizes begin at 2, repeats and threads at 1")
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device, use --device cpu")
+
+    device = torch.cuda.get_device_name() if flags.device == "cuda" else f"{flags.threads} threads"
+    print(
+        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}:", end=" "
+    )
+    print(f"`{shlex.join(['python', 'benchmarks/clim.py', *sys.argv[1:]])}`\n")
+    try:
+        compare(flags)
+    except ValueError as error:
+        sys.exit(str(error))
+    if flags.ours_only:
+        show_ours(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Late interaction written naively, in the manner of the published code: one caption after the other.
+
+What `clim.py` measures ours against, and what the tests compare it with.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finelip_sdxl import TokenRefinement
+
+
+def compare_with_caption(images: Tensor, caption: Tensor) -> Tensor:
+    """Late interaction of (images, image tokens, dim) with one caption, (text tokens, dim): (images,)."""
+    images = F.normalize(images, dim=-1)
+    captions = F.normalize(caption, dim=-1).repeat(len(images), 1, 1)
+    similarity = F.leaky_relu(captions @ images.mT, 0.1)  # (images, text tokens, image tokens)
+    return similarity.max(dim=2).values.mean(dim=1) + similarity.max(dim=1).values.mean(dim=1)
+
+
+def late_interaction_loop(image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Late interaction of images with the first `lengths` tokens of each text: (images, texts)."""
+    texts = zip(text_tokens, lengths.tolist(), strict=True)
+    return torch.stack([compare_with_caption(image_tokens, text[:length]) for text, length in texts], dim=1)
+
+
+def refined_similarity_loop(
+    image_refinement: TokenRefinement,
+    text_refinement: TokenRefinement,
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Token refinement and late interaction: (images, texts). Lengths count the start and the end token."""
+    few_of_images = image_refinement(image_tokens[:, 1:])
+    columns = []
+    for text, length in zip(text_tokens, lengths.tolist(), strict=True):
+        few = text_refinement(text[None, : length - 1])[0]
+        caption = torch.cat([few, text[length - 1 : length]])
+        images = torch.cat([image_tokens[:, :1], few_of_images], dim=1)
+        columns.append(compare_with_caption(images, caption))
+    return torch.stack(columns, dim=1)
