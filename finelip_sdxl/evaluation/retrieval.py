@@ -1,0 +1,356 @@
+"""Retrieval of texts by images and of images by texts: Recall@1, 5 and 10 by FineLIP's similarities."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from finelip_sdxl.data import CaptionedImages, UnreadableImageError
+from finelip_sdxl.interaction import late_interaction
+from finelip_sdxl.model import GLOBAL_WEIGHT, FineLIPImageOutput, FineLIPModel, FineLIPTextOutput
+
+RECALL_AT = (1, 5, 10)
+SWEEP = tuple(step / 10 for step in range(11))
+# Similarities that differ by less are ties: equal texts differ in the last bits with the batch they were encoded in.
+TIE = 1e-6
+# What is shown on a bar appears only if the work takes longer than this.
+BAR_AFTER_SECONDS = 2
+
+
+@dataclass
+class EncodedPairs:
+    """Images and texts as a model encodes them, on the CPU.
+
+    Attributes:
+        image_embeds: (images, C), normalised, float32.
+        text_embeds: (texts, C), likewise.
+        image_of_text: (texts,), the row of the image that a text belongs to.
+        image_tokens: (images, 1 + K, C), refined, normalised, in the model's dtype; None without a token refinement.
+        text_tokens: (texts, K + 1, C), likewise.
+        unreadable: messages, one for each image that was left out with its captions.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    image_of_text: Tensor
+    image_tokens: Tensor | None = None
+    text_tokens: Tensor | None = None
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Recall@k by k: the share, 0 to 1, of the queries that find a match among their first k results."""
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """What `evaluate_retrieval` returns; printed, a table in percent.
+
+    Attributes:
+        recall: by similarity: `"global"` (cosine of embeddings), and with a token refinement also `"fine"` (late
+            interaction) and `"fused"` (0.8 · global + 0.2 · fine).
+        fusion_sweep: by the weight of global in the fused similarity; empty unless it was asked for.
+        images, texts: how many were compared.
+        unreadable: messages, one for each image that was left out with its captions.
+    """
+
+    recall: dict[str, Recall]
+    fusion_sweep: dict[float, Recall]
+    images: int
+    texts: int
+    unreadable: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `json.dumps` takes it: `["recall"]["fused"]["image_to_text"]["R@1"]`, shares from 0 to 1."""
+
+        def plain(recalls: dict[Any, Recall]) -> dict[str, Any]:
+            return {
+                str(name): {
+                    direction: {f"R@{k}": share for k, share in getattr(recall, direction).items()}
+                    for direction in ("image_to_text", "text_to_image")
+                }
+                for name, recall in recalls.items()
+            }
+
+        return {
+            "images": self.images,
+            "texts": self.texts,
+            "unreadable": list(self.unreadable),
+            "recall": plain(self.recall),
+            "fusion_sweep": plain(self.fusion_sweep),
+        }
+
+    def __str__(self) -> str:
+        columns = "".join(f"{f'R@{k}':>7}" for k in RECALL_AT)
+        width = len(columns)
+        lines = [f"{'':8}{'image to text':>{width}}  {'text to image':>{width}}", f"{'':8}{columns}  {columns}"]
+        lines += [_row(name, recall) for name, recall in self.recall.items()]
+        if self.fusion_sweep:
+            lines += ["weight of global:"]
+            lines += [_row(f"{weight:.1f}", recall) for weight, recall in self.fusion_sweep.items()]
+        return "\n".join(lines)
+
+
+def evaluate_retrieval(
+    model: FineLIPModel,
+    data: CaptionedImages,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: Callable[..., Any],
+    *,
+    fusion_sweep: bool = False,
+    batch_size: int = 64,
+    max_tokens: int | None = None,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> RetrievalResult:
+    """Recall@1, 5 and 10 of a model on images with captions, both ways, by global, fine and fused similarity.
+
+    An image finds its best-ranked caption among all captions, and a caption its image among all images. Ties count
+    against the model.
+
+    Source: FineLIP (arXiv 2504.01916), section 4.
+
+    Args:
+        model: where it is, it computes; without a token refinement only its global similarity is evaluated.
+        data: images with one or several captions each.
+        tokenizer: of the model.
+        image_processor: of the model, called as `image_processor(list of PIL images, return_tensors="pt")`.
+        fusion_sweep: whether to evaluate the fused similarity with weights of 0.0, 0.1, … 1.0 for global as well.
+        batch_size: images or texts that are encoded at a time.
+        max_tokens: where longer texts are cut, start and end token included; the model's positions by default.
+        autocast: dtype to encode in by mixed precision; None for the model's own.
+        progress: whether to show a bar for what takes more than two seconds.
+
+    Raises:
+        ValueError: if `max_tokens` is not from 3 to the model's positions, the model has no image tower, or no image
+            can be read.
+
+    Example:
+        >>> from transformers import CLIPImageProcessor, CLIPTokenizer
+        >>> from finelip_sdxl import load_finelip, miniature_path
+        >>> from finelip_sdxl.miniature.dataset import MiniatureScenes
+        >>> tokenizer = CLIPTokenizer.from_pretrained(miniature_path(), subfolder="tokenizer")
+        >>> processor = CLIPImageProcessor(size=96, crop_size=96, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        >>> model = load_finelip("miniature-clip-1")
+        >>> result = evaluate_retrieval(model, MiniatureScenes("test", 5), tokenizer, processor)
+        >>> result.images, result.recall["global"].image_to_text[5]
+        (5, 1.0)
+    """
+    encoded = encode_pairs(
+        model,
+        data,
+        tokenizer,
+        image_processor,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        autocast=autocast,
+        progress=progress,
+    )
+    named = {"global": 1.0}
+    sweep: Sequence[float] = ()
+    if encoded.image_tokens is not None and encoded.text_tokens is not None:
+        named |= {"fine": 0.0, "fused": GLOBAL_WEIGHT}
+        sweep = SWEEP if fusion_sweep else ()
+    weights = sorted({*named.values(), *sweep})
+    ranks = retrieval_ranks(encoded, weights, device=model.device, progress=progress)
+    recalls = {weight: Recall(*map(_recall, both)) for weight, *both in zip(weights, *ranks, strict=True)}
+    return RetrievalResult(
+        recall={name: recalls[weight] for name, weight in named.items()},
+        fusion_sweep={weight: recalls[weight] for weight in sweep},
+        images=len(encoded.image_embeds),
+        texts=len(encoded.text_embeds),
+        unreadable=encoded.unreadable,
+    )
+
+
+def encode_pairs(
+    model: FineLIPModel,
+    data: CaptionedImages,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: Callable[..., Any],
+    *,
+    batch_size: int = 64,
+    max_tokens: int | None = None,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> EncodedPairs:
+    """Encode all images and all their captions once, in evaluation mode and without gradients.
+
+    Arguments and errors are those of `evaluate_retrieval`. An image that cannot be read is left out with its captions.
+    """
+    positions = model.text_model.embeddings.position_embedding.weight.shape[0]
+    if max_tokens is not None and not 3 <= max_tokens <= positions:
+        raise ValueError(f"max_tokens is {max_tokens}; expected from 3 to {positions}, the positions of this model.")
+
+    unreadable: list[str] = []
+    texts: list[str] = []
+    image_of_text: list[int] = []
+
+    def image_batches() -> Iterator[list[Any]]:
+        images: list[Any] = []
+        readable = 0
+        for index in _bar(range(len(data)), "images", progress):
+            try:
+                images.append(data.image(index))
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
+                continue
+            captions = data.captions(index)
+            texts.extend(captions)
+            image_of_text.extend([readable] * len(captions))
+            readable += 1
+            if len(images) == batch_size:
+                yield images
+                images = []
+        if images:
+            yield images
+
+    def encode_images(images: list[Any]) -> FineLIPImageOutput:
+        pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+        return model.encode_image(pixel_values.to(model.device, model.dtype))
+
+    def encode_texts(texts: list[str]) -> FineLIPTextOutput:
+        length = positions if max_tokens is None else max_tokens
+        batch = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        return model.encode_text(batch["input_ids"].to(model.device))
+
+    with _evaluation_mode(model), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+        image_embeds, image_tokens = _gather(map(encode_images, image_batches()))
+        if image_embeds is None:
+            first = f"; the first: {unreadable[0]}" if unreadable else ""
+            raise ValueError(f"None of {len(data)} images can be read, so that there is nothing to evaluate{first}")
+        starts = _bar(range(0, len(texts), batch_size), "texts", progress)
+        text_embeds, text_tokens = _gather(encode_texts(texts[start : start + batch_size]) for start in starts)
+    if text_embeds is None:
+        raise ValueError("The images have no captions, so that there is nothing to evaluate.")
+    return EncodedPairs(
+        image_embeds=image_embeds,
+        text_embeds=text_embeds,
+        image_of_text=torch.tensor(image_of_text),
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        unreadable=tuple(unreadable),
+    )
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    encoded: EncodedPairs,
+    weights: Sequence[float] = (GLOBAL_WEIGHT,),
+    *,
+    block_size: int = 512,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """At which rank, from 0, each image finds the first of its texts, and each text its image.
+
+    Images and texts are compared block by block, so that memory does not grow with their product. A rank is the number
+    of others that are at least as similar: of two that are equal, the wrong one comes first.
+
+    Args:
+        encoded: images and texts.
+        weights: of global in the similarity, weight · global + (1 - weight) · fine; of no effect without tokens.
+        block_size: images, and texts, that are on the device at a time. It changes nothing in the ranks.
+        device: where to compare.
+        progress: whether to show a bar if it takes more than two seconds.
+
+    Returns:
+        (weights, images) and (weights, texts), whole numbers, on the CPU.
+
+    Example:
+        >>> pairs = EncodedPairs(torch.eye(3), torch.eye(3)[[0, 1, 1]], image_of_text=torch.arange(3))
+        >>> of_images, of_texts = retrieval_ranks(pairs)  # the last image looks like no text, and its text like another
+        >>> of_images.tolist(), of_texts.tolist()
+        ([[0, 1, 2]], [[0, 0, 2]])
+    """
+
+    def similarity(images: Tensor, texts: Tensor) -> Tensor:
+        """(weights, images, texts)"""
+        parts = (encoded.image_embeds[images], encoded.text_embeds[texts])
+        cosine = parts[0].to(device) @ parts[1].to(device).T
+        if encoded.image_tokens is None or encoded.text_tokens is None:
+            return cosine.expand(len(weights), -1, -1)
+        # Compared in float32: in half precision too many similarities would be equal.
+        tokens = (encoded.image_tokens[images].to(device).float(), encoded.text_tokens[texts].to(device).float())
+        return torch.lerp(late_interaction(*tokens), cosine, torch.tensor(weights, device=device)[:, None, None])
+
+    image_of_text = encoded.image_of_text
+    images = torch.arange(len(encoded.image_embeds))
+    texts = torch.arange(len(encoded.text_embeds))
+
+    # What others are compared with: each text's similarity to its image, and the best of an image's own texts.
+    own = torch.cat(
+        [
+            similarity(image_of_text[some], some).diagonal(dim1=1, dim2=2)
+            for some in texts.split(16)  # few, since only the diagonal is used
+        ],
+        dim=1,
+    ).cpu()
+    best = own.new_full((len(weights), len(images)), float("-inf"))
+    best = best.scatter_reduce(1, image_of_text.expand_as(own), own, "amax")
+
+    of_images = torch.zeros_like(best, dtype=torch.long)
+    of_texts = torch.zeros_like(own, dtype=torch.long)
+    blocks = [(i, j) for j in texts.split(block_size) for i in images.split(block_size)]
+    for i, j in _bar(blocks, "comparing", progress):
+        block = similarity(i, j)
+        others = (image_of_text[j] != i[:, None]).to(device)
+        # Not "at least as similar", so that what is not a number counts against the model too.
+        of_images[:, i] += (others & ~(block < best[:, i, None].to(device) - TIE)).sum(dim=2).cpu()
+        of_texts[:, j] += (others & ~(block < own[:, None, j].to(device) - TIE)).sum(dim=1).cpu()
+    return of_images, of_texts
+
+
+def _recall(ranks: Tensor) -> dict[int, float]:
+    return {k: (ranks < k).double().mean().item() for k in RECALL_AT}
+
+
+def _row(name: str, recall: Recall) -> str:
+    image_to_text, text_to_image = (
+        "".join(f"{100 * shares[k]:7.1f}" for k in RECALL_AT) for shares in (recall.image_to_text, recall.text_to_image)
+    )
+    return f"{name:8}{image_to_text}  {text_to_image}"
+
+
+def _gather(
+    outputs: Iterator[FineLIPImageOutput] | Iterator[FineLIPTextOutput],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Embeddings and refined tokens of all batches, normalised, on the CPU; None where there are none."""
+    embeds: list[Tensor] = []
+    tokens: list[Tensor] = []
+    for output in outputs:
+        if output.embeds is not None:
+            embeds.append(F.normalize(output.embeds.float(), dim=-1).cpu())
+        if output.refined_tokens is not None:
+            refined = output.refined_tokens
+            tokens.append(F.normalize(refined.float(), dim=-1).to(refined.dtype).cpu())
+    return torch.cat(embeds) if embeds else None, torch.cat(tokens) if tokens else None
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _bar(steps: Sequence[Any], name: str, progress: bool) -> tqdm:
+    return tqdm(steps, desc=name, delay=BAR_AFTER_SECONDS, disable=not progress, leave=False)
