@@ -45,7 +45,7 @@ def late_interaction(
         raise ValueError(
             f"image_tokens are {image_tokens.shape[-1]} wide and text_tokens {text_tokens.shape[-1]}; expected one dim."
         )
-    images, texts = F.normalize(image_tokens, dim=-1), F.normalize(text_tokens, dim=-1)
+    images, texts = _normalize(image_tokens), _normalize(text_tokens)
     rows = max(1, _BLOCK // (images.shape[1] * texts.shape[0] * texts.shape[1]))
     blocks = []
     for start in range(0, len(images), rows):
@@ -80,7 +80,13 @@ def _compare(images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask
 
 
 def _mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    return values.mean(dim) if mask is None else (values * mask).sum(dim) / mask.sum(dim)
+    return values.mean(dim) if mask is None else values.masked_fill(~mask, 0).sum(dim) / mask.sum(dim)
+
+
+def _normalize(tokens: Tensor) -> Tensor:
+    # In float32 at least: float16 holds neither the square of a large token nor the constant that guards a zero one.
+    exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return F.normalize(exact, dim=-1).to(tokens.dtype)
 
 
 def _check(name: str, tokens: Tensor, mask: Tensor | None) -> Tensor | None:

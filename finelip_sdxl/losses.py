@@ -22,7 +22,7 @@ def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN,
         hardest: count the hardest negative only.
 
     Returns:
-        A scalar; 0 for a single pair.
+        A scalar, of float32 at least, since a sum over a large batch exceeds float16; 0 for a single pair.
 
     Raises:
         ValueError: if `similarity` is not square, or there is not one id for each pair.
@@ -32,7 +32,7 @@ def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN,
         >>> triplet_margin_loss(similarity, torch.tensor([0, 1]))  # 0.3 for the second image, 0.1 for the first text
         tensor(0.4000)
     """
-    _check(similarity, ids)
+    similarity = _check(similarity, ids)
     pairs = similarity.diagonal()
     same = ids[:, None] == ids[None]
     of_images = (margin + similarity - pairs[:, None]).clamp(min=0).masked_fill(same, 0)
@@ -53,7 +53,7 @@ def contrastive_loss(similarity: Tensor, ids: Tensor, scale: Tensor | float) -> 
         scale: factor of the similarities, the inverse of the softmax's temperature.
 
     Returns:
-        A scalar, the mean over the pairs and both directions; 0 for a single pair.
+        A scalar of float32 at least, the mean over the pairs and both directions; 0 for a single pair.
 
     Raises:
         ValueError: if `similarity` is not square, or there is not one id for each pair.
@@ -62,15 +62,16 @@ def contrastive_loss(similarity: Tensor, ids: Tensor, scale: Tensor | float) -> 
         >>> contrastive_loss(torch.eye(2), torch.tensor([0, 1]), scale=100.0)
         tensor(0.)
     """
-    _check(similarity, ids)
+    similarity = _check(similarity, ids)
     same = (ids[:, None] == ids[None]).fill_diagonal_(False)
     logits = (scale * similarity).masked_fill(same, float("-inf"))
     labels = torch.arange(len(ids), device=similarity.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def _check(similarity: Tensor, ids: Tensor) -> None:
+def _check(similarity: Tensor, ids: Tensor) -> Tensor:
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
         raise ValueError(f"similarity is {tuple(similarity.shape)}; expected (pairs, pairs).")
     if ids.shape != similarity.shape[:1]:
         raise ValueError(f"ids are {tuple(ids.shape)}; expected ({len(similarity)},), one for each pair.")
+    return similarity.to(torch.promote_types(similarity.dtype, torch.float32))

@@ -48,11 +48,13 @@ class TokenRefinement(nn.Module):
             (batch, num_tokens, dim), in the dtype of `tokens`.
 
         Raises:
-            ValueError: if the shape of `mask` is not that of the tokens.
+            ValueError: if the shape of `mask` is not that of the tokens, or one of its rows holds no token.
         """
         logits = self.weight(tokens) * self.scale  # (batch, tokens, num_tokens)
         if mask is not None:
             if mask.shape != tokens.shape[:2]:
                 raise ValueError(f"mask is {tuple(mask.shape)}; expected {tuple(tokens.shape[:2])}, as the tokens.")
+            if not mask.any(dim=1).all():
+                raise ValueError("mask has a row without any token; expected at least one in each.")
             logits = logits.masked_fill(~mask.bool()[..., None], float("-inf"))
         return logits.softmax(dim=1).to(tokens.dtype).mT @ tokens
