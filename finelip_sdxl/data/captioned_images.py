@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import IO
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 class UnreadableImageError(OSError):
@@ -40,6 +42,24 @@ class CaptionedImages(ABC):
     def short_caption(self, index: int) -> str:
         """A caption that stock's 77 tokens hold: here the first sentence, which sums up in most long captions."""
         return split_sentences(self.captions(index)[0])[0]
+
+
+def read_image(file: Path | IO[bytes], name: str) -> Image.Image:
+    """An image as RGB, turned upright as its EXIF orientation says.
+
+    Args:
+        file: a path or an open file.
+        name: of the image, for the message.
+
+    Raises:
+        UnreadableImageError: if it is missing or broken.
+    """
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # broken files make Pillow's decoders raise almost anything
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise UnreadableImageError(f"{name} cannot be read ({reason}).") from error
 
 
 def split_sentences(text: str) -> list[str]:

@@ -1,0 +1,130 @@
+"""Texts to token ids and images to pixel values, as the model at hand takes them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import LongTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
+
+POSITIONS = 248
+_PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, by which pooling finds the end of a text
+_MINIATURE = re.compile(r"miniature-(?:clip|finelip)-([12])")
+_MINIATURE_SIZE = 96
+_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "preprocessor_config.json")
+
+
+def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLIPTokenizer:
+    """The tokenizer of a CLIP.
+
+    Args:
+        source: "miniature-clip-1", "miniature-clip-2", "miniature-finelip-1" or "miniature-finelip-2"; a directory or
+            hub id that holds a tokenizer.
+        positions: of the text encoder, at which `tokenize` cuts.
+
+    Raises:
+        FileNotFoundError: if `source` does not exist, or holds no tokenizer.
+        OSError: if the hub does not give it.
+
+    Example:
+        >>> load_tokenizer("miniature-finelip-1").model_max_length
+        248
+    """
+    if miniature := _MINIATURE.fullmatch(str(source)):
+        # SDXL's first tokenizer pads with the end token, its second with "!".
+        return build_tokenizer(max_length=positions, **({"pad_token": "!"} if miniature[1] == "2" else {}))
+    hint = "pass --tokenizer, a directory or hub id such as openai/clip-vit-large-patch14"
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is a checkpoint file, which holds no tokenizer: {hint}.")
+    directory = _directory(source)
+    # Without either file, from_pretrained makes a tokenizer of two tokens and says nothing.
+    if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise FileNotFoundError(f"{source} holds no vocab.json or tokenizer.json: {hint}.")
+    tokenizer = CLIPTokenizer.from_pretrained(directory)
+    tokenizer.model_max_length = positions
+    return tokenizer
+
+
+def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImageProcessorPil:
+    """What makes pixel values of images for a CLIP: resize, center crop, scale, normalize.
+
+    Args:
+        source: as for `load_tokenizer`, or a checkpoint file. Where there is no preprocessor_config.json, it is
+            CLIP's: bicubic, with the published mean and standard deviation.
+        image_size: of the model, in pixels, for a source that does not say it.
+
+    Raises:
+        FileNotFoundError: if `source` does not exist.
+        OSError: if the hub does not give it.
+
+    Example:
+        >>> from PIL import Image
+        >>> processor = load_image_processor("miniature-clip-1", image_size=96)
+        >>> processor(Image.new("RGB", (96, 96)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 96, 96])
+    """
+    if _MINIATURE.fullmatch(str(source)):
+        processor = _clip_processor(_MINIATURE_SIZE)
+        processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
+        return processor
+    if not Path(source).is_file():
+        directory = _directory(source)
+        if (directory / "preprocessor_config.json").is_file():
+            return CLIPImageProcessorPil.from_pretrained(directory)
+    return _clip_processor(image_size)
+
+
+def tokenize(
+    tokenizer: CLIPTokenizer, texts: Sequence[str], prefix: Sequence[int] | None = None, max_length: int | None = None
+) -> LongTensor:
+    """Token ids of texts: start token, prefix padding, text, end token, padding.
+
+    Prefix padding shifts a text to later positions (DeBias-CLIP, arXiv 2602.22419); it never takes the place of text.
+
+    Args:
+        tokenizer: see `load_tokenizer`.
+        texts: of any length; those that are too long are cut, and keep their end token.
+        prefix: padding tokens before each text; there are fewer where the text leaves no room. None for none.
+        max_length: tokens at most, start and end included; by default the tokenizer's `model_max_length`.
+
+    Returns:
+        (texts, n), where n is the length of the longest.
+
+    Example:
+        >>> tokenize(load_tokenizer("miniature-clip-1"), ["a red star", "a"], prefix=[1, 0])
+        tensor([[858,   0, 320, 730, 789, 859],
+                [858, 320, 859, 859, 859, 859]])
+    """
+    longest = max_length or tokenizer.model_max_length
+    rows = tokenizer(list(texts), truncation=True, max_length=longest).input_ids
+    for row, count in zip(rows, prefix or [0] * len(rows), strict=True):
+        row[1:1] = [_PREFIX_ID] * min(count, longest - len(row))
+    return pad_sequence([torch.tensor(row) for row in rows], True, tokenizer.pad_token_id)  # type: ignore[return-value]
+
+
+def _directory(source: str | os.PathLike) -> Path:
+    """Where the files of a directory or hub repository are."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{source} does not exist: give a directory or a hub id.") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise OSError(f"{source} is no path here, and the hub cannot be reached to look for it there.") from error
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise OSError(f"{source} is no path here, and the hub does not give it ({reason}).") from error
+
+
+def _clip_processor(size: int) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
