@@ -1,0 +1,56 @@
+"""Caption augmentation: training that cannot lean on a summary at a caption's start."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from .captioned_images import split_sentences
+
+
+@dataclass(frozen=True)
+class CaptionAugmentation:
+    """What happens to a long caption in training; by default nothing.
+
+    Long captions tend to begin with a sentence that sums up the rest, and an encoder trained on them reads little else.
+
+    Source: DeBias-CLIP (arXiv 2602.22419).
+
+    Args:
+        drop_first: probability that the first sentence goes, if there are others.
+        sample_sentences: probability that only some of the sentences remain: a number of them from one to all, each
+            number and each choice alike, in their order.
+        prefix_padding: padding tokens before a text at most; each number of them from 0 is alike.
+
+    Raises:
+        ValueError: if one of them is out of range.
+
+    Example:
+        >>> CaptionAugmentation(drop_first=1.0)("A quiet street. A fox sleeps. It is night.", random.Random(0))
+        'A fox sleeps. It is night.'
+    """
+
+    drop_first: float = 0.0
+    sample_sentences: float = 0.0
+    prefix_padding: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("drop_first", "sample_sentences"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a probability, from 0 to 1.")
+        if self.prefix_padding < 0:
+            raise ValueError(f"prefix_padding is {self.prefix_padding}: expected a number of tokens, 0 for none.")
+
+    def __call__(self, caption: str, rng: random.Random) -> str:
+        """What is left of a caption."""
+        sentences = split_sentences(caption)
+        if rng.random() < self.drop_first and len(sentences) > 1:
+            sentences = sentences[1:]
+        if rng.random() < self.sample_sentences:
+            kept = rng.sample(range(len(sentences)), rng.randint(1, len(sentences)))
+            sentences = [sentences[number] for number in sorted(kept)]
+        return " ".join(sentences)
+
+    def padding(self, rng: random.Random) -> int:
+        """Padding tokens to put before a text."""
+        return rng.randint(0, self.prefix_padding)

@@ -1,0 +1,188 @@
+"""Batches for training: what comes when is a function of seed, epoch and position, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import CLIPImageProcessorPil, CLIPTokenizer
+
+from finelip_sdxl.model import end_positions
+from finelip_sdxl.prompts import STOCK_POSITIONS
+
+from .augmentation import CaptionAugmentation
+from .captioned_images import CaptionedImages, UnreadableImageError
+from .preprocessing import tokenize
+
+MAX_UNREADABLE = 100  # images in a row: more means that something is wrong with all of them
+
+
+class TrainingPairs(Dataset):
+    """Images with one caption each, anew in every epoch.
+
+    Where an image cannot be read, the next readable one takes its place, under its own id: losses that mask pairs of
+    equal id then see no false negative.
+
+    Args:
+        data: images and captions.
+        image_processor: see `load_image_processor`.
+        augmentation: of the captions.
+        seed: of the choice of captions and their augmentation.
+
+    Example:
+        >>> from finelip_sdxl.data import load_image_processor, open_images
+        >>> pairs = TrainingPairs(open_images("miniature:5"), load_image_processor("miniature-clip-1", 96))
+        >>> pairs[2]["id"], pairs[2]["pixel_values"].shape, pairs[2]["skipped"]
+        (2, torch.Size([3, 96, 96]), ())
+    """
+
+    def __init__(
+        self,
+        data: CaptionedImages,
+        image_processor: CLIPImageProcessorPil,
+        augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008 (it is frozen)
+        seed: int = 0,
+    ) -> None:
+        self.data, self.image_processor, self.augmentation, self.seed = data, image_processor, augmentation, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, before the loader is iterated; persistent workers would not hear of it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """See `make_item`."""
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        return make_item(self.data, index, self.image_processor, self.augmentation, rng)
+
+
+def make_item(
+    data: CaptionedImages,
+    index: int,
+    image_processor: CLIPImageProcessorPil,
+    augmentation: CaptionAugmentation,
+    rng: random.Random,
+) -> dict[str, Any]:
+    """The pair of an image and one of its captions, or of the next image that can be read.
+
+    Returns:
+        `id`, the index of the image; `pixel_values`, (3, height, width); `caption`; `prefix`, padding tokens before it;
+        `short_caption`; `skipped`, a message that names it for each image that could not be read.
+
+    Raises:
+        UnreadableImageError: if none of the next 100 images can be read.
+    """
+    skipped: list[str] = []
+    for offset in range(min(len(data), MAX_UNREADABLE)):
+        place = (index + offset) % len(data)
+        try:
+            image = data.image(place)
+        except UnreadableImageError as error:
+            skipped.append(str(error))
+            continue
+        return {
+            "id": place,
+            "pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
+            "caption": augmentation(rng.choice(data.captions(place)), rng),
+            "prefix": augmentation.padding(rng),
+            "short_caption": data.short_caption(place),
+            "skipped": tuple(skipped),
+        }
+    raise UnreadableImageError(
+        f"{len(skipped)} images in a row cannot be read, so the folder of images may be wrong: {skipped[0]}"
+    )
+
+
+def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
+    """What makes a batch of items, for a `DataLoader`.
+
+    The batch holds `pixel_values`, (batch, 3, height, width); `input_ids`, (batch, n); `short_input_ids`, (batch, m),
+    cut at 77; `short_mask`, (batch, m), True up to and with the end token; `ids`, (batch,), of the images; and
+    `skipped`, the messages of all items.
+
+    Example:
+        >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
+        >>> pairs = TrainingPairs(open_images("miniature:5"), load_image_processor("miniature-clip-1", 96))
+        >>> batch = collate(load_tokenizer("miniature-clip-1"))([pairs[0], pairs[1]])
+        >>> batch["ids"], batch["short_mask"].shape == batch["short_input_ids"].shape
+        (tensor([0, 1]), True)
+    """
+    return partial(_collate, tokenizer)  # which can be sent to a worker process, as a function inside this one cannot
+
+
+def _collate(tokenizer: CLIPTokenizer, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    short = tokenize(tokenizer, [item["short_caption"] for item in items], max_length=STOCK_POSITIONS)
+    ends = end_positions(short, tokenizer.eos_token_id)
+    return {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "input_ids": tokenize(tokenizer, [item["caption"] for item in items], [item["prefix"] for item in items]),
+        "short_input_ids": short,
+        "short_mask": torch.arange(short.shape[1]) <= ends[:, None],
+        "ids": torch.tensor([item["id"] for item in items]),
+        "skipped": tuple(message for item in items for message in item["skipped"]),
+    }
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of indices for a `DataLoader(batch_sampler=...)`, shuffled by seed and epoch alone.
+
+    Groups of consecutive indices stay together. All processes' batches are cut from one order, so that each sees its
+    own part of it; what does not fill a last batch, or a last group, is left out in that epoch.
+
+    Args:
+        size: of the data.
+        group_size: consecutive indices that stay together, `CaptionedImages.group_size`.
+        batch_size: indices in a batch of one process.
+        seed: of the order.
+        processes: number of processes that train.
+        process: which one this is, from 0.
+
+    Raises:
+        ValueError: if `batch_size` is no multiple of `group_size`, or the data does not fill one batch.
+
+    Example:
+        >>> batches = EpochBatches(size=8, group_size=2, batch_size=4, seed=0)
+        >>> batches.set_epoch(3, first_batch=1)
+        >>> len(batches), len(list(batches)[0])
+        (2, 4)
+    """
+
+    def __init__(
+        self, size: int, group_size: int, batch_size: int, seed: int, processes: int = 1, process: int = 0
+    ) -> None:
+        if batch_size < 1 or batch_size % group_size:
+            raise ValueError(
+                f"The batch size is {batch_size}: expected a multiple of {group_size}, since the images of this data "
+                f"set come in groups of {group_size}."
+            )
+        if size // group_size * group_size < batch_size * processes:
+            raise ValueError(
+                f"The data set has {size} images, which do not fill one batch of {batch_size * processes}: "
+                "make the batch smaller."
+            )
+        self.size, self.group_size, self.batch_size, self.seed = size, group_size, batch_size, seed
+        self.processes, self.process = processes, process
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin at: resuming loads nothing of what came before."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.size // self.group_size * self.group_size // (self.batch_size * self.processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        groups = np.random.default_rng([self.seed, self.epoch]).permutation(self.size // self.group_size)
+        order = (groups[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+        for batch in range(self.first_batch, len(self)):
+            start = (batch * self.processes + self.process) * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
