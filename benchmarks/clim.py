@@ -125,31 +125,36 @@ def check_equal(loop: Measured, ours: Measured, dtype: str) -> None:
             raise ValueError(f"The {what} of the loop is {one:.8g} and ours {other:.8g}: they should be equal.")
 
 
+def print_row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def cells_of(result: Measured | None) -> tuple[str, str]:
+    """Seconds and MiB."""
+    return ("does not fit", "–") if result is None else (f"{result.seconds:.3g}", f"{result.mebibytes:.0f}")
+
+
 def compare(flags: argparse.Namespace) -> None:
-    print("| batch | loop, s | ours, s | times faster | loop, MiB | ours, MiB | times smaller |")
-    print("|---|---|---|---|---|---|---|")
+    print_row("batch", "loop, s", "ours, s", "times faster", "loop, MiB", "ours, MiB", "times smaller")
+    print_row(*["---"] * 7)
     for batch in flags.batch_sizes:
         loop, ours = (measure_apart(way, batch, flags) for way in ("loop", "ours"))
+        faster = smaller = "–"
         if loop and ours:
             check_equal(loop, ours, flags.dtype)
-            faster, smaller = loop.seconds / ours.seconds, loop.mebibytes / max(ours.mebibytes, 1)
-            times = f"{loop.seconds:.3g} | {ours.seconds:.3g} | {faster:.1f}"
-            print(f"| {batch} | {times} | {loop.mebibytes:.0f} | {ours.mebibytes:.0f} | {smaller:.1f} |", flush=True)
-        else:
-            lacking = " and ".join(way for way, result in (("loop", loop), ("ours", ours)) if result is None)
-            print(f"| {batch} | does not fit: {lacking} |||||||", flush=True)
+            faster = f"{loop.seconds / ours.seconds:.1f}"
+            smaller = f"{loop.mebibytes / max(ours.mebibytes, 1):.1f}"
+        (loop_seconds, loop_memory), (our_seconds, our_memory) = cells_of(loop), cells_of(ours)
+        print_row(batch, loop_seconds, our_seconds, faster, loop_memory, our_memory, smaller)
 
 
 def show_ours(flags: argparse.Namespace) -> None:
-    print("\n| batch | ours, s | ours, MiB | MiB a pair |\n|---|---|---|---|")
+    print()
+    print_row("batch", "ours, s", "ours, MiB", "KiB a pair")
+    print_row(*["---"] * 4)
     for batch in flags.ours_only:
         ours = measure_apart("ours", batch, flags)
-        cells = (
-            "does not fit | |"
-            if ours is None
-            else f"{ours.seconds:.3g} | {ours.mebibytes:.0f} | {ours.mebibytes / batch:.1f}"
-        )
-        print(f"| {batch} | {cells} |", flush=True)
+        print_row(batch, *cells_of(ours), "–" if ours is None else f"{2**10 * ours.mebibytes / batch:.0f}")
 
 
 def main() -> None:

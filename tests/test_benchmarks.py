@@ -1,70 +1,83 @@
 """The benchmark of late interaction runs, compares, and prints tables that Markdown reads."""
 
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import clim
 import pytest
-from clim import Measured, check_equal
+from clim import Measured
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "clim.py"
+COLUMNS = ["batch", "loop, s", "ours, s", "times faster", "loop, MiB", "ours, MiB", "times smaller"]
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=False)
-
-
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of each line of each table, without the line below the head."""
+    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert all(set(block[1]) <= set("|- ") for block in blocks)
+    return [[[cell.strip() for cell in line[1:-1].split("|")] for line in [block[0], *block[2:]]] for block in blocks]
 
 
 @pytest.mark.slow
-def test_prints_a_table_of_both_and_one_of_ours() -> None:
-    done = run("--batch-sizes", "2", "3", "--ours-only", "4", "--repeats", "1", "--threads", "1")
+@pytest.mark.parametrize("more", [[], ["--tokens", "all", "--dtype", "bfloat16"]])
+def test_measures_the_loop_and_ours_and_finds_them_equal(more) -> None:
+    flags = ["--batch-sizes", "2", "--ours-only", "3", "--repeats", "1", "--threads", "1", *more]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    head, *lines = done.stdout.splitlines()
-    assert re.match(r"\d{4}-\d\d-\d\d, .* cores, 1 threads?, torch \S+: `python benchmarks/clim.py --batch", head)
-    both, ours = [line for line in lines if line][:4], [line for line in lines if line][4:]
-    assert cells(both[0]) == [
-        "batch",
-        *("loop, s", "ours, s", "times faster"),
-        *("loop, MiB", "ours, MiB", "times smaller"),
+    assert re.match(r"\d{4}-\d\d-\d\d, .* cores, 1 threads, torch \S+: `python benchmarks/clim.py --batch", done.stdout)
+    (head, values), ours = tables(done.stdout)
+    assert head == COLUMNS
+    assert all(float(value) >= 0 for value in values + ours[1])
+
+
+def run_with(monkeypatch, results: dict[tuple[str, int], Measured | None], *flags: str) -> None:
+    """Run the script with these measurements in place of its own."""
+    monkeypatch.setattr(clim, "measure_apart", lambda way, batch, flags: results[way, batch])
+    monkeypatch.setattr(sys, "argv", ["clim.py", *flags])
+    clim.main()
+
+
+def test_prints_ratios_and_what_does_not_fit(monkeypatch, capsys) -> None:
+    results = {
+        ("loop", 16): Measured(3, 600, loss=7, gradient=2),
+        ("ours", 16): Measured(0.25, 120, loss=7.0001, gradient=2),
+        ("loop", 32): None,
+        ("ours", 32): Measured(0.5, 240, loss=9, gradient=3),
+        ("ours", 64): None,
+    }
+    run_with(monkeypatch, results, "--batch-sizes", "16", "32", "--ours-only", "32", "64")
+    assert tables(capsys.readouterr().out) == [
+        [
+            COLUMNS,
+            ["16", "3", "0.25", "12.0", "600", "120", "5.0"],
+            ["32", "does not fit", "0.5", "–", "–", "240", "–"],
+        ],
+        [
+            ["batch", "ours, s", "ours, MiB", "KiB a pair"],
+            ["32", "0.5", "240", "7680"],
+            ["64", "does not fit", "–", "–"],
+        ],
     ]
-    assert [cells(line)[0] for line in both[2:]] == ["2", "3"]
-    assert cells(ours[0]) == ["batch", "ours, s", "ours, MiB", "MiB a pair"]
-    assert [cells(line)[0] for line in ours[2:]] == ["4"]
-    for table in (both, ours):
-        assert set(table[1]) == {"|", "-"}
-        assert len({len(cells(line)) for line in table}) == 1
-        assert all(float(cell) >= 0 for line in table[2:] for cell in cells(line))
-
-
-@pytest.mark.slow
-def test_compares_all_tokens_in_half_precision() -> None:
-    done = run("--batch-sizes", "2", "--repeats", "1", "--threads", "1", "--tokens", "all", "--dtype", "bfloat16")
-    assert done.returncode == 0, done.stderr
-    assert cells(done.stdout.splitlines()[-1])[0] == "2"
 
 
 @pytest.mark.parametrize(
     ("ours", "message"),
     [
-        (Measured(1, 1, loss=7.1, gradient=3), r"The loss of the loop is 7 and ours 7\.1"),
+        (Measured(1, 1, loss=7.1, gradient=3), r"The loss of the loop is 7 and ours 7\.1: they should be equal"),
         (Measured(1, 1, loss=7, gradient=3.1), r"The gradient of the loop is 3 and ours 3\.1"),
-        (Measured(1, 1, loss=math.nan, gradient=3), "ours nan"),
+        (Measured(1, 1, loss=float("nan"), gradient=3), "ours nan"),
     ],
 )
-def test_a_difference_from_the_loop_is_an_error(ours, message) -> None:
-    loop = Measured(9, 9, loss=7, gradient=3)
-    check_equal(loop, loop._replace(seconds=1), "float32")
-    with pytest.raises(ValueError, match=message):
-        check_equal(loop, ours, "float32")
+def test_a_difference_from_the_loop_is_an_error(ours, message, monkeypatch) -> None:
+    results = {("loop", 16): Measured(9, 9, loss=7, gradient=3), ("ours", 16): ours}
+    with pytest.raises(SystemExit, match=message):  # a text as exit status is printed, and the status 1
+        run_with(monkeypatch, results, "--batch-sizes", "16")
 
 
 @pytest.mark.parametrize("flags", [("--batch-sizes", "1"), ("--ours-only", "0"), ("--repeats", "0")])
-def test_refuses_sizes_that_measure_nothing(flags) -> None:
-    done = run(*flags)
-    assert done.returncode == 2
-    assert "batch sizes begin at 2, repeats and threads at 1" in done.stderr
+def test_refuses_sizes_that_measure_nothing(flags, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_with(monkeypatch, {}, *flags)
+    assert "batch sizes begin at 2, repeats and threads at 1" in capsys.readouterr().err
