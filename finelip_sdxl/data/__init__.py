@@ -4,6 +4,7 @@ from finelip_sdxl.data.augmentation import CaptionAugmentation
 from finelip_sdxl.data.captioned_images import CaptionedImages, UnreadableImageError, split_sentences
 from finelip_sdxl.data.formats import open_images
 from finelip_sdxl.data.preprocessing import load_image_processor, load_tokenizer, tokenize
+from finelip_sdxl.data.shards import TrainingShards
 from finelip_sdxl.data.training import EpochBatches, TrainingPairs, collate
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CaptionedImages",
     "EpochBatches",
     "TrainingPairs",
+    "TrainingShards",
     "UnreadableImageError",
     "collate",
     "load_image_processor",

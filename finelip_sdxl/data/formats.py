@@ -59,6 +59,8 @@ def open_images(spec: str, split: str = "test", images: str | Path | None = None
         if images is not None:
             raise ValueError(f"The scenes of {spec} are drawn: there is no folder of images to give.")
         return _miniature(path, split)
+    if kind == "webdataset":
+        raise ValueError(f"{spec} is a stream for training only: give a data set whose images can be counted.")
     if kind not in _READERS:
         raise ValueError(f"{spec} is no data set: give miniature, or one of {', '.join(_READERS)} as KIND:PATH.")
     if not path:

@@ -97,7 +97,7 @@ def make_item(
             "skipped": tuple(skipped),
         }
     raise UnreadableImageError(
-        f"{len(skipped)} images in a row cannot be read, so the folder of images may be wrong: {skipped[0]}"
+        f"{len(skipped)} images in a row cannot be read, so the cause may be none of theirs. The first: {skipped[0]}"
     )
 
 

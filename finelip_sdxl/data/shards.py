@@ -1,0 +1,171 @@
+"""Training on webdataset shards: tar files of images and captions, for what does not fit one disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import CLIPImageProcessorPil
+
+from .augmentation import CaptionAugmentation
+from .captioned_images import CaptionedImages, UnreadableImageError, read_image
+from .training import make_item
+
+SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which comes next
+
+
+class TrainingShards(IterableDataset):
+    """Whole batches of the items of `TrainingPairs`, read from shards one after another.
+
+    For a `DataLoader(shards, batch_size=None, collate_fn=collate(tokenizer))`. Each process and each of its workers
+    reads shards of its own, in an order of the epoch, and begins again where they do not suffice. What comes when
+    depends on the seed, the epoch, and the numbers of processes and workers.
+
+    A sample is `KEY.jpg`, `.jpeg`, `.png` or `.webp` with `KEY.txt`, or `KEY.json` that has a `caption`. In place of
+    one that lacks something or cannot be read, the next of its batch is taken.
+
+    Args:
+        pattern: of the shards' paths or addresses, such as `webdataset:/data/laion-{000000..000099}.tar`; the word and
+            colon before it may be missing.
+        image_processor: see `load_image_processor`.
+        batch_size: pairs in a batch of one process.
+        epoch_size: pairs that all processes together call an epoch; nobody counts what is in the shards.
+        augmentation: of the captions.
+        seed: of the order and the augmentation.
+        processes: number of processes that train.
+        process: which one this is, from 0.
+
+    Raises:
+        FileNotFoundError: if a shard is not there.
+        ImportError: if the `webdataset` library is not installed.
+        ValueError: if an epoch is smaller than a batch; while iterating, if there are fewer shards than workers, or no
+            samples in them.
+
+    Example:
+        >>> from finelip_sdxl.data import load_image_processor
+        >>> processor = load_image_processor("miniature-clip-1", 96)
+        >>> TrainingShards("webdataset:/data/laion-{0..99}.tar", processor, batch_size=64, epoch_size=10**6)
+        Traceback (most recent call last):
+        FileNotFoundError: /data/laion-0.tar, the first of 100 shards, does not exist.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        image_processor: CLIPImageProcessorPil,
+        batch_size: int,
+        epoch_size: int,
+        augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008 (it is frozen)
+        seed: int = 0,
+        processes: int = 1,
+        process: int = 0,
+    ) -> None:
+        self.urls = _webdataset().SimpleShardList(pattern.removeprefix("webdataset:")).urls
+        for number, url in enumerate(self.urls, 1):
+            if ":" not in url and not Path(url).is_file():
+                which = "the first" if number == 1 else f"number {number}"
+                raise FileNotFoundError(f"{url}, {which} of {len(self.urls)} shards, does not exist.")
+        if epoch_size < batch_size * processes:
+            raise ValueError(
+                f"An epoch of {epoch_size} pairs does not fill one batch of {batch_size * processes}: make it longer."
+            )
+        self.image_processor, self.augmentation = image_processor, augmentation
+        self.batch_size, self.epoch_size, self.seed = batch_size, epoch_size, seed
+        self.processes, self.process = processes, process
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch to begin at: what comes before it is read past, but not decoded."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self.epoch_size // (self.batch_size * self.processes)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # The loader asks its workers in turn, the first one first, whichever batch that is.
+        turn = (number + self.first_batch) % workers
+        reader, readers = self.process * workers + turn, self.processes * workers
+        urls = list(self.urls)
+        random.Random(f"{self.seed} {self.epoch}").shuffle(urls)
+        if len(urls) < readers:
+            raise ValueError(
+                f"{len(urls)} shards do not feed {self.processes} processes of {workers} workers: "
+                "use fewer workers, or smaller shards."
+            )
+        samples = _read(urls[reader::readers], random.Random(f"{self.seed} {self.epoch} {reader}"))
+        passed = len(range(turn, self.first_batch, workers))
+        samples = islice(samples, passed * self.batch_size, None)
+        for batch in range(turn, len(self), workers)[passed:]:
+            window = _Window(list(islice(samples, self.batch_size)))
+            yield [self._item(window, index, batch) for index in range(self.batch_size)]
+
+    def _item(self, window: _Window, index: int, batch: int) -> dict[str, Any]:
+        rng = random.Random(f"{self.seed} {self.epoch} {self.process} {batch} {index}")
+        item = make_item(window, index, self.image_processor, self.augmentation, rng)
+        # Unlike its place, its name tells an image from those of other processes.
+        digest = hashlib.sha256(window.name(item["id"]).encode()).digest()
+        return {**item, "id": int.from_bytes(digest[:8], "big") >> 1}
+
+
+class _Window(CaptionedImages):
+    """Consecutive samples of a shard."""
+
+    def __init__(self, samples: Sequence[dict[str, Any]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return f"{self.samples[index]['__key__']} in {self.samples[index]['__url__']}"
+
+    def image(self, index: int) -> Image.Image:
+        sample = self.samples[index]
+        content = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
+        if content is None:
+            raise UnreadableImageError(f"{self.name(index)} has no jpg, png or webp.")
+        if not self.captions(index)[0]:
+            raise UnreadableImageError(f"{self.name(index)} has no caption.")
+        return read_image(io.BytesIO(content), self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        sample = self.samples[index]
+        try:
+            text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
+            return (" ".join(text.split()),)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return ("",)
+
+
+def _read(urls: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """The samples of shards, without end."""
+    webdataset = _webdataset()
+    while True:
+        sample = None
+        for sample in webdataset.DataPipeline(
+            webdataset.SimpleShardList(urls),
+            webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue),
+            webdataset.shuffle(SHUFFLE_BUFFER, rng=rng),
+        ):
+            yield sample
+        if sample is None:
+            raise ValueError(f"There are no samples in {', '.join(urls)}.")
+
+
+def _webdataset() -> Any:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError("Shards are read by the webdataset library: pip install webdataset.") from error
+    return webdataset
