@@ -1,6 +1,7 @@
 """Late interaction: parity with the published code and with a loop, in values, gradients, half precision and memory."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from naive_clim import compare_with_caption, late_interaction_loop, refined_simi
 from reference import reference_tensors
 from test_token_refinement import published_refinement, ragged_mask
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from finelip_sdxl import interaction, late_interaction
 
@@ -166,6 +169,38 @@ def test_keeps_no_similarities_of_single_tokens(block, monkeypatch) -> None:
     inputs_and_result = images.nbytes + texts.nbytes + 4 * 20 * 24
     assert kept_bytes(late_interaction, images, texts) < 3 * inputs_and_result < of_single_tokens / 4
     assert kept_bytes(pair_by_pair, images, texts) > of_single_tokens  # so the count counts
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many elements the largest tensor has that is made meanwhile."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(made) if torch.is_tensor(leaf))])
+        return made
+
+
+def test_makes_nothing_larger_than_a_block_in_either_pass(monkeypatch) -> None:
+    images, texts = random_tokens(20, 30, 8).requires_grad_(), random_tokens(24, 30, 8, seed=1).requires_grad_()
+    block = 3 * 24 * 30 * 30
+    monkeypatch.setattr(interaction, "_BLOCK", block)
+    with LargestTensor() as largest:
+        late_interaction(images, texts).sum().backward()
+    assert images.grad is not None
+    assert largest.elements == block
+
+
+def test_learns_under_autocast() -> None:
+    images, texts, *masks = case_of([2, 6, 1], [7, 1, 3, 2])
+    learned = images.requires_grad_(), texts.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = late_interaction(*learned, *masks)
+    torch.testing.assert_close(ours.float(), pair_by_pair(images, texts, *masks), atol=3e-2, rtol=0)
+    exact = torch.autograd.grad(pair_by_pair(images, texts, *masks).sum(), learned)
+    for one, other in zip(torch.autograd.grad(ours.sum(), learned), exact, strict=True):
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
 
 
 def test_blocks_are_as_large_as_promised(monkeypatch) -> None:
