@@ -1,15 +1,19 @@
-"""The command line: `finelip-sdxl generate`, `convert` and `tokens`.
+"""The command line: `finelip-sdxl generate`, `convert`, `tokens` and `evaluate`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import platform
 import random
+import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +31,7 @@ from finelip_sdxl.prompts import (
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
+NAMED = 5  # images that cannot be read and are named on the screen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,14 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> from finelip_sdxl.cli import main
         >>> main(["tokens", "a red square above a blue ring"])  # doctest: +SKIP
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.command_line = shlex.join(["finelip-sdxl", *arguments])
     try:
         options.run(options)
     except (ValueError, TypeError, OSError) as error:
-        print(f"finelip-sdxl {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{options.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"finelip-sdxl {options.command}: stopped", file=sys.stderr)
+        print(f"{options.prog}: stopped", file=sys.stderr)
         return 130
     return 0
 
@@ -151,6 +158,56 @@ def tokens(options: argparse.Namespace) -> None:
     print(report)
 
 
+def evaluate_retrieval(options: argparse.Namespace) -> None:
+    """Recall of texts by images and of images by texts, as a table and a JSON file."""
+    json_file = None if options.json is None else _output_file("--json", options.json)
+    _quiet_transformers()
+    import torch
+
+    from finelip_sdxl import evaluation
+    from finelip_sdxl.checkpoints import load_finelip
+    from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
+    from finelip_sdxl.stretch import FACTOR
+
+    device, factor = _device(options.device), FACTOR if options.stretch else 1
+    data = open_images(options.data, options.split, images=options.images)
+    model = load_finelip(options.model, dtype=getattr(torch, options.dtype), factor=factor).to(device)
+    vision = model.config.vision_config
+    if vision is None:
+        raise ValueError(f"{options.model} has no image tower: pass a whole CLIP or FineLIP, not a text encoder alone.")
+    positions = model.config.text_config.max_position_embeddings
+    result = evaluation.evaluate_retrieval(
+        model,
+        data,
+        load_tokenizer(options.tokenizer or options.model, positions),
+        load_image_processor(options.model, vision.image_size),
+        fusion_sweep=options.fusion_sweep,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
+    )
+
+    tokens = options.max_tokens or positions
+    counted = f"{result.images:,} images, {result.texts:,} texts of up to {tokens} tokens"
+    print(f"{options.model} on {options.data}: {counted}")
+    print(result)
+    if result.unreadable:
+        print(f"left out, with their captions, {len(result.unreadable):,} images that cannot be read:")
+        print("\n".join(result.unreadable[:NAMED]))
+        if len(result.unreadable) > NAMED:
+            print(f"and {len(result.unreadable) - NAMED:,} more, which --json lists")
+    if json_file is not None:
+        asked = ("model", "tokenizer", "data", "images", "split", "dtype", "batch_size")
+        figures = {
+            "command": options.command_line,
+            **_circumstances(device),
+            "options": {name: getattr(options, name) for name in asked} | {"max_tokens": tokens},
+            **result.to_dict(),
+        }
+        with _whole(json_file) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(json_file)
+
+
 # Parts of commands
 
 
@@ -190,20 +247,63 @@ def _loading(options: argparse.Namespace) -> dict[str, Any]:
 def _device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
-    device = options.device
+    device = _device(options.device)
+    if options.offload and device.type == "cpu":
+        raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
+    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+
+
+def _device(name: str | None) -> Any:
+    """The device of a name; without one, an accelerator or else the CPU."""
+    import torch
+
+    device: Any = name
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"--device {options.device} is no device: use one such as cpu, cuda, cuda:1 or mps."
-        ) from error
+        raise ValueError(f"--device {name} is no device: use one such as cpu, cuda, cuda:1 or mps.") from error
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
         raise ValueError(f"--device {device} is not available on this machine: use --device cpu.")
-    if options.offload and device.type == "cpu":
-        raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
-    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+    return device
+
+
+def _circumstances(device: Any) -> dict[str, Any]:
+    """When and where figures were found, and by which versions."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    packages = ("finelip-sdxl", "torch", "transformers")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "architecture": platform.machine(),
+            "cpu_cores": os.cpu_count(),
+            "device": str(device),
+            "accelerator": accelerator,
+        },
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+    }
+
+
+def _output_file(option: str, name: str) -> Path:
+    file = Path(name)
+    if file.is_dir():
+        raise ValueError(f"{option} {name} is a directory: pass the name of a file.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[Path]:
+    """Another name to write under first, so that a file that is there is whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _image_files(out: str, count: int) -> list[Path]:
@@ -215,18 +315,13 @@ def _image_files(out: str, count: int) -> list[Path]:
 
 
 def _save_png(image: Any, file: Path, prompt: str, parameters: dict[str, Any]) -> None:
-    """Write under another name first: a file that is there is whole."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("prompt", prompt.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # ends a text in a PNG
     info.add_itxt("parameters", json.dumps(parameters))
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with _whole(file) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
@@ -269,7 +364,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="finelip-sdxl", description="SDXL that reads prompts of any length.")
     parser.add_argument("--version", action="version", version=version("finelip-sdxl"))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | convert | tokens")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | convert | tokens | evaluate")
 
     command = _command(commands, "generate", generate, "draw a prompt")
     _add_prompt(command)
@@ -311,12 +406,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt(command)
     _add_base(command)
     _add_reading(command, hidden_states=False)
+
+    group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
+    subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval")
+    command = _command(
+        subjects, "retrieval", evaluate_retrieval, "measure how well texts find their images, and images their texts"
+    )
+    _add_retrieval(command)
     return parser
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, prog=command.prog)
     return command
 
 
@@ -354,6 +456,43 @@ def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -
     if hidden_states:
         text = "of the text encoders for the UNet (default: as saved, or penultimate)"
         command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)
+
+
+def _add_retrieval(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data",
+        default="miniature",
+        metavar="KIND:PATH",
+        help="images with captions: urban1k, docci, coco, flickr30k, sharegpt4v, csv or jsonl with a path, or "
+        "miniature with a number of scenes, such as miniature:500 (default: %(default)s)",
+    )
+    text = "where the images are, unless beside their captions (default: as the data set is laid out)"
+    command.add_argument("--images", metavar="DIR", help=text)
+    command.add_argument("--split", default="test", metavar="NAME", help="part of the data (default: %(default)s)")
+    command.add_argument(
+        "--model",
+        default="miniature-finelip-1",
+        metavar="CLIP",
+        help="checkpoint, directory or hub id of a FineLIP, Long-CLIP or CLIP, or miniature-clip-1 "
+        "(default: %(default)s, the small one that comes with the package)",
+    )
+    command.add_argument("--tokenizer", metavar="NAME", help="directory or hub id (default: the model's)")
+    command.add_argument(
+        "--no-stretch",
+        dest="stretch",
+        action="store_false",
+        help="read a CLIP of 77 positions as it is, and texts up to there (default: stretch it to 248)",
+    )
+    text = "cut texts, start and end token included (default: at the model's positions)"
+    command.add_argument("--max-tokens", type=_count, metavar="N", help=text)
+    text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
+    command.add_argument("--fusion-sweep", action="store_true", help=text)
+    text = "images or texts to encode at a time (default: %(default)s)"
+    command.add_argument("--batch-size", type=_count, default=64, metavar="N", help=text)
+    text = "such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
+    command.add_argument("--device", metavar="NAME", help=text)
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")
+    command.add_argument("--json", metavar="FILE", help="also write the figures, shares from 0 to 1, to a file")
 
 
 def _count(text: str) -> int:

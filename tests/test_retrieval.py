@@ -24,7 +24,7 @@ WORDS = ["red fox", "blue hare", "small square", "quiet fox", "large hare", "red
 class Noise(CaptionedImages):
     """Noise with captions; those in `broken` cannot be read."""
 
-    def __init__(self, size: int, captions: int = 1, broken: tuple[int, ...] = (), words: int = 3) -> None:
+    def __init__(self, size: int, captions: int = 1, broken: tuple[int, ...] = (), words: int = 6) -> None:
         self.size, self.number, self.broken, self.words = size, captions, broken, words
 
     def __len__(self) -> int:
@@ -58,7 +58,8 @@ def model(tokenizer) -> FineLIPModel:
 def make_model(tokenizer, refined: int | None = None) -> FineLIPModel:
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 60}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 60, **ids}
     config = FineLIPConfig(
         text_config={**small, **text, "initializer_factor": 20.0},
         vision_config={**small, "image_size": 16, "patch_size": 8, "initializer_factor": 20.0},

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTokenizer
 
-from finelip_sdxl.data import CaptionedImages, UnreadableImageError
+from finelip_sdxl.data import CaptionedImages, UnreadableImageError, tokenize
 from finelip_sdxl.interaction import late_interaction
 from finelip_sdxl.model import GLOBAL_WEIGHT, FineLIPImageOutput, FineLIPModel, FineLIPTextOutput
 
@@ -21,8 +21,7 @@ RECALL_AT = (1, 5, 10)
 SWEEP = tuple(step / 10 for step in range(11))
 # Similarities that differ by less are ties: equal texts differ in the last bits with the batch they were encoded in.
 TIE = 1e-6
-# What is shown on a bar appears only if the work takes longer than this.
-BAR_AFTER_SECONDS = 2
+BAR_AFTER_SECONDS = 2  # no bar for what takes less
 
 
 @dataclass
@@ -106,7 +105,7 @@ class RetrievalResult:
 def evaluate_retrieval(
     model: FineLIPModel,
     data: CaptionedImages,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: CLIPTokenizer,
     image_processor: Callable[..., Any],
     *,
     fusion_sweep: bool = False,
@@ -125,8 +124,8 @@ def evaluate_retrieval(
     Args:
         model: where it is, it computes; without a token refinement only its global similarity is evaluated.
         data: images with one or several captions each.
-        tokenizer: of the model.
-        image_processor: of the model, called as `image_processor(list of PIL images, return_tensors="pt")`.
+        tokenizer: of the model, see `finelip_sdxl.data.load_tokenizer`.
+        image_processor: of the model, see `finelip_sdxl.data.load_image_processor`.
         fusion_sweep: whether to evaluate the fused similarity with weights of 0.0, 0.1, … 1.0 for global as well.
         batch_size: images or texts that are encoded at a time.
         max_tokens: where longer texts are cut, start and end token included; the model's positions by default.
@@ -138,13 +137,12 @@ def evaluate_retrieval(
             can be read.
 
     Example:
-        >>> from transformers import CLIPImageProcessor, CLIPTokenizer
-        >>> from finelip_sdxl import load_finelip, miniature_path
-        >>> from finelip_sdxl.miniature.dataset import MiniatureScenes
-        >>> tokenizer = CLIPTokenizer.from_pretrained(miniature_path(), subfolder="tokenizer")
-        >>> processor = CLIPImageProcessor(size=96, crop_size=96, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-        >>> model = load_finelip("miniature-clip-1")
-        >>> result = evaluate_retrieval(model, MiniatureScenes("test", 5), tokenizer, processor)
+        >>> from finelip_sdxl import load_finelip
+        >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
+        >>> name = "miniature-clip-1"
+        >>> result = evaluate_retrieval(
+        ...     load_finelip(name), open_images("miniature:5"), load_tokenizer(name), load_image_processor(name, 96)
+        ... )
         >>> result.images, result.recall["global"].image_to_text[5]
         (5, 1.0)
     """
@@ -178,7 +176,7 @@ def evaluate_retrieval(
 def encode_pairs(
     model: FineLIPModel,
     data: CaptionedImages,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: CLIPTokenizer,
     image_processor: Callable[..., Any],
     *,
     batch_size: int = 64,
@@ -194,51 +192,40 @@ def encode_pairs(
     if max_tokens is not None and not 3 <= max_tokens <= positions:
         raise ValueError(f"max_tokens is {max_tokens}; expected from 3 to {positions}, the positions of this model.")
 
+    captions: list[tuple[str, ...]] = []  # of the images that can be read
     unreadable: list[str] = []
-    texts: list[str] = []
-    image_of_text: list[int] = []
 
-    def image_batches() -> Iterator[list[Any]]:
-        images: list[Any] = []
-        readable = 0
-        for index in _bar(range(len(data)), "images", progress):
-            try:
-                images.append(data.image(index))
-            except UnreadableImageError as error:
-                unreadable.append(str(error))
-                continue
-            captions = data.captions(index)
-            texts.extend(captions)
-            image_of_text.extend([readable] * len(captions))
-            readable += 1
-            if len(images) == batch_size:
-                yield images
-                images = []
-        if images:
-            yield images
+    def encode_images() -> Iterator[FineLIPImageOutput]:
+        for start in _bar(range(0, len(data), batch_size), "images", progress):
+            images = []
+            for index in range(start, min(start + batch_size, len(data))):
+                try:
+                    images.append(data.image(index))
+                except UnreadableImageError as error:
+                    unreadable.append(str(error))
+                else:
+                    captions.append(data.captions(index))
+            if images:
+                pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+                yield model.encode_image(pixel_values.to(model.device, model.dtype))
 
-    def encode_images(images: list[Any]) -> FineLIPImageOutput:
-        pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
-        return model.encode_image(pixel_values.to(model.device, model.dtype))
-
-    def encode_texts(texts: list[str]) -> FineLIPTextOutput:
-        length = positions if max_tokens is None else max_tokens
-        batch = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-        return model.encode_text(batch["input_ids"].to(model.device))
+    def encode_texts(texts: list[str]) -> Iterator[FineLIPTextOutput]:
+        for start in _bar(range(0, len(texts), batch_size), "texts", progress):
+            input_ids = tokenize(tokenizer, texts[start : start + batch_size], max_length=max_tokens or positions)
+            yield model.encode_text(input_ids.to(model.device))
 
     with _evaluation_mode(model), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-        image_embeds, image_tokens = _gather(map(encode_images, image_batches()))
+        image_embeds, image_tokens = _gather(encode_images())
         if image_embeds is None:
-            first = f"; the first: {unreadable[0]}" if unreadable else ""
+            first = f"; the first: {unreadable[0]}" if unreadable else "."
             raise ValueError(f"None of {len(data)} images can be read, so that there is nothing to evaluate{first}")
-        starts = _bar(range(0, len(texts), batch_size), "texts", progress)
-        text_embeds, text_tokens = _gather(encode_texts(texts[start : start + batch_size]) for start in starts)
+        text_embeds, text_tokens = _gather(encode_texts([text for texts in captions for text in texts]))
     if text_embeds is None:
         raise ValueError("The images have no captions, so that there is nothing to evaluate.")
     return EncodedPairs(
         image_embeds=image_embeds,
         text_embeds=text_embeds,
-        image_of_text=torch.tensor(image_of_text),
+        image_of_text=torch.arange(len(captions)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
         image_tokens=image_tokens,
         text_tokens=text_tokens,
         unreadable=tuple(unreadable),
@@ -250,7 +237,7 @@ def retrieval_ranks(
     encoded: EncodedPairs,
     weights: Sequence[float] = (GLOBAL_WEIGHT,),
     *,
-    block_size: int = 512,
+    block_size: int = 256,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -278,13 +265,14 @@ def retrieval_ranks(
 
     def similarity(images: Tensor, texts: Tensor) -> Tensor:
         """(weights, images, texts)"""
-        parts = (encoded.image_embeds[images], encoded.text_embeds[texts])
-        cosine = parts[0].to(device) @ parts[1].to(device).T
+        cosine = encoded.image_embeds[images].to(device) @ encoded.text_embeds[texts].to(device).T
         if encoded.image_tokens is None or encoded.text_tokens is None:
             return cosine.expand(len(weights), -1, -1)
         # Compared in float32: in half precision too many similarities would be equal.
-        tokens = (encoded.image_tokens[images].to(device).float(), encoded.text_tokens[texts].to(device).float())
-        return torch.lerp(late_interaction(*tokens), cosine, torch.tensor(weights, device=device)[:, None, None])
+        image_tokens = encoded.image_tokens[images].to(device).float()
+        text_tokens = encoded.text_tokens[texts].to(device).float()
+        fine = late_interaction(image_tokens, text_tokens)
+        return torch.lerp(fine, cosine, torch.tensor(weights, device=device)[:, None, None])
 
     image_of_text = encoded.image_of_text
     images = torch.arange(len(encoded.image_embeds))
