@@ -9,6 +9,8 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
+from .regions import Region
+
 
 class UnreadableImageError(OSError):
     """An image that is missing or broken; the message names it."""
@@ -42,6 +44,10 @@ class CaptionedImages(ABC):
     def short_caption(self, index: int) -> str:
         """A caption that stock's 77 tokens hold: here the first sentence, which sums up in most long captions."""
         return split_sentences(self.captions(index)[0])[0]
+
+    def regions(self, index: int) -> tuple[Region, ...]:
+        """Phrases of the first caption and where in the image they point; none, unless the data set knows them."""
+        return ()
 
 
 def read_image(file: Path | IO[bytes], name: str) -> Image.Image:

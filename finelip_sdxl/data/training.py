@@ -18,6 +18,7 @@ from finelip_sdxl.prompts import STOCK_POSITIONS
 from .augmentation import CaptionAugmentation
 from .captioned_images import CaptionedImages, UnreadableImageError
 from .preprocessing import tokenize
+from .regions import Region, follow_regions
 
 MAX_UNREADABLE = 100  # images in a row: more means that something is wrong with all of them
 
@@ -75,7 +76,8 @@ def make_item(
 
     Returns:
         `id`, the index of the image; `pixel_values`, (3, height, width); `caption`; `prefix`, padding tokens before it;
-        `short_caption`; `skipped`, a message that names it for each image that could not be read.
+        `regions`, of what is left of the caption; `short_caption`; `skipped`, a message that names it for each image
+        that could not be read.
 
     Raises:
         UnreadableImageError: if none of the next 100 images can be read.
@@ -88,10 +90,14 @@ def make_item(
         except UnreadableImageError as error:
             skipped.append(str(error))
             continue
+        captions = data.captions(place)
+        number = rng.randrange(len(captions))
+        caption = augmentation(captions[number], rng)
         return {
             "id": place,
             "pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
-            "caption": augmentation(rng.choice(data.captions(place)), rng),
+            "caption": caption,
+            "regions": follow_regions(data.regions(place) if number == 0 else (), captions[number], caption),
             "prefix": augmentation.padding(rng),
             "short_caption": data.short_caption(place),
             "skipped": tuple(skipped),
@@ -105,8 +111,9 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], di
     """What makes a batch of items, for a `DataLoader`.
 
     The batch holds `pixel_values`, (batch, 3, height, width); `input_ids`, (batch, n); `short_input_ids`, (batch, m),
-    cut at 77; `short_mask`, (batch, m), True up to and with the end token; `ids`, (batch,), of the images; and
-    `skipped`, the messages of all items.
+    cut at 77; `short_mask`, (batch, m), True up to and with the end token; `ids`, (batch,), of the images; `skipped`,
+    the messages of all items; and `regions`, of those whose phrase the tokens hold: `row`, `token` (that ends the
+    phrase), `label` (equal numbers for equal labels), `weight`, (regions,), and `box`, (regions, 4).
 
     Example:
         >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
@@ -128,6 +135,29 @@ def _collate(tokenizer: CLIPTokenizer, items: Sequence[dict[str, Any]]) -> dict[
         "short_mask": torch.arange(short.shape[1]) <= ends[:, None],
         "ids": torch.tensor([item["id"] for item in items]),
         "skipped": tuple(message for item in items for message in item["skipped"]),
+        "regions": _collate_regions(tokenizer, items),
+    }
+
+
+def _collate_regions(tokenizer: CLIPTokenizer, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    longest = tokenizer.model_max_length
+    found: list[tuple[int, int, Region]] = []
+    for row, item in enumerate(items):
+        if not item["regions"]:
+            continue
+        encoding = tokenizer(item["caption"], truncation=True, max_length=longest)
+        prefix = min(item["prefix"], longest - len(encoding.input_ids))
+        for region in item["regions"]:
+            token = encoding.char_to_token(region.end - 1)
+            if token is not None:
+                found.append((row, token + prefix, region))
+    labels: dict[str, int] = {}
+    return {
+        "row": torch.tensor([row for row, _, _ in found], dtype=torch.long),
+        "token": torch.tensor([token for _, token, _ in found], dtype=torch.long),
+        "label": torch.tensor([labels.setdefault(region.label, len(labels)) for *_, region in found]),
+        "weight": torch.tensor([region.weight for *_, region in found]),
+        "box": torch.tensor([region.box for *_, region in found]).reshape(-1, 4),
     }
 
 

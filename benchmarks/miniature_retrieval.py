@@ -1,0 +1,160 @@
+"""What FineLIP's training buys on the miniature world: retrieval of long captions, and what the states know.
+
+    python benchmarks/miniature_retrieval.py
+
+Trains each row of the table with training/train_finelip.py, once for each seed, into --runs (a run that is there is not
+trained again), and evaluates on scenes that no training saw, in families of five that share the four objects which
+their captions name first: 77 tokens do not tell such siblings apart. A linear probe of the penultimate states, which
+SDXL reads, says how often the color of linked objects past token 77 is known where two or more colors were named
+before; and short captions' states are held against stock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from miniature_parts import fit_probe
+from tqdm import tqdm
+
+from finelip_sdxl import FineLIPModel, load_finelip
+from finelip_sdxl.data import load_image_processor, load_tokenizer, tokenize
+from finelip_sdxl.evaluation import evaluate_retrieval
+from finelip_sdxl.miniature.dataset import MiniatureScenes
+from finelip_sdxl.miniature.world import COLORS
+from finelip_sdxl.prompts import STOCK_POSITIONS
+
+BASE = "miniature-clip-1"
+NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --pull-weight 0"
+AUGMENTED = "--drop-first 0.5 --sample-sentences 0.3 --prefix-padding 16"
+# Flags of the training script; None for what is not trained. What no flag says is the miniature's default.
+ROWS = {
+    "CLIP, cut at 77": None,
+    "stretched, not trained": None,
+    "stretched, contrastive loss": f"{NOTHING_ELSE} --triplet-weight 0 --contrastive-weight 1",
+    "FineLIP, the paper's loss": NOTHING_ELSE,
+    "FineLIP, the paper's loss, augmented captions": f"{NOTHING_ELSE} {AUGMENTED}",
+    "FineLIP, all losses": "",
+}
+
+
+def train(row: str, seed: int, arguments: argparse.Namespace) -> FineLIPModel:
+    """The model of a row; trained before, or now."""
+    flags = ROWS[row]
+    if flags is None:
+        return load_finelip(BASE)
+    folder = arguments.runs / f"{list(ROWS).index(row)}-{seed}"
+    if not (folder / "last").exists():
+        script = Path(__file__).parent.parent / "training" / "train_finelip.py"
+        command = [sys.executable, script, "--base", BASE, "--eval-data", "none", "--out", folder, "--seed", seed]
+        command += [*flags.split(), *arguments.train_flags.split()]
+        subprocess.run([str(part) for part in command], check=True)
+    return load_finelip(folder / "last")
+
+
+@torch.no_grad()
+def penultimate_states(model: FineLIPModel, input_ids: torch.Tensor) -> torch.Tensor:
+    chunks = input_ids.split(50)
+    return torch.cat([model.encode_text(chunk, output_hidden_states=True).hidden_states[-2] for chunk in chunks])
+
+
+def late_hard_links(model: FineLIPModel, data: MiniatureScenes) -> tuple[torch.Tensor, torch.Tensor]:
+    """States at the ends of sentences past token 77 that link to one of two or more colors; and the colors."""
+    tokenizer = load_tokenizer(BASE)
+    captions = [data.caption(index) for index in range(len(data))]
+    encoding = tokenizer([caption.text for caption in captions], padding=True, return_tensors="pt")
+    states = penultimate_states(model, encoding.input_ids)
+    found, colors = [], []
+    for row, caption in enumerate(captions):
+        for mention in caption.described:
+            token = encoding.char_to_token(row, mention.end - 1)
+            if mention.kind == "linked" and mention.candidates >= 2 and token >= STOCK_POSITIONS:
+                found.append(states[row, token])
+                colors.append(list(COLORS).index(data.scene(row).objects[mention.index].color))
+    return torch.stack(found), torch.tensor(colors)
+
+
+def probe_links(model: FineLIPModel, size: int) -> tuple[float, int]:
+    """How often the probe is right on unseen scenes, and on how many links."""
+    states, colors = late_hard_links(model, MiniatureScenes("probe", 4 * size))
+    scale = states.std(dim=0)
+    probe = fit_probe(states / scale, colors, len(COLORS))
+    states, colors = late_hard_links(model, MiniatureScenes("test", size))
+    return (probe(states / scale).argmax(dim=-1) == colors).double().mean().item(), len(colors)
+
+
+def short_error(model: FineLIPModel, base: FineLIPModel, size: int) -> float:
+    """Squared error of short captions' states over stock's squared norm, a mean over tokens.
+
+    `base` is stretched: its rows of 77 positions, where stock has them, make it read as stock does.
+    """
+    from finelip_sdxl.stretch import stretched_row_indices
+
+    data = MiniatureScenes("test", size)
+    tokenizer = load_tokenizer(BASE)
+    input_ids = tokenize(tokenizer, [data.short_caption(index) for index in range(size)])
+    rows = stretched_row_indices(STOCK_POSITIONS)[None, : input_ids.shape[1]]
+    with torch.no_grad():
+        out = base.text_model(input_ids=input_ids, position_ids=rows, output_hidden_states=True)
+    target = out.hidden_states[-2]
+    mask = (input_ids != tokenizer.eos_token_id).cumprod(dim=1)[..., None]
+    error = ((penultimate_states(model, input_ids) - target) * mask).square().sum()
+    return (error / (target * mask).square().sum()).item()
+
+
+def evaluate(row: str, model: FineLIPModel, base: FineLIPModel, size: int) -> dict[str, float]:
+    tokenizer = load_tokenizer(BASE)
+    image_processor = load_image_processor(BASE, base.config.vision_config.image_size)
+    cut = STOCK_POSITIONS if "77" in row else None
+    result = evaluate_retrieval(
+        model, MiniatureScenes("test", size), tokenizer, image_processor, max_tokens=cut, progress=False
+    )
+    figures = {}
+    for name, recall in result.recall.items():
+        figures[f"{name}, image to text"] = 100 * recall.image_to_text[1]
+        figures[f"{name}, text to image"] = 100 * recall.text_to_image[1]
+    if cut is None:
+        right, figures["links"] = probe_links(model, size)
+        figures["linked colors"] = 100 * right
+        figures["short captions' states"] = short_error(model, base, size)
+    return figures
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--runs", type=Path, default=Path("runs/retrieval"), help="folder of the trained models")
+    flags.add_argument("--seeds", type=int, default=3, help="runs of each trained row (default 3)")
+    flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
+    flags.add_argument("--train-flags", default="", metavar="FLAGS", help="further ones for each training")
+    arguments = flags.parse_args()
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
+    print(f"{arguments.scenes} unseen scenes, {arguments.seeds} seeds\n")
+
+    base = load_finelip(BASE)
+    columns = [f"{name}, {way}" for name in ("global", "fine", "fused") for way in ("image to text", "text to image")]
+    columns += ["linked colors", "short captions' states"]
+    print("| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
+    for row in tqdm(ROWS, disable=not sys.stderr.isatty()):
+        seeds = range(1 if ROWS[row] is None else arguments.seeds)
+        runs = [evaluate(row, train(row, seed, arguments), base, arguments.scenes) for seed in seeds]
+        cells = [cell([run.get(column) for run in runs], digits=3 if "states" in column else 1) for column in columns]
+        print(f"| {row} |", " | ".join(cells), "|", flush=True)
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    """The mean over seeds, and from the least to the largest."""
+    if None in values:
+        return "–"
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()

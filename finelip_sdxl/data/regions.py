@@ -1,0 +1,50 @@
+"""Phrases of a caption and where in the image they point, for data that knows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Region:
+    """A phrase of a caption and the part of the image that it names.
+
+    Attributes:
+        start, end: the phrase's first and past-the-last character in the caption.
+        box: left, top, right and bottom edge of the part, as shares of the image's width and height, 0 to 1.
+        label: what is to be seen there; parts of equal label look alike, and are no negatives of each other.
+        weight: how much the phrase counts in a mean over phrases.
+    """
+
+    start: int
+    end: int
+    box: tuple[float, float, float, float]
+    label: str
+    weight: float = 1.0
+
+
+def follow_regions(regions: Iterable[Region], before: str, after: str) -> list[Region]:
+    """The regions of a caption that lost some of its sentences: those whose sentence is still there, moved along.
+
+    Args:
+        regions: of the caption before, each within one sentence.
+        before: the caption.
+        after: what is left of it: some of its sentences, unchanged.
+
+    Example:
+        >>> star = Region(start=13, end=20, box=(0, 0, 1, 1), label="star")
+        >>> follow_regions([star], "It is quiet. A star is here. A fox sleeps.", "A star is here.")
+        [Region(start=0, end=7, box=(0, 0, 1, 1), label='star', weight=1.0)]
+    """
+    if before == after:
+        return list(regions)
+    sentences = [match.span() for match in re.finditer(r"\S.*?(?:[.!?](?=\s|$)|$)", before, flags=re.DOTALL)]
+    kept = []
+    for region in regions:
+        start, end = next(span for span in sentences if span[0] <= region.start < span[1])
+        place = after.find(before[start:end])
+        if place >= 0:
+            kept.append(replace(region, start=region.start - start + place, end=region.end - start + place))
+    return kept

@@ -1,0 +1,503 @@
+"""Train a FineLIP: a CLIP of 248 text positions, with token refinement and late interaction, on long captions.
+
+    python training/train_finelip.py
+    python training/train_finelip.py --base openai/clip-vit-large-patch14 --data sharegpt4v:captions.json
+    accelerate launch --num_processes 8 training/train_finelip.py --base ... --data ... --mixed-precision bf16
+
+Without arguments it trains the miniature's first CLIP on scenes of the miniature world. With another --base, the
+defaults are the paper's (arXiv 2504.01916): its triplet loss on late interaction, AdamW, cosine, six epochs.
+
+Batches, captions and augmentation depend on the seed, the epoch and the image alone, and the learning rate on the step:
+a run that was stopped, even by kill -9, goes on from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, load_finelip, triplet_margin_loss
+from finelip_sdxl.data import (
+    CaptionAugmentation,
+    EpochBatches,
+    TrainingPairs,
+    TrainingShards,
+    collate,
+    load_image_processor,
+    load_tokenizer,
+    open_images,
+)
+from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
+from finelip_sdxl.losses import MARGIN
+from finelip_sdxl.stretch import KEEP, stretched_row_indices
+
+# What the paper trains with; its batch of 512 pairs is 8 processes of 64.
+PAPER = {
+    "epochs": 6,
+    "batch_size": 64,
+    "learning_rate": 1e-6,
+    "refinement_learning_rate": 2e-4,
+    "weight_decay": 1e-2,
+    "warmup_steps": 200,
+    "ramp_epochs": 1.0,
+    "triplet_weight": 1.0,
+    "contrastive_weight": 0.0,
+    "region_weight": 0.0,
+    "pull_weight": 0.0,
+}
+# What makes the miniature's FineLIPs; benchmarks/miniature_retrieval.py compares it with the paper's loss.
+MINIATURE = {
+    "data": "miniature:16000",
+    "eval_data": "miniature:500",
+    "epochs": 1,
+    "batch_size": 40,
+    "learning_rate": 1e-3,
+    "refinement_learning_rate": 4e-3,
+    "weight_decay": 1e-2,
+    "warmup_steps": 30,
+    "ramp_epochs": 0.25,
+    "triplet_weight": 0.02,
+    "contrastive_weight": 1.0,
+    "region_weight": 1.0,
+    "pull_weight": 5.0,
+}
+
+
+class Objective(nn.Module):
+    """The losses of one batch of pairs; its forward pass is what several processes share.
+
+    Negatives are those of all processes' batches: each process gathers the others' tokens, with gradients, and computes
+    the loss of the whole batch. Averaging the gradients over processes then gives those of one process that has it all.
+    """
+
+    def __init__(self, model: FineLIPModel, weights: dict[str, float], margin: float, hardest: bool) -> None:
+        super().__init__()
+        self.model, self.weights, self.margin, self.hardest = model, weights, margin, hardest
+
+    def forward(self, batch: dict[str, Any], ramp: float = 1.0) -> dict[str, Tensor]:
+        """The weighted sum under `loss`, and under their names the losses that have a weight."""
+        model, weights = self.model, self.weights
+        text = model.encode_text(batch["input_ids"])
+        image = model.encode_image(batch["pixel_values"])
+        ids = gather(batch["ids"])
+
+        losses = {}
+        if weights["triplet"]:
+            similarity = late_interaction(gather(image.refined_tokens), gather(text.refined_tokens))
+            losses["triplet"] = triplet_margin_loss(similarity.float(), ids, self.margin, self.hardest)
+        if weights["contrastive"]:
+            similarity = unit(gather(image.embeds)) @ unit(gather(text.embeds)).T
+            losses["contrastive"] = contrastive_loss(similarity, ids, model.logit_scale.exp().clamp(max=100))
+        if weights["region"]:
+            losses["region"] = self._region_loss(text.tokens, image.tokens, batch["regions"])
+        if weights["pull"]:
+            losses["pull"] = self._pull_loss(batch)
+        total = sum(weights[name] * loss for name, loss in losses.items())
+        return {"loss": ramp * total, **losses}
+
+    def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
+        """Each phrase against the regions of this process's batch; those of equal label look alike and do not count."""
+        patches = image_tokens[:, 1:]
+        side = math.isqrt(patches.shape[1])
+        centers = (torch.arange(side, device=patches.device) + 0.5) / side
+        left, top, right, bottom = regions["box"][:, :, None].unbind(1)
+        across, down = (left <= centers) & (centers < right), (top <= centers) & (centers < bottom)
+        inside = (down[:, :, None] & across[:, None]).flatten(1)[..., None]  # (regions, patches, 1)
+        seen = (patches[regions["row"]] * inside).sum(dim=1)
+        said = text_tokens[regions["row"], regions["token"]]
+
+        scale = self.model.logit_scale.exp().clamp(max=100)
+        label, weight = regions["label"], regions["weight"]
+        alike = (label[:, None] == label[None]).fill_diagonal_(False)
+        logits = (scale * unit(said) @ unit(seen).T).masked_fill(alike, float("-inf"))
+        losses = F.cross_entropy(logits, torch.arange(len(label), device=label.device), reduction="none")
+        return (weight * losses).sum() / weight.sum()
+
+    def _pull_loss(self, batch: dict[str, Any]) -> Tensor:
+        """How far short captions have moved from where the base had them: squared error over squared norm, the mean
+        over captions, of the states that SDXL reads and of the embedding."""
+        text = self.model.encode_text(batch["short_input_ids"], output_hidden_states=True)
+        mask = batch["short_mask"][..., None]
+        target = batch["base_states"] * mask
+        error = ((text.hidden_states[-2] * mask - target) ** 2).sum((1, 2)) / (target**2).sum((1, 2))
+        error_of_embeds = ((text.embeds - batch["base_embeds"]) ** 2).sum(1) / (batch["base_embeds"] ** 2).sum(1)
+        return (error + error_of_embeds).mean()
+
+
+class Base:
+    """The text encoder that training starts from, as it was: it reads short captions as stock does, at 77 positions."""
+
+    def __init__(self, model: FineLIPModel) -> None:
+        config = model.config.text_config
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.rows = None  # of a model that was trained at 248 positions, all rows in their order
+        if getattr(config, "stretched_from", None) is not None:
+            self.rows = stretched_row_indices(config.stretched_from, config.stretch_keep, config.stretch_factor)
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate states (batch, n, width) and embeddings (batch, C)."""
+        rows = None if self.rows is None else self.rows[None, : input_ids.shape[1]].to(input_ids.device)
+        out = self.model.text_model(input_ids=input_ids, position_ids=rows, output_hidden_states=True)
+        return out.hidden_states[-2], self.model.text_projection(out.pooler_output)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """This process's rows and all others', (processes · batch, …), with gradients to whom they came from."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensor
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+def unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.float(), dim=-1)
+
+
+def load_base(name: str) -> FineLIPModel:
+    """Any CLIP, stretched if it has 77 positions, with a token refinement, in memory of its own."""
+    model = copy.deepcopy(load_finelip(name)).float()
+    if model.vision_model is None or model.text_projection is None:
+        raise ValueError(f"--base {name} is a text encoder alone: training needs a CLIP with an image tower.")
+    if model.image_refinement is None:
+        model.add_token_refinement()
+    # As FineLIP and Long-CLIP do: the well-trained first rows stay.
+    table = model.text_model.embeddings.position_embedding.weight
+    table.register_hook(lambda gradient: torch.cat([torch.zeros_like(gradient[:KEEP]), gradient[KEEP:]]))
+    return model
+
+
+def build_optimizer(model: FineLIPModel, arguments: argparse.Namespace) -> torch.optim.AdamW:
+    """Two learning rates; no weight decay on vectors, and none on positions, whose first rows must stay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = arguments.refinement_learning_rate if "_refinement." in name else arguments.learning_rate
+        is_vector = parameter.squeeze().dim() < 2 or "position_embedding" in name
+        groups.setdefault((rate, 0.0 if is_vector else arguments.weight_decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+    )
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to 0; a factor of the peak learning rate."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def build_loader(
+    arguments: argparse.Namespace, tokenizer: Any, image_processor: Any, accelerator: Accelerator
+) -> DataLoader:
+    """Batches of this process, of a data set or of shards."""
+    augmentation = CaptionAugmentation(arguments.drop_first, arguments.sample_sentences, arguments.prefix_padding)
+    share = {"processes": accelerator.num_processes, "process": accelerator.process_index}
+    options = {"collate_fn": collate(tokenizer), "num_workers": arguments.workers}
+    if arguments.data.startswith("webdataset:"):
+        if arguments.epoch_size is None:
+            raise ValueError("Shards do not tell how many pairs they hold: pass --epoch-size.")
+        shards = TrainingShards(
+            arguments.data,
+            image_processor,
+            arguments.batch_size,
+            arguments.epoch_size,
+            augmentation,
+            seed=arguments.seed,
+            **share,
+        )
+        return DataLoader(shards, batch_size=None, **options)
+    data = open_images(arguments.data, split="train", images=arguments.images)
+    if arguments.region_weight and not data.regions(0):
+        raise ValueError(
+            f"--region-weight is {arguments.region_weight}, but {arguments.data} knows no regions: pass 0."
+        )
+    order = EpochBatches(len(data), data.group_size, arguments.batch_size, arguments.seed, **share)
+    pairs = TrainingPairs(data, image_processor, augmentation, seed=arguments.seed)
+    return DataLoader(pairs, batch_sampler=order, **options)
+
+
+def batches(loader: DataLoader, first: int) -> Iterator[dict[str, Any]]:
+    """Batches without end, epoch after epoch, from number `first` on."""
+    epoch, done = divmod(first, len(loader))
+    while True:
+        if isinstance(loader.dataset, TrainingShards):
+            loader.dataset.set_epoch(epoch, first_batch=done)
+        else:
+            loader.dataset.set_epoch(epoch)
+            loader.batch_sampler.set_epoch(epoch, first_batch=done)
+        yield from loader
+        epoch, done = epoch + 1, 0
+
+
+class Run:
+    """The folder of a run: checkpoints to go on from, and the models."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, keep: int) -> None:
+        self.folder, self.accelerator, self.keep = folder, accelerator, keep
+
+    def resume(self) -> dict[str, Any]:
+        """Load the newest whole checkpoint, if there is one, and tell what was reached."""
+        found = self._checkpoints()
+        if not found:
+            return {"step": 0, "best": None, "skipped": 0}
+        self.accelerator.load_state(str(found[-1]))
+        return json.loads((found[-1] / "progress.json").read_text())
+
+    def save(self, progress: dict[str, Any]) -> None:
+        """A checkpoint under a temporary name, moved when it is whole: resume never meets half of one."""
+        target = self.folder / "checkpoints" / f"step-{progress['step']:07d}"
+        temporary = target.with_suffix(".tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (temporary / "progress.json").write_text(json.dumps(progress))
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for old in self._checkpoints()[: -self.keep]:
+                shutil.rmtree(old)
+
+    def save_model(self, name: str, model: FineLIPModel, tokenizer: Any, image_processor: Any) -> None:
+        """A folder that `load_finelip` and `--finelip` take."""
+        if not self.accelerator.is_main_process:
+            return
+        target = self.folder / name
+        temporary = target.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        for part in (model, tokenizer, image_processor):
+            part.save_pretrained(temporary)
+        replaced = target.with_suffix(".old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step-???????"))
+
+
+def train(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole run; gives its progress: the step, the best score, and how many images were skipped."""
+    accelerator = Accelerator(
+        cpu=arguments.cpu,
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.accumulation,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=str(arguments.out),
+    )
+    set_seed(arguments.seed)
+    model = load_base(arguments.base)
+    base = Base(model)
+    for name in ("stretched_from", "stretch_keep", "stretch_factor"):  # promises that no training keeps
+        if hasattr(model.config.text_config, name):
+            delattr(model.config.text_config, name)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.base)
+    image_processor = load_image_processor(arguments.tokenizer or arguments.base, model.config.vision_config.image_size)
+    loader = build_loader(arguments, tokenizer, image_processor, accelerator)
+    eval_data = None
+    if arguments.eval_data != "none":
+        eval_data = open_images(arguments.eval_data, split="test", images=arguments.eval_images)
+
+    weights = {name: getattr(arguments, f"{name}_weight") for name in ("triplet", "contrastive", "region", "pull")}
+    objective, optimizer = accelerator.prepare(
+        Objective(model, weights, arguments.margin, arguments.hardest), build_optimizer(model, arguments)
+    )
+    base.model.to(accelerator.device)
+    run = Run(arguments.out, accelerator, keep=arguments.keep)
+    progress = run.resume()
+    steps_an_epoch = len(loader) // arguments.accumulation
+    steps = arguments.max_steps or math.ceil(arguments.epochs * steps_an_epoch)
+    ramp_steps = arguments.ramp_epochs * steps_an_epoch
+    if arguments.report_to != "none":
+        settings = {name: value for name, value in vars(arguments).items() if isinstance(value, str | int | float)}
+        accelerator.init_trackers("train_finelip", config=settings)
+
+    source = batches(loader, progress["step"] * arguments.accumulation)
+    pairs_a_step = arguments.batch_size * arguments.accumulation * accelerator.num_processes
+    bar = tqdm(
+        initial=progress["step"], total=steps, desc="training", unit="step", disable=not accelerator.is_main_process
+    )
+    objective.train()
+    while progress["step"] < steps:
+        step, started = progress["step"], time.perf_counter()
+        factor = schedule(step, arguments.warmup_steps, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        ramp = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
+        for _ in range(arguments.accumulation):
+            batch = to_device(next(source), accelerator.device)
+            for name in batch["skipped"]:
+                progress["skipped"] += 1
+                bar.write(f"skipped: {name}")
+            if weights["pull"]:
+                batch["base_states"], batch["base_embeds"] = base.read(batch["short_input_ids"])
+            with accelerator.accumulate(objective):
+                losses = objective(batch, ramp)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients and arguments.max_grad_norm:
+                    accelerator.clip_grad_norm_(objective.parameters(), arguments.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        progress["step"] = step = step + 1
+
+        figures = {name: loss.item() for name, loss in losses.items()}
+        figures["pairs_per_second"] = pairs_a_step / (time.perf_counter() - started)
+        figures["learning_rate"] = arguments.learning_rate * factor
+        bar.set_postfix({name: f"{figures[name]:.3g}" for name in (*losses, "pairs_per_second")})
+        bar.update()
+        if eval_data is not None and (step % arguments.eval_every == 0 or step == steps):
+            if accelerator.is_main_process:
+                result = evaluate_retrieval(model, eval_data, tokenizer, image_processor, progress=False)
+                figures |= retrieval_figures(result)
+                score = figures["recall"]
+                bar.write(f"step {step}\n{result}")
+                if progress["best"] is None or score > progress["best"]:
+                    progress["best"] = score
+                    run.save_model("best", model, tokenizer, image_processor)
+            accelerator.wait_for_everyone()
+        accelerator.log(figures, step=step)
+        if step % arguments.save_every == 0 or step == steps:
+            run.save(progress)
+    bar.close()
+    run.save_model("last", model, tokenizer, image_processor)
+    accelerator.end_training()
+    return progress
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device)
+        if isinstance(value, Tensor)
+        else to_device(value, device)
+        if isinstance(value, dict)
+        else value
+        for name, value in batch.items()
+    }
+
+
+def retrieval_figures(result: RetrievalResult) -> dict[str, float]:
+    """Recall@1 by similarity and direction, and under `recall` their mean for the one that FineLIP retrieves by."""
+    figures = {}
+    for name, recall in result.recall.items():
+        figures[f"{name}_image_to_text"] = recall.image_to_text[1]
+        figures[f"{name}_text_to_image"] = recall.text_to_image[1]
+    return {**figures, "recall": (figures["fused_image_to_text"] + figures["fused_text_to_image"]) / 2}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("what is trained on what")
+    add = group.add_argument
+    add("--base", default="miniature-clip-1", metavar="CLIP", help="any CLIP: hub id, directory, checkpoint file, "
+        "miniature-clip-1 or -2 (default: %(default)s)")  # fmt: skip
+    add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
+    add("--data", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or webdataset and "
+        "a path, or miniature:SCENES (default for the miniature: miniature:16000)")  # fmt: skip
+    add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the data")
+    add("--eval-data", default=None, metavar="KIND:PATH", help="for retrieval, or none (default: none, or for the "
+        "miniature miniature:500)")  # fmt: skip
+    add("--eval-images", type=Path, metavar="FOLDER", help="of the images to evaluate on")
+    add("--drop-first", type=float, default=0.0, metavar="P", help="drop a caption's first sentence, its summary, with "
+        "this probability (default: %(default)s)")  # fmt: skip
+    add("--sample-sentences", type=float, default=0.0, metavar="P", help="keep a random part of a caption's sentences "
+        "with this probability (default: %(default)s)")  # fmt: skip
+    add("--prefix-padding", type=int, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
+        "caption (default: %(default)s)")  # fmt: skip
+
+    add("--epoch-size", type=int, metavar="PAIRS", help="what counts as an epoch of webdataset shards")
+
+    group = parser.add_argument_group("losses (default: the paper's / the miniature's)")
+    for name, text in (
+        ("triplet-weight", "of the triplet margin loss of late interaction"),
+        ("contrastive-weight", "of CLIP's contrastive loss of the embeddings"),
+        ("region-weight", "of phrases against their regions, for data that knows them (the miniature)"),
+        ("pull-weight", "of the pull towards the base's own states on short captions"),
+    ):
+        add_preset(group, name, float, "X", text)
+    add = group.add_argument
+    add("--margin", type=float, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
+    add("--hardest", action="store_true", help="count a pair's hardest negative only")
+    add_preset(group, "ramp-epochs", float, "X", "over which all losses grow linearly from 0")
+
+    group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
+    add_preset(group, "epochs", float, "X", "passes over the data")
+    group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
+    add_preset(group, "batch-size", int, "PAIRS", "of each process and step; the paper has 512 in all")
+    add = group.add_argument
+    add("--accumulation", type=int, default=1, metavar="N", help="batches a step; negatives are those of each batch "
+        "(default: %(default)s)")  # fmt: skip
+    add_preset(group, "learning-rate", float, "X", "peak, of CLIP")
+    add_preset(group, "refinement-learning-rate", float, "X", "peak, of the token refinement")
+    add_preset(group, "weight-decay", float, "X", "of AdamW")
+    add_preset(group, "warmup-steps", int, "N", "before the cosine")
+    add = group.add_argument
+    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add("--out", type=Path, default=Path("runs/finelip"), metavar="FOLDER", help="best/ and last/ model, checkpoints/ "
+        "to go on from: a run that finds some goes on (default: %(default)s)")  # fmt: skip
+    add("--save-every", type=int, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
+    add("--keep", type=int, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
+    add("--eval-every", type=int, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
+    add("--workers", type=int, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--cpu", action="store_true", help="use no GPU")
+    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="(default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    is_miniature = options.base.startswith("miniature-")
+    if options.data is None and not is_miniature:
+        parser.error(f"--base {options.base} needs --data, such as sharegpt4v:captions.json")
+    presets = {"data": None, "eval_data": "none", **PAPER, **(MINIATURE if is_miniature else {})}
+    for name, value in presets.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def add_preset(group: Any, name: str, kind: type, metavar: str, text: str) -> None:
+    key = name.replace("-", "_")
+    group.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} ({PAPER[key]:g} / {MINIATURE[key]:g})")
+
+
+def main() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    arguments = parse()
+    try:
+        print(json.dumps(train(arguments)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"train_finelip.py: error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()
