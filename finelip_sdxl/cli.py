@@ -196,7 +196,7 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
         if len(result.unreadable) > NAMED:
             print(f"and {len(result.unreadable) - NAMED:,} more, which --json lists")
     if json_file is not None:
-        asked = ("model", "tokenizer", "data", "images", "split", "dtype", "batch_size")
+        asked = ("model", "tokenizer", "data", "images", "split", "stretch", "dtype", "batch_size")
         figures = {
             "command": options.command_line,
             **_circumstances(device),

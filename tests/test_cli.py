@@ -10,7 +10,7 @@ from conftest import make_text_encoder
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl import FineLIPSDXLPipeline, miniature_path
 from finelip_sdxl.cli import main
 
 LONG = "The red fox is above the small blue square, 狐. " * 14
@@ -128,6 +128,65 @@ def test_tokens_needs_no_weights(stock_folder, tmp_path, capsys) -> None:
     assert "as stock SDXL reads it" in capsys.readouterr().out
 
 
+def test_evaluate_retrieval_prints_a_table_and_writes_its_figures(tmp_path, capsys) -> None:
+    file = tmp_path / "new" / "figures.json"
+    arguments = ["evaluate", "retrieval", "--data", "miniature:10", "--model", "miniature-clip-1", "--device", "cpu"]
+    assert main([*arguments, "--json", str(file)]) == 0
+    first, _, _, row, last = capsys.readouterr().out.splitlines()
+    assert first == "miniature-clip-1 on miniature:10: 10 images, 10 texts of up to 248 tokens"
+    assert last == str(file)
+    found = json.loads(file.read_text())
+    recall = found["recall"]["global"]
+    shares = [recall[way][f"R@{k}"] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    assert row.split() == ["global", *(f"{100 * share:.1f}" for share in shares)]
+    assert found["command"].startswith("finelip-sdxl evaluate retrieval --data miniature:10 --model")
+    assert found["options"]["max_tokens"] == 248
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"date", "machine"} <= found.keys()
+    assert [path.name for path in file.parent.iterdir()] == ["figures.json"], "no temporary file is left"
+
+    assert main([*arguments, "--no-stretch", "--dtype", "bfloat16", "--batch-size", "3"]) == 0
+    assert "texts of up to 77 tokens" in capsys.readouterr().out
+    assert main([*arguments, "--max-tokens", "50"]) == 0
+    assert "texts of up to 50 tokens" in capsys.readouterr().out
+
+
+def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys) -> None:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "fox.png")
+    rows = ["image,caption", "fox.png,a red star"] + [f"broken-{number}.png,a blue ring" for number in range(7)]
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    arguments = ["--data", f"csv:{tmp_path / 'data.csv'}", "--model", "miniature-clip-1", "--device", "cpu"]
+    assert main(["evaluate", "retrieval", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "1 images, 1 texts" in printed
+    assert "left out, with their captions, 7 images that cannot be read:" in printed
+    assert "broken-4.png" in printed
+    assert "broken-5.png" not in printed
+    assert "and 2 more" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "pictures:here"], "pictures:here is no data set"),
+        (["--data", "urban1k:{empty}/none"], "does not exist"),
+        (["--model", "none.pt"], "none.pt does not exist"),
+        (["--model", "{text_encoder}"], "has no image tower"),
+        (["--model", "miniature-clip-1", "--tokenizer", "{empty}"], "pass --tokenizer"),
+        (["--model", "miniature-clip-1", "--max-tokens", "249"], "max_tokens is 249; expected from 3 to 248"),
+        (["--json", "{empty}"], "is a directory"),
+        (["--device", "nowhere"], "is no device"),
+    ],
+)
+def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, arguments, message) -> None:
+    names = {"empty": tmp_path, "text_encoder": miniature_path() / "text_encoder"}
+    options = ["--device", "cpu", "--data", "miniature:2", *(argument.format(**names) for argument in arguments)]
+    assert main(["evaluate", "retrieval", *options]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("finelip-sdxl evaluate retrieval: error: ")
+    assert message in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -170,6 +229,9 @@ def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, argumen
         ([], "required"),
         (["paint"], "invalid choice"),
         (["generate", "a", "--steps", "0"], "whole number of at least 1"),
+        (["evaluate"], "required"),
+        (["evaluate", "taste"], "invalid choice"),
+        (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
         (["generate", "a", "--short-prompt", "long"], "invalid choice"),
     ],
 )
@@ -181,12 +243,22 @@ def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) ->
     assert message in line
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            ["generate"],
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--long-prompt", "PIXELS", "default: 30"),
+        ),
+        (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
+    ],
+)
+def test_help_imports_nothing_heavy(command, expected) -> None:
     code = (
         "import sys; from finelip_sdxl.cli import main\n"
-        "try: main(['generate', '--help'])\n"
+        f"try: main([*{command}, '--help'])\n"
         "finally: assert not {'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for option in ("--negative-prompt", "--guidance-scale", "--finelip-2", "--long-prompt", "PIXELS", "default: 30"):
+    for option in expected:
         assert option in done.stdout

@@ -235,6 +235,13 @@ def test_max_tokens_must_fit_the_model(model, tokenizer, max_tokens) -> None:
         evaluate_retrieval(model, Noise(3), tokenizer, image_processor, max_tokens=max_tokens)
 
 
+def test_a_tokenizer_of_another_model_is_refused(model) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ValueError, match=f"has {len(tokenizer)} tokens, but this model knows {len(tokenizer) - 1}"):
+        evaluate_retrieval(model, Noise(3), tokenizer, image_processor)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -133,8 +133,8 @@ def evaluate_retrieval(
         progress: whether to show a bar for what takes more than two seconds.
 
     Raises:
-        ValueError: if `max_tokens` is not from 3 to the model's positions, the model has no image tower, or no image
-            can be read.
+        ValueError: if `max_tokens` is not from 3 to the model's positions, the tokenizer has tokens that the model does
+            not know, the model has no image tower, or no image can be read.
 
     Example:
         >>> from finelip_sdxl import load_finelip
@@ -191,6 +191,10 @@ def encode_pairs(
     positions = model.text_model.embeddings.position_embedding.weight.shape[0]
     if max_tokens is not None and not 3 <= max_tokens <= positions:
         raise ValueError(f"max_tokens is {max_tokens}; expected from 3 to {positions}, the positions of this model.")
+    if len(tokenizer) > (vocab_size := model.config.text_config.vocab_size):
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer):,} tokens, but this model knows {vocab_size:,}: give the model's own."
+        )
 
     captions: list[tuple[str, ...]] = []  # of the images that can be read
     unreadable: list[str] = []
