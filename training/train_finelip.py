@@ -67,7 +67,7 @@ PAPER = {
 }
 # What makes the miniature's FineLIPs; benchmarks/miniature_retrieval.py compares it with the paper's loss.
 MINIATURE = {
-    "data": "miniature:16000",
+    "data": "miniature:20000",
     "eval_data": "miniature:500",
     "epochs": 1,
     "batch_size": 40,
@@ -79,7 +79,7 @@ MINIATURE = {
     "triplet_weight": 0.02,
     "contrastive_weight": 1.0,
     "region_weight": 1.0,
-    "pull_weight": 5.0,
+    "pull_weight": 10.0,
 }
 
 
@@ -418,7 +418,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "miniature-clip-1 or -2 (default: %(default)s)")  # fmt: skip
     add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
     add("--data", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or webdataset and "
-        "a path, or miniature:SCENES (default for the miniature: miniature:16000)")  # fmt: skip
+        "a path, or miniature:SCENES (default for the miniature: miniature:20000)")  # fmt: skip
     add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the data")
     add("--eval-data", default=None, metavar="KIND:PATH", help="for retrieval, or none (default: none, or for the "
         "miniature miniature:500)")  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from PIL import Image
 
 from finelip_sdxl.data import CaptionedImages, Region
@@ -42,14 +44,15 @@ class MiniatureScenes(CaptionedImages):
         return (self.caption(index).text,)
 
     def short_caption(self, index: int) -> str:
-        return short_caption(self.scene(index), self._name(index)).text
+        return short_caption(self.scene(index), f"{self.split} {index}").text
 
     def regions(self, index: int) -> tuple[Region, ...]:
         """Each mention of an object, with the object's cell. A link with two or more candidates counts fourfold: they
         are few, and what they teach is learned last."""
+        objects = self.scene(index).objects
         regions = []
         for mention in self.caption(index).mentions:
-            thing = self.scene(index).objects[mention.index]
+            thing = objects[mention.index]
             regions.append(
                 Region(
                     start=mention.start,
@@ -63,18 +66,25 @@ class MiniatureScenes(CaptionedImages):
 
     def scene(self, index: int) -> Scene:
         """What the picture shows."""
-        return self._family(index)[0][index % self.group_size]
+        return _family(self.split, index // self.group_size)[0][index % self.group_size]
 
     def caption(self, index: int) -> Caption:
         """The long caption with its mentions."""
-        scenes, shared = self._family(index)
-        return long_caption(scenes[index % self.group_size], self._name(index), first=shared)
+        return _caption(self.split, index)
 
-    def _family(self, index: int) -> tuple[list[Scene], list[int]]:
-        return make_family(f"{self.split} {index // self.group_size}", self.group_size, self.shared_objects)
 
-    def _name(self, index: int) -> str:
-        return f"{self.split} {index}"
+# A pair asks for its scene and caption several times, and five siblings, which come together, for one family.
+
+
+@lru_cache(maxsize=128)
+def _family(split: str, number: int) -> tuple[list[Scene], list[int]]:
+    return make_family(f"{split} {number}", MiniatureScenes.group_size, MiniatureScenes.shared_objects)
+
+
+@lru_cache(maxsize=128)
+def _caption(split: str, index: int) -> Caption:
+    scenes, shared = _family(split, index // MiniatureScenes.group_size)
+    return long_caption(scenes[index % MiniatureScenes.group_size], f"{split} {index}", first=shared)
 
 
 def _cell(index: int) -> tuple[float, float, float, float]:
