@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .regions import Region
 
@@ -63,6 +63,8 @@ def read_image(file: Path | IO[bytes], name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{name} cannot be read (it is of no image format).") from error
     except Exception as error:  # broken files make Pillow's decoders raise almost anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise UnreadableImageError(f"{name} cannot be read ({reason}).") from error
