@@ -7,21 +7,23 @@
 Without arguments it trains the miniature's first CLIP on scenes of the miniature world. With another --base, the
 defaults are the paper's (arXiv 2504.01916): its triplet loss on late interaction, AdamW, cosine, six epochs.
 
-Batches, captions and augmentation depend on the seed, the epoch and the image alone, and the learning rate on the step:
-a run that was stopped, even by kill -9, goes on from its last checkpoint as if nothing had happened.
+Batches, captions and augmentation depend on the seed, the epoch and the image alone (those of shards also on the
+number of workers), and the learning rate on the step: a run that was stopped, even by kill -9, goes on from its last
+checkpoint as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import math
-import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from run_folder import RunFolder
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.utils.data import DataLoader
@@ -81,20 +84,27 @@ MINIATURE = {
     "region_weight": 1.0,
     "pull_weight": 10.0,
 }
+LOSSES = ("triplet", "contrastive", "region", "pull")
+# Flags that may change when a run goes on: what it learns from one batch is the same with any of them.
+FREE = {
+    "out", "images", "eval_data", "eval_images", "epochs", "max_steps", "save_every", "keep", "eval_every", "workers",
+    "gradient_checkpointing", "cpu", "report_to",
+}  # fmt: skip
 
 
 class Objective(nn.Module):
     """The losses of one batch of pairs; its forward pass is what several processes share.
 
-    Negatives are those of all processes' batches: each process gathers the others' tokens, with gradients, and computes
-    the loss of the whole batch. Averaging the gradients over processes then gives those of one process that has it all.
+    Negatives are those of all processes' batches. Each process compares its images with all processes' texts; gathered,
+    with gradients, these rows are the similarities of the whole batch, of which each process computes the loss.
+    Averaging the gradients over processes then gives those of one process that has the whole batch.
     """
 
     def __init__(self, model: FineLIPModel, weights: dict[str, float], margin: float, hardest: bool) -> None:
         super().__init__()
         self.model, self.weights, self.margin, self.hardest = model, weights, margin, hardest
 
-    def forward(self, batch: dict[str, Any], ramp: float = 1.0) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The weighted sum under `loss`, and under their names the losses that have a weight."""
         model, weights = self.model, self.weights
         text = model.encode_text(batch["input_ids"])
@@ -103,17 +113,16 @@ class Objective(nn.Module):
 
         losses = {}
         if weights["triplet"]:
-            similarity = late_interaction(gather(image.refined_tokens), gather(text.refined_tokens))
-            losses["triplet"] = triplet_margin_loss(similarity.float(), ids, self.margin, self.hardest)
+            similarity = gather(late_interaction(image.refined_tokens, gather(text.refined_tokens)))
+            losses["triplet"] = triplet_margin_loss(similarity, ids, self.margin, self.hardest)
         if weights["contrastive"]:
-            similarity = unit(gather(image.embeds)) @ unit(gather(text.embeds)).T
+            similarity = gather(unit(image.embeds) @ unit(gather(text.embeds)).T)
             losses["contrastive"] = contrastive_loss(similarity, ids, model.logit_scale.exp().clamp(max=100))
         if weights["region"]:
             losses["region"] = self._region_loss(text.tokens, image.tokens, batch["regions"])
         if weights["pull"]:
             losses["pull"] = self._pull_loss(batch)
-        total = sum(weights[name] * loss for name, loss in losses.items())
-        return {"loss": ramp * total, **losses}
+        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
         """Each phrase against the regions of this process's batch; those of equal label look alike and do not count."""
@@ -131,7 +140,7 @@ class Objective(nn.Module):
         alike = (label[:, None] == label[None]).fill_diagonal_(False)
         logits = (scale * unit(said) @ unit(seen).T).masked_fill(alike, float("-inf"))
         losses = F.cross_entropy(logits, torch.arange(len(label), device=label.device), reduction="none")
-        return (weight * losses).sum() / weight.sum()
+        return (weight * losses).sum() / weight.sum().clamp(min=1e-6)  # 0 for a batch without any
 
     def _pull_loss(self, batch: dict[str, Any]) -> Tensor:
         """How far short captions have moved from where the base had them: squared error over squared norm, the mean
@@ -149,7 +158,8 @@ class Base:
 
     def __init__(self, model: FineLIPModel) -> None:
         config = model.config.text_config
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        towers = nn.ModuleDict({"text_model": model.text_model, "text_projection": model.text_projection})
+        self.towers = copy.deepcopy(towers).requires_grad_(False).eval()
         self.rows = None  # of a model that was trained at 248 positions, all rows in their order
         if getattr(config, "stretched_from", None) is not None:
             self.rows = stretched_row_indices(config.stretched_from, config.stretch_keep, config.stretch_factor)
@@ -158,8 +168,8 @@ class Base:
     def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Penultimate states (batch, n, width) and embeddings (batch, C)."""
         rows = None if self.rows is None else self.rows[None, : input_ids.shape[1]].to(input_ids.device)
-        out = self.model.text_model(input_ids=input_ids, position_ids=rows, output_hidden_states=True)
-        return out.hidden_states[-2], self.model.text_projection(out.pooler_output)
+        out = self.towers["text_model"](input_ids=input_ids, position_ids=rows, output_hidden_states=True)
+        return out.hidden_states[-2], self.towers["text_projection"](out.pooler_output)
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -170,7 +180,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.float(), dim=-1)
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def load_base(name: str) -> FineLIPModel:
@@ -211,10 +221,14 @@ def build_loader(
     """Batches of this process, of a data set or of shards."""
     augmentation = CaptionAugmentation(arguments.drop_first, arguments.sample_sentences, arguments.prefix_padding)
     share = {"processes": accelerator.num_processes, "process": accelerator.process_index}
-    options = {"collate_fn": collate(tokenizer), "num_workers": arguments.workers}
+    # A generator of its own: resuming draws no numbers from the one that dropout uses.
+    options = {"collate_fn": collate(tokenizer), "num_workers": arguments.workers, "generator": torch.Generator()}
+    regions_wanted = f"--region-weight is {arguments.region_weight:g}, but {arguments.data} knows no regions: pass 0."
     if arguments.data.startswith("webdataset:"):
         if arguments.epoch_size is None:
             raise ValueError("Shards do not tell how many pairs they hold: pass --epoch-size.")
+        if arguments.region_weight:
+            raise ValueError(regions_wanted)
         shards = TrainingShards(
             arguments.data,
             image_processor,
@@ -227,9 +241,7 @@ def build_loader(
         return DataLoader(shards, batch_size=None, **options)
     data = open_images(arguments.data, split="train", images=arguments.images)
     if arguments.region_weight and not data.regions(0):
-        raise ValueError(
-            f"--region-weight is {arguments.region_weight}, but {arguments.data} knows no regions: pass 0."
-        )
+        raise ValueError(regions_wanted)
     order = EpochBatches(len(data), data.group_size, arguments.batch_size, arguments.seed, **share)
     pairs = TrainingPairs(data, image_processor, augmentation, seed=arguments.seed)
     return DataLoader(pairs, batch_sampler=order, **options)
@@ -248,97 +260,58 @@ def batches(loader: DataLoader, first: int) -> Iterator[dict[str, Any]]:
         epoch, done = epoch + 1, 0
 
 
-class Run:
-    """The folder of a run: checkpoints to go on from, and the models."""
-
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int) -> None:
-        self.folder, self.accelerator, self.keep = folder, accelerator, keep
-
-    def resume(self) -> dict[str, Any]:
-        """Load the newest whole checkpoint, if there is one, and tell what was reached."""
-        found = self._checkpoints()
-        if not found:
-            return {"step": 0, "best": None, "skipped": 0}
-        self.accelerator.load_state(str(found[-1]))
-        return json.loads((found[-1] / "progress.json").read_text())
-
-    def save(self, progress: dict[str, Any]) -> None:
-        """A checkpoint under a temporary name, moved when it is whole: resume never meets half of one."""
-        target = self.folder / "checkpoints" / f"step-{progress['step']:07d}"
-        temporary = target.with_suffix(".tmp")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (temporary / "progress.json").write_text(json.dumps(progress))
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            for old in self._checkpoints()[: -self.keep]:
-                shutil.rmtree(old)
-
-    def save_model(self, name: str, model: FineLIPModel, tokenizer: Any, image_processor: Any) -> None:
-        """A folder that `load_finelip` and `--finelip` take."""
-        if not self.accelerator.is_main_process:
-            return
-        target = self.folder / name
-        temporary = target.with_suffix(".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        for part in (model, tokenizer, image_processor):
-            part.save_pretrained(temporary)
-        replaced = target.with_suffix(".old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(temporary, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("step-???????"))
-
-
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole run; gives its progress: the step, the best score, and how many images were skipped."""
+    """The whole run; gives its progress: the step, the best score, and how often an image was skipped."""
+    check(arguments)
     accelerator = Accelerator(
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.accumulation,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=str(arguments.out),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),  # those of losses that have no weight
+            InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait while one process evaluates
+        ],
     )
     set_seed(arguments.seed)
     model = load_base(arguments.base)
-    base = Base(model)
+    base = Base(model) if arguments.pull_weight else None
     for name in ("stretched_from", "stretch_keep", "stretch_factor"):  # promises that no training keeps
         if hasattr(model.config.text_config, name):
             delattr(model.config.text_config, name)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.base)
-    image_processor = load_image_processor(arguments.tokenizer or arguments.base, model.config.vision_config.image_size)
+    named = arguments.tokenizer or arguments.base
+    tokenizer = load_tokenizer(named, model.config.text_config.max_position_embeddings)
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise ValueError(f"The tokenizer of {named} has tokens that {arguments.base} does not know: pass its own.")
+    image_processor = load_image_processor(named, model.config.vision_config.image_size)
     loader = build_loader(arguments, tokenizer, image_processor, accelerator)
     eval_data = None
     if arguments.eval_data != "none":
         eval_data = open_images(arguments.eval_data, split="test", images=arguments.eval_images)
 
-    weights = {name: getattr(arguments, f"{name}_weight") for name in ("triplet", "contrastive", "region", "pull")}
+    weights = {name: getattr(arguments, f"{name}_weight") for name in LOSSES}
     objective, optimizer = accelerator.prepare(
         Objective(model, weights, arguments.margin, arguments.hardest), build_optimizer(model, arguments)
     )
-    base.model.to(accelerator.device)
-    run = Run(arguments.out, accelerator, keep=arguments.keep)
-    progress = run.resume()
-    steps_an_epoch = len(loader) // arguments.accumulation
+    if base is not None:
+        base.towers.to(accelerator.device)
+    fixed = settings(arguments, accelerator.num_processes)
+    run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep)
+    progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
+    steps_an_epoch = len(loader) / arguments.accumulation
     steps = arguments.max_steps or math.ceil(arguments.epochs * steps_an_epoch)
     ramp_steps = arguments.ramp_epochs * steps_an_epoch
+    if progress["step"] >= steps:
+        accelerator.print(f"{arguments.out} is complete, with {progress['step']} steps: nothing is left to train.")
     if arguments.report_to != "none":
-        settings = {name: value for name, value in vars(arguments).items() if isinstance(value, str | int | float)}
-        accelerator.init_trackers("train_finelip", config=settings)
+        accelerator.init_trackers("train_finelip", config=fixed)
 
     source = batches(loader, progress["step"] * arguments.accumulation)
-    pairs_a_step = arguments.batch_size * arguments.accumulation * accelerator.num_processes
+    batches_a_step = arguments.accumulation * accelerator.num_processes
     bar = tqdm(
         initial=progress["step"], total=steps, desc="training", unit="step", disable=not accelerator.is_main_process
     )
@@ -349,35 +322,39 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         ramp = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
+        sums = dict.fromkeys(("loss", *(name for name in LOSSES if weights[name]), "skipped"), 0.0)
         for _ in range(arguments.accumulation):
             batch = to_device(next(source), accelerator.device)
             for name in batch["skipped"]:
-                progress["skipped"] += 1
                 bar.write(f"skipped: {name}")
-            if weights["pull"]:
+            if base is not None:
                 batch["base_states"], batch["base_embeds"] = base.read(batch["short_input_ids"])
             with accelerator.accumulate(objective):
-                losses = objective(batch, ramp)
-                accelerator.backward(losses["loss"])
+                losses = objective(batch)
+                accelerator.backward(ramp * losses["loss"])
                 if accelerator.sync_gradients and arguments.max_grad_norm:
                     accelerator.clip_grad_norm_(objective.parameters(), arguments.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+            for name, loss in losses.items():
+                sums[name] += loss.detach()
+            sums["skipped"] += torch.tensor(len(batch["skipped"]), device=accelerator.device)
         progress["step"] = step = step + 1
 
-        figures = {name: loss.item() for name, loss in losses.items()}
-        figures["pairs_per_second"] = pairs_a_step / (time.perf_counter() - started)
-        figures["learning_rate"] = arguments.learning_rate * factor
-        bar.set_postfix({name: f"{figures[name]:.3g}" for name in (*losses, "pairs_per_second")})
+        sums = {name: value.item() for name, value in accelerator.reduce(sums).items()}
+        progress["skipped"] += int(sums.pop("skipped"))
+        figures = {name: value / batches_a_step for name, value in sums.items()}
+        figures["pairs_per_second"] = arguments.batch_size * batches_a_step / (time.perf_counter() - started)
+        bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
         bar.update()
+        figures["learning_rate"] = arguments.learning_rate * factor
         if eval_data is not None and (step % arguments.eval_every == 0 or step == steps):
             if accelerator.is_main_process:
                 result = evaluate_retrieval(model, eval_data, tokenizer, image_processor, progress=False)
                 figures |= retrieval_figures(result)
-                score = figures["recall"]
                 bar.write(f"step {step}\n{result}")
-                if progress["best"] is None or score > progress["best"]:
-                    progress["best"] = score
+                if progress["best"] is None or figures["recall"] > progress["best"]:
+                    progress["best"] = figures["recall"]
                     run.save_model("best", model, tokenizer, image_processor)
             accelerator.wait_for_everyone()
         accelerator.log(figures, step=step)
@@ -385,8 +362,29 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
             run.save(progress)
     bar.close()
     run.save_model("last", model, tokenizer, image_processor)
+    accelerator.print(json.dumps(progress))
     accelerator.end_training()
     return progress
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What is known to go wrong, before anything is loaded."""
+    if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
+        raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
+    tracker = arguments.report_to
+    if tracker != "none" and find_spec(tracker) is None:
+        raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out} is a file: pass the name of a folder.")
+
+
+def settings(arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """What must stay as it is when a run goes on; of names, the last part, since folders may be moved."""
+    fixed = {name: value for name, value in vars(arguments).items() if name not in FREE and value is not None}
+    if arguments.data.startswith("webdataset:"):
+        fixed["workers"] = arguments.workers
+    fixed["processes"] = processes
+    return {name: Path(value).name if isinstance(value, str) else value for name, value in fixed.items()}
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -410,7 +408,12 @@ def retrieval_figures(result: RetrievalResult) -> dict[str, float]:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--base CLIP] [--data KIND:PATH] [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    count, whole, amount = number(int, positive=True), number(int), number(float)
 
     group = parser.add_argument_group("what is trained on what")
     add = group.add_argument
@@ -419,6 +422,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
     add("--data", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or webdataset and "
         "a path, or miniature:SCENES (default for the miniature: miniature:20000)")  # fmt: skip
+    add("--epoch-size", type=count, metavar="PAIRS", help="that count as an epoch of webdataset shards")
     add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the data")
     add("--eval-data", default=None, metavar="KIND:PATH", help="for retrieval, or none (default: none, or for the "
         "miniature miniature:500)")  # fmt: skip
@@ -427,10 +431,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "this probability (default: %(default)s)")  # fmt: skip
     add("--sample-sentences", type=float, default=0.0, metavar="P", help="keep a random part of a caption's sentences "
         "with this probability (default: %(default)s)")  # fmt: skip
-    add("--prefix-padding", type=int, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
+    add("--prefix-padding", type=whole, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
         "caption (default: %(default)s)")  # fmt: skip
-
-    add("--epoch-size", type=int, metavar="PAIRS", help="what counts as an epoch of webdataset shards")
 
     group = parser.add_argument_group("losses (default: the paper's / the miniature's)")
     for name, text in (
@@ -439,35 +441,35 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("region-weight", "of phrases against their regions, for data that knows them (the miniature)"),
         ("pull-weight", "of the pull towards the base's own states on short captions"),
     ):
-        add_preset(group, name, float, "X", text)
+        add_preset(group, name, amount, "X", text)
     add = group.add_argument
-    add("--margin", type=float, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
+    add("--margin", type=amount, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
     add("--hardest", action="store_true", help="count a pair's hardest negative only")
-    add_preset(group, "ramp-epochs", float, "X", "over which all losses grow linearly from 0")
+    add_preset(group, "ramp-epochs", amount, "X", "over which all losses grow linearly from 0")
 
     group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
-    add_preset(group, "epochs", float, "X", "passes over the data")
-    group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps, in place of --epochs")
-    add_preset(group, "batch-size", int, "PAIRS", "of each process and step; the paper has 512 in all")
+    add_preset(group, "epochs", number(float, positive=True), "X", "passes over the data")
+    group.add_argument("--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
+    add_preset(group, "batch-size", count, "PAIRS", "of each process and step; the paper has 512 in all")
     add = group.add_argument
-    add("--accumulation", type=int, default=1, metavar="N", help="batches a step; negatives are those of each batch "
+    add("--accumulation", type=count, default=1, metavar="N", help="batches a step; negatives are those of each batch "
         "(default: %(default)s)")  # fmt: skip
-    add_preset(group, "learning-rate", float, "X", "peak, of CLIP")
-    add_preset(group, "refinement-learning-rate", float, "X", "peak, of the token refinement")
-    add_preset(group, "weight-decay", float, "X", "of AdamW")
-    add_preset(group, "warmup-steps", int, "N", "before the cosine")
+    add_preset(group, "learning-rate", amount, "X", "peak, of CLIP")
+    add_preset(group, "refinement-learning-rate", amount, "X", "peak, of the token refinement")
+    add_preset(group, "weight-decay", amount, "X", "of AdamW")
+    add_preset(group, "warmup-steps", whole, "N", "before the cosine")
     add = group.add_argument
-    add("--max-grad-norm", type=float, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+    add("--max-grad-norm", type=amount, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
+    add("--seed", type=whole, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
 
     group = parser.add_argument_group("the run")
     add = group.add_argument
     add("--out", type=Path, default=Path("runs/finelip"), metavar="FOLDER", help="best/ and last/ model, checkpoints/ "
         "to go on from: a run that finds some goes on (default: %(default)s)")  # fmt: skip
-    add("--save-every", type=int, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
-    add("--keep", type=int, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
-    add("--eval-every", type=int, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
-    add("--workers", type=int, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
+    add("--save-every", type=count, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
+    add("--keep", type=count, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
+    add("--eval-every", type=count, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
+    add("--workers", type=whole, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
     add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
     add("--cpu", action="store_true", help="use no GPU")
@@ -484,19 +486,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def add_preset(group: Any, name: str, kind: type, metavar: str, text: str) -> None:
+def add_preset(group: Any, name: str, kind: Callable, metavar: str, text: str) -> None:
     key = name.replace("-", "_")
     group.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} ({PAPER[key]:g} / {MINIATURE[key]:g})")
 
 
-def main() -> None:
+def number(kind: type, positive: bool = False) -> Callable[[str], float]:
+    """What reads a flag's number, and refuses what is below 0, or also 0."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)) and (value > 0 or (value == 0 and not positive)):
+                return value
+        whole, range_ = "whole number" if kind is int else "number", "above 0" if positive else "of at least 0"
+        raise argparse.ArgumentTypeError(f"expected a {whole} {range_} instead of {text}")
+
+    return read
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    arguments = parse()
     try:
-        print(json.dumps(train(arguments)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_finelip.py: error: {' '.join(str(error).split())}")
+        train(parse(arguments))
+    except KeyboardInterrupt:
+        sys.exit("train_finelip.py: stopped; the same command goes on from the last checkpoint")
+    except (ValueError, OSError, ImportError) as error:
+        message = str(error).strip()
+        if "Original Traceback" in message:  # from a process that prepares data; the error itself is the last line
+            message = message.splitlines()[-1].partition(": ")[2]
+        sys.exit(f"train_finelip.py: error: {' '.join(message.split())}")
 
 
 if __name__ == "__main__":
