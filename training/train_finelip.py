@@ -281,7 +281,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         if hasattr(model.config.text_config, name):
             delattr(model.config.text_config, name)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
 
     named = arguments.tokenizer or arguments.base
     tokenizer = load_tokenizer(named, model.config.text_config.max_position_embeddings)
@@ -371,6 +371,9 @@ def check(arguments: argparse.Namespace) -> None:
     """What is known to go wrong, before anything is loaded."""
     if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
         raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
+    # Accelerate takes it, and trains nothing.
+    if arguments.mixed_precision == "fp16" and (arguments.cpu or not torch.accelerator.is_available()):
+        raise ValueError("--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no.")
     tracker = arguments.report_to
     if tracker != "none" and find_spec(tracker) is None:
         raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
@@ -409,6 +412,7 @@ def retrieval_figures(result: RetrievalResult) -> dict[str, float]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="train_finelip.py",
         usage="%(prog)s [--base CLIP] [--data KIND:PATH] [flags]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
