@@ -66,6 +66,7 @@ def test_shipped_tokenizers_are_the_ones_that_the_code_builds(stock: StableDiffu
     for shipped, built in ((stock.tokenizer, build_tokenizer()), (stock.tokenizer_2, build_tokenizer(pad_token="!"))):
         assert isinstance(shipped, CLIPTokenizer)
         texts = [caption.text for caption in CAPTIONS]
+        assert shipped.get_vocab() == built.get_vocab()
         assert shipped(texts, padding="max_length").input_ids == built(texts, padding="max_length").input_ids
 
 

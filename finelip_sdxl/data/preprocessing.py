@@ -14,7 +14,7 @@ from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from finelip_sdxl.miniature import miniature_path
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
 
 POSITIONS = 248
 _PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, by which pooling finds the end of a text
@@ -40,8 +40,8 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
         248
     """
     if miniature := _MINIATURE.fullmatch(str(source)):
-        # The ones that ship: those that `build_tokenizer` trains differ in a few ids from time to time.
-        source = miniature_path() / ("tokenizer" if miniature[1] == "1" else "tokenizer_2")
+        # SDXL's first tokenizer pads with the end token, its second with "!".
+        return build_tokenizer(max_length=positions, **({"pad_token": "!"} if miniature[1] == "2" else {}))
     hint = "pass --tokenizer, a directory or hub id such as openai/clip-vit-large-patch14"
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a checkpoint file, which holds no tokenizer: {hint}.")
