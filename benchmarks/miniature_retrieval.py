@@ -30,13 +30,15 @@ from finelip_sdxl.evaluation import evaluate_retrieval
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.world import COLORS
 from finelip_sdxl.prompts import STOCK_POSITIONS
+from finelip_sdxl.stretch import FACTOR, stretched_row_indices
+from finelip_sdxl.text_encoders import num_positions
 
 BASE = "miniature-clip-1"
 NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --pull-weight 0"
 AUGMENTED = "--drop-first 0.5 --sample-sentences 0.3 --prefix-padding 16"
 # Flags of the training script; None for what is not trained. What no flag says is the miniature's default.
 ROWS = {
-    "CLIP, cut at 77": None,
+    "stock, cut at 77": None,
     "stretched, not trained": None,
     "stretched, contrastive loss": f"{NOTHING_ELSE} --triplet-weight 0 --contrastive-weight 1",
     "FineLIP, the paper's loss": NOTHING_ELSE,
@@ -49,7 +51,7 @@ def train(row: str, seed: int, arguments: argparse.Namespace) -> FineLIPModel:
     """The model of a row; trained before, or now."""
     flags = ROWS[row]
     if flags is None:
-        return load_finelip(BASE)
+        return load_finelip(BASE, factor=1 if row.startswith("stock") else FACTOR)
     folder = arguments.runs / f"{list(ROWS).index(row)}-{seed}"
     if not (folder / "last").exists():
         script = Path(__file__).parent.parent / "training" / "train_finelip.py"
@@ -95,8 +97,6 @@ def short_error(model: FineLIPModel, base: FineLIPModel, size: int) -> float:
 
     `base` is stretched: its rows of 77 positions, where stock has them, make it read as stock does.
     """
-    from finelip_sdxl.stretch import stretched_row_indices
-
     data = MiniatureScenes("test", size)
     tokenizer = load_tokenizer(BASE)
     input_ids = tokenize(tokenizer, [data.short_caption(index) for index in range(size)])
@@ -112,15 +112,12 @@ def short_error(model: FineLIPModel, base: FineLIPModel, size: int) -> float:
 def evaluate(row: str, model: FineLIPModel, base: FineLIPModel, size: int) -> dict[str, float]:
     tokenizer = load_tokenizer(BASE)
     image_processor = load_image_processor(BASE, base.config.vision_config.image_size)
-    cut = STOCK_POSITIONS if "77" in row else None
-    result = evaluate_retrieval(
-        model, MiniatureScenes("test", size), tokenizer, image_processor, max_tokens=cut, progress=False
-    )
+    result = evaluate_retrieval(model, MiniatureScenes("test", size), tokenizer, image_processor, progress=False)
     figures = {}
     for name, recall in result.recall.items():
         figures[f"{name}, image to text"] = 100 * recall.image_to_text[1]
         figures[f"{name}, text to image"] = 100 * recall.text_to_image[1]
-    if cut is None:
+    if num_positions(model) > STOCK_POSITIONS:
         right, figures["links"] = probe_links(model, size)
         figures["linked colors"] = 100 * right
         figures["short captions' states"] = short_error(model, base, size)
