@@ -16,30 +16,29 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 from miniature_parts import fit_probe
-from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from finelip_sdxl import FineLIPModel, load_finelip
 from finelip_sdxl.data import load_image_processor, load_tokenizer, tokenize
 from finelip_sdxl.evaluation import evaluate_retrieval
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.world import COLORS
+from finelip_sdxl.model import end_positions
 from finelip_sdxl.prompts import STOCK_POSITIONS
-from finelip_sdxl.stretch import FACTOR, stretched_row_indices
 from finelip_sdxl.text_encoders import num_positions
 
 BASE = "miniature-clip-1"
 NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --pull-weight 0"
 AUGMENTED = "--drop-first 0.5 --sample-sentences 0.3 --prefix-padding 16"
-# Flags of the training script; None for what is not trained. What no flag says is the miniature's default.
-ROWS = {
-    "stock, cut at 77": None,
-    "stretched, not trained": None,
+# Rows that are trained here, by the training script's flags; what no flag says is its default for the miniature.
+TRAINED = {
     "stretched, contrastive loss": f"{NOTHING_ELSE} --triplet-weight 0 --contrastive-weight 1",
     "FineLIP, the paper's loss": NOTHING_ELSE,
     "FineLIP, the paper's loss, augmented captions": f"{NOTHING_ELSE} {AUGMENTED}",
@@ -47,18 +46,23 @@ ROWS = {
 }
 
 
-def train(row: str, seed: int, arguments: argparse.Namespace) -> FineLIPModel:
-    """The model of a row; trained before, or now."""
-    flags = ROWS[row]
-    if flags is None:
-        return load_finelip(BASE, factor=1 if row.startswith("stock") else FACTOR)
-    folder = arguments.runs / f"{list(ROWS).index(row)}-{seed}"
-    if not (folder / "last").exists():
-        script = Path(__file__).parent.parent / "training" / "train_finelip.py"
-        command = [sys.executable, script, "--base", BASE, "--eval-data", "none", "--out", folder, "--seed", seed]
-        command += [*flags.split(), *arguments.train_flags.split()]
-        subprocess.run([str(part) for part in command], check=True)
-    return load_finelip(folder / "last")
+def models(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[FineLIPModel]]]:
+    """Rows of the table: name, CLIP that they were made from, and a model for each seed."""
+    yield "stock, cut at 77", BASE, [load_finelip(BASE, factor=1)]
+    yield "stretched, not trained", BASE, [load_finelip(BASE)]
+    for number, (row, flags) in enumerate(TRAINED.items()):
+        folders = [arguments.runs / f"{number}-{seed}" for seed in range(arguments.seeds)]
+        for seed, folder in enumerate(folders):
+            if not (folder / "last").exists():
+                train(f"--base {BASE} --eval-data none --seed {seed} {flags} {arguments.train_flags}", folder)
+        yield row, BASE, [load_finelip(folder / "last") for folder in folders]
+    for pair in (1, 2):
+        yield f"FineLIP that ships, {pair}", f"miniature-clip-{pair}", [load_finelip(f"miniature-finelip-{pair}")]
+
+
+def train(flags: str, folder: Path) -> None:
+    script = Path(__file__).parent.parent / "training" / "train_finelip.py"
+    subprocess.run([sys.executable, str(script), *flags.split(), "--out", str(folder)], check=True)
 
 
 @torch.no_grad()
@@ -67,9 +71,10 @@ def penultimate_states(model: FineLIPModel, input_ids: torch.Tensor) -> torch.Te
     return torch.cat([model.encode_text(chunk, output_hidden_states=True).hidden_states[-2] for chunk in chunks])
 
 
-def late_hard_links(model: FineLIPModel, data: MiniatureScenes) -> tuple[torch.Tensor, torch.Tensor]:
+def late_hard_links(
+    model: FineLIPModel, tokenizer: CLIPTokenizer, data: MiniatureScenes
+) -> tuple[torch.Tensor, torch.Tensor]:
     """States at the ends of sentences past token 77 that link to one of two or more colors; and the colors."""
-    tokenizer = load_tokenizer(BASE)
     captions = [data.caption(index) for index in range(len(data))]
     encoding = tokenizer([caption.text for caption in captions], padding=True, return_tensors="pt")
     states = penultimate_states(model, encoding.input_ids)
@@ -83,44 +88,37 @@ def late_hard_links(model: FineLIPModel, data: MiniatureScenes) -> tuple[torch.T
     return torch.stack(found), torch.tensor(colors)
 
 
-def probe_links(model: FineLIPModel, size: int) -> tuple[float, int]:
-    """How often the probe is right on unseen scenes, and on how many links."""
-    states, colors = late_hard_links(model, MiniatureScenes("probe", 4 * size))
+def probe_links(model: FineLIPModel, tokenizer: CLIPTokenizer, size: int) -> float:
+    """How often the probe is right on unseen scenes."""
+    states, colors = late_hard_links(model, tokenizer, MiniatureScenes("probe", 4 * size))
     scale = states.std(dim=0)
     probe = fit_probe(states / scale, colors, len(COLORS))
-    states, colors = late_hard_links(model, MiniatureScenes("test", size))
-    return (probe(states / scale).argmax(dim=-1) == colors).double().mean().item(), len(colors)
+    states, colors = late_hard_links(model, tokenizer, MiniatureScenes("test", size))
+    return (probe(states / scale).argmax(dim=-1) == colors).double().mean().item()
 
 
-def short_error(model: FineLIPModel, base: FineLIPModel, size: int) -> float:
-    """Squared error of short captions' states over stock's squared norm, a mean over tokens.
-
-    `base` is stretched: its rows of 77 positions, where stock has them, make it read as stock does.
-    """
+def short_error(model: FineLIPModel, base: FineLIPModel, tokenizer: CLIPTokenizer, size: int) -> float:
+    """Squared error of short captions' states over stock's squared norm, a mean over tokens."""
     data = MiniatureScenes("test", size)
-    tokenizer = load_tokenizer(BASE)
     input_ids = tokenize(tokenizer, [data.short_caption(index) for index in range(size)])
-    rows = stretched_row_indices(STOCK_POSITIONS)[None, : input_ids.shape[1]]
-    with torch.no_grad():
-        out = base.text_model(input_ids=input_ids, position_ids=rows, output_hidden_states=True)
-    target = out.hidden_states[-2]
-    mask = (input_ids != tokenizer.eos_token_id).cumprod(dim=1)[..., None]
+    target = penultimate_states(base, input_ids)
+    at = torch.arange(input_ids.shape[1])
+    mask = (at <= end_positions(input_ids, tokenizer.eos_token_id)[:, None])[..., None]
     error = ((penultimate_states(model, input_ids) - target) * mask).square().sum()
     return (error / (target * mask).square().sum()).item()
 
 
-def evaluate(row: str, model: FineLIPModel, base: FineLIPModel, size: int) -> dict[str, float]:
-    tokenizer = load_tokenizer(BASE)
-    image_processor = load_image_processor(BASE, base.config.vision_config.image_size)
+def evaluate(model: FineLIPModel, base: str, size: int) -> dict[str, float]:
+    tokenizer = load_tokenizer(base, positions=num_positions(model))
+    image_processor = load_image_processor(base, model.config.vision_config.image_size)
     result = evaluate_retrieval(model, MiniatureScenes("test", size), tokenizer, image_processor, progress=False)
     figures = {}
     for name, recall in result.recall.items():
         figures[f"{name}, image to text"] = 100 * recall.image_to_text[1]
         figures[f"{name}, text to image"] = 100 * recall.text_to_image[1]
     if num_positions(model) > STOCK_POSITIONS:
-        right, figures["links"] = probe_links(model, size)
-        figures["linked colors"] = 100 * right
-        figures["short captions' states"] = short_error(model, base, size)
+        figures["linked colors"] = 100 * probe_links(model, tokenizer, size)
+        figures["short captions' states"] = short_error(model, load_finelip(base, factor=1), tokenizer, size)
     return figures
 
 
@@ -134,13 +132,11 @@ def main() -> None:
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
     print(f"{arguments.scenes} unseen scenes, {arguments.seeds} seeds\n")
 
-    base = load_finelip(BASE)
     columns = [f"{name}, {way}" for name in ("global", "fine", "fused") for way in ("image to text", "text to image")]
     columns += ["linked colors", "short captions' states"]
     print("| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
-    for row in tqdm(ROWS, disable=not sys.stderr.isatty()):
-        seeds = range(1 if ROWS[row] is None else arguments.seeds)
-        runs = [evaluate(row, train(row, seed, arguments), base, arguments.scenes) for seed in seeds]
+    for row, base, of_seeds in models(arguments):
+        runs = [evaluate(model, base, arguments.scenes) for model in of_seeds]
         cells = [cell([run.get(column) for run in runs], digits=3 if "states" in column else 1) for column in columns]
         print(f"| {row} |", " | ".join(cells), "|", flush=True)
 

@@ -103,8 +103,10 @@ def rows() -> dict[str, tuple[str, Draw]]:
     stock = StableDiffusionXLPipeline.from_pretrained(miniature_path(), dtype=torch.float32)
     windows = CompelForSDXL(stock)
     stretched = FineLIPSDXLPipeline.from_pretrained("miniature", short_prompt="stretched")
+    finelip = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
+    trained = FineLIPSDXLPipeline.from_pretrained("miniature", **finelip, short_prompt="stretched")
     default = FineLIPSDXLPipeline.from_pretrained("miniature")
-    for pipe in (stock, stretched, default):
+    for pipe in (stock, stretched, trained, default):
         pipe.set_progress_bar_config(disable=True)
 
     def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
@@ -117,10 +119,12 @@ def rows() -> dict[str, tuple[str, Draw]]:
     return {
         "stock": ("short", draw_with(stock)),
         "stretched, not trained, also for short prompts": ("short", draw_with(stretched)),
+        "FineLIP, not aligned, also for short prompts": ("short", draw_with(trained)),
         "FineLIP-SDXL's default": ("short", draw_with(default)),
         "stock, cut at 77": ("long", draw_with(stock)),
         "compel, windows of 77": ("long", draw_windows),
         "stretched, not trained": ("long", draw_with(stretched)),
+        "FineLIP, not aligned": ("long", draw_with(trained)),
     }
 
 

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from finelip_sdxl.checkpoints import load_finelip, save_published
     from finelip_sdxl.interaction import late_interaction
     from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
-    from finelip_sdxl.miniature import miniature_clip, miniature_path
+    from finelip_sdxl.miniature import miniature_clip, miniature_finelip, miniature_path
     from finelip_sdxl.model import FineLIPConfig, FineLIPModel
     from finelip_sdxl.pipelines import (
         FineLIPSDXLControlNetPipeline,
@@ -31,6 +31,7 @@ _EXPORTS = {
     "late_interaction": "finelip_sdxl.interaction",
     "load_finelip": "finelip_sdxl.checkpoints",
     "miniature_clip": "finelip_sdxl.miniature",
+    "miniature_finelip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
     "save_published": "finelip_sdxl.checkpoints",
     "stretch_positions": "finelip_sdxl.stretch",
@@ -49,6 +50,7 @@ __all__ = [
     "late_interaction",
     "load_finelip",
     "miniature_clip",
+    "miniature_finelip",
     "miniature_path",
     "save_published",
     "stretch_positions",

@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from finelip_sdxl import FineLIPConfig, FineLIPModel, load_finelip, miniature_clip, save_published, stretch_positions
+from finelip_sdxl import (
+    FineLIPConfig,
+    FineLIPModel,
+    load_finelip,
+    miniature_clip,
+    miniature_finelip,
+    save_published,
+    stretch_positions,
+)
 from finelip_sdxl.checkpoints import convert_weights
 from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder, text_encoder_tensors
 
@@ -271,12 +279,13 @@ def test_the_miniature_s_clips_have_names(pair) -> None:
     assert same_weights(model, load_finelip(miniature_clip(pair)))
 
 
-def test_a_name_that_the_miniature_does_not_ship(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("finelip_sdxl.miniature._HERE", tmp_path)
-    with pytest.raises(FileNotFoundError, match="finelip_2 does not exist"):
-        load_finelip("miniature-finelip-2")
-    load_finelip(tiny_clip()).save_pretrained(tmp_path / "finelip_2")
-    assert load_finelip("miniature-finelip-2").config.text_config.hidden_size == 128
+@pytest.mark.parametrize("pair", [1, 2])
+def test_the_miniature_s_finelips_have_names(pair) -> None:
+    model = load_finelip(f"miniature-finelip-{pair}")
+    assert model.dtype == torch.float32
+    assert same_weights(model, miniature_finelip(pair))
+    assert model.text_refinement is not None
+    assert not hasattr(model.config.text_config, "stretched_from")  # what is trained is no stock
 
 
 # OpenAI's and open_clip's weights.

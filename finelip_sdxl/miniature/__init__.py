@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+
+    from finelip_sdxl.model import FineLIPModel
 
 _HERE = Path(__file__).parent
 _Source = TypeVar("_Source")
+_Model = TypeVar("_Model", bound="PreTrainedModel")
 
 
 def miniature_path() -> Path:
@@ -50,32 +53,44 @@ def miniature_clip(pair: int) -> CLIPModel:
         >>> miniature_clip(1).config.vision_config.image_size
         96
     """
-    from safetensors.torch import load_file
     from transformers import CLIPConfig, CLIPModel
 
-    from finelip_sdxl.text_encoders import build_model
-
-    if pair not in (1, 2):
-        raise ValueError(f"pair is {pair!r}; expected 1 or 2, for SDXL's first or second text encoder")
-    text = load_file(miniature_path() / ("text_encoder" if pair == 1 else "text_encoder_2") / "model.safetensors")
-    rest = load_file(_HERE / "clips" / f"clip_{pair}.safetensors")
-    config = CLIPConfig(**json.loads((_HERE / "clips" / f"clip_{pair}.json").read_text()))
-    tensors = {key: tensor.float() for key, tensor in {**text, **rest}.items()}
-    return build_model(CLIPModel, config, tensors)
+    _check(pair)
+    text = miniature_path() / ("text_encoder" if pair == 1 else "text_encoder_2") / "model.safetensors"
+    rest = _HERE / "clips" / f"clip_{pair}.safetensors"
+    return _build(CLIPModel, CLIPConfig, rest.with_suffix(".json"), text, rest)
 
 
-def resolve_finelip(source: _Source) -> _Source | CLIPModel | Path:
-    """What to load for the name of one of the miniature's encoders, and anything else as it is.
+def miniature_finelip(pair: int) -> FineLIPModel:
+    """One of the miniature's two FineLIPs: its CLIP, trained on long captions by ``training/train_finelip.py``.
 
     Args:
-        source: ``"miniature-clip-1"`` or ``"miniature-clip-2"`` for a stock CLIP; ``"miniature-finelip-1"`` or
-            ``"miniature-finelip-2"`` for the folder of a FineLIP trained from it.
+        pair: 1 or 2, as SDXL's text encoders are counted.
+
+    Raises:
+        ValueError: if ``pair`` is neither.
+
+    Example:
+        >>> miniature_finelip(1).config.text_config.max_position_embeddings
+        248
+    """
+    from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+
+    _check(pair)
+    folder = _HERE / f"finelip_{pair}"
+    return _build(FineLIPModel, FineLIPConfig, folder / "config.json", folder / "model.safetensors")
+
+
+def resolve_finelip(source: _Source) -> _Source | CLIPModel | FineLIPModel:
+    """The model by one of the miniature's names, and anything else as it is.
+
+    Args:
+        source: ``"miniature-clip-1"`` or ``"miniature-clip-2"`` for a stock CLIP, ``"miniature-finelip-1"`` or
+            ``"miniature-finelip-2"`` for a FineLIP trained from it.
 
     Example:
         >>> resolve_finelip("miniature-clip-1").config.text_config.max_position_embeddings
         77
-        >>> resolve_finelip("miniature-finelip-2").name
-        'finelip_2'
         >>> resolve_finelip("openai/clip-vit-large-patch14")
         'openai/clip-vit-large-patch14'
     """
@@ -83,4 +98,19 @@ def resolve_finelip(source: _Source) -> _Source | CLIPModel | Path:
     if name is None:
         return source
     kind, pair = name.groups()
-    return miniature_clip(int(pair)) if kind == "clip" else _HERE / f"finelip_{pair}"
+    return miniature_clip(int(pair)) if kind == "clip" else miniature_finelip(int(pair))
+
+
+def _check(pair: int) -> None:
+    if pair not in (1, 2):
+        raise ValueError(f"pair is {pair!r}; expected 1 or 2, for SDXL's first or second text encoder")
+
+
+def _build(model: type[_Model], config: type[PreTrainedConfig], config_file: Path, *weights: Path) -> _Model:
+    """Weights ship in half precision; a model of float32 is what trains, and what runs well on a CPU."""
+    from safetensors.torch import load_file
+
+    from finelip_sdxl.text_encoders import build_model
+
+    tensors = {key: tensor.float() for file in weights for key, tensor in load_file(file).items()}
+    return build_model(model, config.from_dict(json.loads(config_file.read_text())), tensors)

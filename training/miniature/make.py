@@ -7,13 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-# In order: both CLIPs and the VAE need only the world, the UNet needs all three.
+# In order: both CLIPs and the VAE need only the world, the UNet all three; a FineLIP begins as its CLIP that ships.
 STAGES = (
-    ("train_clip.py", "--pair", "1"),
-    ("train_clip.py", "--pair", "2"),
-    ("train_vae.py",),
-    ("train_unet.py",),
-    ("assemble.py",),
+    "train_clip.py --pair 1 --runs {runs}",
+    "train_clip.py --pair 2 --runs {runs}",
+    "train_vae.py --runs {runs}",
+    "train_unet.py --runs {runs}",
+    "assemble.py --runs {runs}",
+    "../train_finelip.py --base miniature-clip-1 --mixed-precision bf16 --out {runs}/finelip_1",
+    "../train_finelip.py --base miniature-clip-2 --mixed-precision bf16 --out {runs}/finelip_2",
+    "assemble_finelip.py --runs {runs}",
 )
 
 
@@ -21,8 +24,10 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of checkpoints")
     arguments = flags.parse_args()
-    for script, *options in STAGES:
-        command = [sys.executable, str(Path(__file__).parent / script), *options, "--runs", str(arguments.runs)]
+    for stage in STAGES:
+        script, *options = stage.split()
+        options = [option.format(runs=arguments.runs) for option in options]
+        command = [sys.executable, str(Path(__file__).parent / script), *options]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True)
 
