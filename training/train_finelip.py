@@ -264,7 +264,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run; gives its progress: the step, the best score, and how often an image was skipped."""
     check(arguments)
     accelerator = Accelerator(
-        cpu=arguments.cpu,
+        cpu=arguments.cpu or not torch.accelerator.is_available(),
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.accumulation,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
