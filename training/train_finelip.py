@@ -176,7 +176,11 @@ def gather(tensor: Tensor) -> Tensor:
     """This process's rows and all others', (processes · batch, …), with gradients to whom they came from."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    return torch.cat(all_gather(tensor.contiguous()))
+    gathered = torch.cat(all_gather(tensor.contiguous()))
+    if gathered.requires_grad:
+        # The backward pass sends memory as it lies, and would mix up a gradient that lies in another order.
+        gathered.register_hook(Tensor.contiguous)
+    return gathered
 
 
 def unit(vectors: Tensor) -> Tensor:
