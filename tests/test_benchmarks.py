@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import clim
+import miniature_retrieval
 import pytest
 from clim import Measured
 
@@ -81,3 +82,26 @@ def test_refuses_sizes_that_measure_nothing(flags, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_with(monkeypatch, {}, *flags)
     assert "batch sizes begin at 2, repeats and threads at 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_retrieval_trains_its_rows_once_and_prints_them_beside_stock(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(miniature_retrieval, "TRAINED", {"tried": "--region-weight 0 --pull-weight 0"})
+    flags = ["--runs", str(tmp_path), "--seeds", "1", "--scenes", "10"]
+    flags += ["--train-flags", "--data miniature:10 --batch-size 10 --max-steps 1"]
+    monkeypatch.setattr(sys, "argv", ["miniature_retrieval.py", *flags])
+    miniature_retrieval.main()
+    first = capsys.readouterr().out
+    (table,) = tables(first)
+    names = [line[0] for line in table[1:]]
+    assert names == [
+        "stock, cut at 77",
+        "stretched, not trained",
+        "tried",
+        "FineLIP that ships, 1",
+        "FineLIP that ships, 2",
+    ]
+    assert table[1][-2:] == ["–", "–"]  # stock has no states past token 77
+    monkeypatch.setattr(miniature_retrieval, "train", None)  # what is there is not trained again
+    miniature_retrieval.main()
+    assert tables(capsys.readouterr().out) == [table]

@@ -10,12 +10,16 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from finelip_sdxl import FineLIPSDXLPipeline, miniature_clip, miniature_path
+from finelip_sdxl import FineLIPSDXLPipeline, load_finelip, miniature_clip, miniature_path
+from finelip_sdxl.data import load_image_processor, load_tokenizer
+from finelip_sdxl.evaluation import evaluate_retrieval
 from finelip_sdxl.miniature.captions import short_caption
+from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import make_scene
+from finelip_sdxl.text_encoders import num_positions
 
 SCENES = [make_scene(f"test-{k}") for k in range(32)]
 CAPTIONS = [short_caption(scene, f"test-{k}") for k, scene in enumerate(SCENES)]
@@ -112,3 +116,16 @@ def test_clips_are_whole(pair: int) -> None:
 def test_an_unknown_pair_is_refused_with_what_is_known() -> None:
     with pytest.raises(ValueError, match="pair is 3; expected 1 or 2"):
         miniature_clip(3)
+
+
+def test_finelip_tells_siblings_apart_that_stock_does_not() -> None:
+    data = MiniatureScenes("test", size=50)
+    recall = {}
+    for name, factor in (("miniature-clip-1", 1), ("miniature-finelip-1", 4), ("miniature-finelip-2", 4)):
+        model = load_finelip(name, factor=factor)
+        tokenizer = load_tokenizer(name, positions=num_positions(model))
+        result = evaluate_retrieval(model, data, tokenizer, load_image_processor(name, 96), progress=False)
+        recall[name] = list(result.recall.values())[-1].text_to_image[1]  # by fused, or by all there is
+    assert recall["miniature-clip-1"] < 0.4  # chance among five siblings is 0.2
+    assert recall["miniature-finelip-1"] > 0.75
+    assert recall["miniature-finelip-2"] > 0.75

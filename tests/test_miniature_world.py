@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from transformers import CLIPTokenizer
 
 from finelip_sdxl.miniature.captions import count_words, long_caption, short_caption
+from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.scoring import read_picture, score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
@@ -75,6 +76,36 @@ def test_long_captions_describe_eight_or_nine_objects_and_link_about_a_third() -
     assert set(counts) == {8, 9}
     linked = sum(mention.kind == "linked" for caption in captions for mention in caption.described)
     assert 0.28 < linked / sum(counts) < 0.40
+
+
+def test_siblings_share_what_their_captions_say_within_77_tokens(tokenizer) -> None:
+    scenes = MiniatureScenes("siblings", size=100)
+    told_apart_late = 0
+    for family in range(20):
+        indices = range(5 * family, 5 * family + 5)
+        things = [scenes.scene(index).objects for index in indices]
+        shared = {place for place, alike in enumerate(zip(*things, strict=True)) if len(set(alike)) == 1}
+        assert len(shared) >= 4
+        assert len({scenes.scene(index) for index in indices}) == 5
+        for index in indices:
+            caption = scenes.caption(index)
+            assert {mention.index for mention in caption.described[:4]} <= shared
+            first_other = next(mention for mention in caption.mentions if mention.index not in shared)
+            token = tokenizer(caption.text).char_to_token(first_other.end - 1)
+            told_apart_late += token >= 76
+    assert told_apart_late >= 95
+
+
+def test_regions_are_the_cells_of_the_objects_that_phrases_name() -> None:
+    scenes = MiniatureScenes("regions", size=10)
+    for index in range(10):
+        caption, objects = scenes.captions(index)[0], scenes.scene(index).objects
+        for region in scenes.regions(index):
+            left, top, right, bottom = region.box
+            thing = objects[round(3 * top) * 3 + round(3 * left)]
+            assert (right - left, bottom - top) == pytest.approx((1 / 3, 1 / 3))
+            assert thing.shape in caption[region.start : region.end]
+            assert region.label == f"{thing.place} {thing.shape} {thing.color}"
 
 
 def test_tokenizer_has_clips_rules(tokenizer) -> None:
