@@ -28,18 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from objective import LOSSES, Base, Objective
 from run_folder import RunFolder
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, load_finelip, triplet_margin_loss
+from finelip_sdxl import FineLIPModel, load_finelip
 from finelip_sdxl.data import (
     CaptionAugmentation,
     EpochBatches,
@@ -52,7 +50,7 @@ from finelip_sdxl.data import (
 )
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
 from finelip_sdxl.losses import MARGIN
-from finelip_sdxl.stretch import KEEP, stretched_row_indices
+from finelip_sdxl.stretch import KEEP
 
 # What the paper trains with; its batch of 512 pairs is 8 processes of 64.
 PAPER = {
@@ -84,107 +82,11 @@ MINIATURE = {
     "region_weight": 1.0,
     "pull_weight": 10.0,
 }
-LOSSES = ("triplet", "contrastive", "region", "pull")
 # Flags that may change when a run goes on: what it learns from one batch is the same with any of them.
 FREE = {
     "out", "images", "eval_data", "eval_images", "epochs", "max_steps", "save_every", "keep", "eval_every", "workers",
     "gradient_checkpointing", "cpu", "report_to",
 }  # fmt: skip
-
-
-class Objective(nn.Module):
-    """The losses of one batch of pairs; its forward pass is what several processes share.
-
-    Negatives are those of all processes' batches. Each process compares its images with all processes' texts; gathered,
-    with gradients, these rows are the similarities of the whole batch, of which each process computes the loss.
-    Averaging the gradients over processes then gives those of one process that has the whole batch.
-    """
-
-    def __init__(self, model: FineLIPModel, weights: dict[str, float], margin: float, hardest: bool) -> None:
-        super().__init__()
-        self.model, self.weights, self.margin, self.hardest = model, weights, margin, hardest
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The weighted sum under `loss`, and under their names the losses that have a weight."""
-        model, weights = self.model, self.weights
-        text = model.encode_text(batch["input_ids"])
-        image = model.encode_image(batch["pixel_values"])
-        ids = gather(batch["ids"])
-
-        losses = {}
-        if weights["triplet"]:
-            similarity = gather(late_interaction(image.refined_tokens, gather(text.refined_tokens)))
-            losses["triplet"] = triplet_margin_loss(similarity, ids, self.margin, self.hardest)
-        if weights["contrastive"]:
-            similarity = gather(unit(image.embeds) @ unit(gather(text.embeds)).T)
-            losses["contrastive"] = contrastive_loss(similarity, ids, model.logit_scale.exp().clamp(max=100))
-        if weights["region"]:
-            losses["region"] = self._region_loss(text.tokens, image.tokens, batch["regions"])
-        if weights["pull"]:
-            losses["pull"] = self._pull_loss(batch)
-        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
-
-    def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
-        """Each phrase against the regions of this process's batch; those of equal label look alike and do not count."""
-        patches = image_tokens[:, 1:]
-        side = math.isqrt(patches.shape[1])
-        centers = (torch.arange(side, device=patches.device) + 0.5) / side
-        left, top, right, bottom = regions["box"][:, :, None].unbind(1)
-        across, down = (left <= centers) & (centers < right), (top <= centers) & (centers < bottom)
-        inside = (down[:, :, None] & across[:, None]).flatten(1)[..., None]  # (regions, patches, 1)
-        seen = (patches[regions["row"]] * inside).sum(dim=1)
-        said = text_tokens[regions["row"], regions["token"]]
-
-        scale = self.model.logit_scale.exp().clamp(max=100)
-        label, weight = regions["label"], regions["weight"]
-        alike = (label[:, None] == label[None]).fill_diagonal_(False)
-        logits = (scale * unit(said) @ unit(seen).T).masked_fill(alike, float("-inf"))
-        losses = F.cross_entropy(logits, torch.arange(len(label), device=label.device), reduction="none")
-        return (weight * losses).sum() / weight.sum().clamp(min=1e-6)  # 0 for a batch without any
-
-    def _pull_loss(self, batch: dict[str, Any]) -> Tensor:
-        """How far short captions have moved from where the base had them: squared error over squared norm, the mean
-        over captions, of the states that SDXL reads and of the embedding."""
-        text = self.model.encode_text(batch["short_input_ids"], output_hidden_states=True)
-        mask = batch["short_mask"][..., None]
-        target = batch["base_states"] * mask
-        error = ((text.hidden_states[-2] * mask - target) ** 2).sum((1, 2)) / (target**2).sum((1, 2))
-        error_of_embeds = ((text.embeds - batch["base_embeds"]) ** 2).sum(1) / (batch["base_embeds"] ** 2).sum(1)
-        return (error + error_of_embeds).mean()
-
-
-class Base:
-    """The text encoder that training starts from, as it was: it reads short captions as stock does, at 77 positions."""
-
-    def __init__(self, model: FineLIPModel) -> None:
-        config = model.config.text_config
-        towers = nn.ModuleDict({"text_model": model.text_model, "text_projection": model.text_projection})
-        self.towers = copy.deepcopy(towers).requires_grad_(False).eval()
-        self.rows = None  # of a model that was trained at 248 positions, all rows in their order
-        if getattr(config, "stretched_from", None) is not None:
-            self.rows = stretched_row_indices(config.stretched_from, config.stretch_keep, config.stretch_factor)
-
-    @torch.no_grad()
-    def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate states (batch, n, width) and embeddings (batch, C)."""
-        rows = None if self.rows is None else self.rows[None, : input_ids.shape[1]].to(input_ids.device)
-        out = self.towers["text_model"](input_ids=input_ids, position_ids=rows, output_hidden_states=True)
-        return out.hidden_states[-2], self.towers["text_projection"](out.pooler_output)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """This process's rows and all others', (processes · batch, …), with gradients to whom they came from."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return tensor
-    gathered = torch.cat(all_gather(tensor.contiguous()))
-    if gathered.requires_grad:
-        # The backward pass sends memory as it lies, and would mix up a gradient that lies in another order.
-        gathered.register_hook(Tensor.contiguous)
-    return gathered
-
-
-def unit(vectors: Tensor) -> Tensor:
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
 
 def load_base(name: str) -> FineLIPModel:

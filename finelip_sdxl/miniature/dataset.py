@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from PIL import Image
 
-from finelip_sdxl.data import CaptionedImages, Region
+from finelip_sdxl.data.captioned_images import CaptionedImages
+from finelip_sdxl.data.regions import Region
 
 from .captions import Caption, long_caption, short_caption
 from .drawing import draw_scene
