@@ -22,8 +22,8 @@ def late_interaction(
     Source: FineLIP (arXiv 2504.01916), section 3.
 
     Args:
-        image_tokens: (images, image tokens, dim); normalised here.
-        text_tokens: (texts, text tokens, dim); normalised here.
+        image_tokens: (images, image tokens, dim); normalized here.
+        text_tokens: (texts, text tokens, dim); normalized here.
         image_mask: (images, image tokens), True where a token counts; at least one in each row. None if all count.
         text_mask: (texts, text tokens), likewise.
 
@@ -63,7 +63,7 @@ def late_interaction(
 
 
 def _compare(images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
-    """`late_interaction` of normalised tokens, all at once."""
+    """`late_interaction` of normalized tokens, all at once."""
     similarity = torch.einsum("ivc,jtc->ivjt", images, texts)
     for_texts, for_images = similarity, similarity
     # Below every cosine, and far from what overflows in half precision.

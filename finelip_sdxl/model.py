@@ -69,7 +69,7 @@ class FineLIPTextOutput(ModelOutput):
     """What `FineLIPModel.encode_text` returns; n is the number of positions given, C the embedding size.
 
     Attributes:
-        embeds: (batch, C), the projected state of the end token, not normalised; None without a projection.
+        embeds: (batch, C), the projected state of the end token, not normalized; None without a projection.
         tokens: (batch, n, C), the projected states of all positions; None without a projection.
         refined_tokens: (batch, K + 1, C), the text's refined tokens and its end token; None without a refinement.
         last_hidden_state: (batch, n, width), after the final norm.
@@ -89,7 +89,7 @@ class FineLIPImageOutput(ModelOutput):
     """What `FineLIPModel.encode_image` returns; C is the embedding size.
 
     Attributes:
-        embeds: (batch, C), the projected class token, not normalised.
+        embeds: (batch, C), the projected class token, not normalized.
         tokens: (batch, 1 + patches, C), projected, class token first.
         refined_tokens: (batch, 1 + K, C), the class token and the patches' refined tokens; None without a refinement.
         last_hidden_state: (batch, 1 + patches, width), after the post-norm.
@@ -220,7 +220,7 @@ class FineLIPModel(CLIPPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: (batch, 3, height, width), normalised as for CLIP, of the size in the vision config.
+            pixel_values: (batch, 3, height, width), normalized as for CLIP, of the size in the vision config.
             output_hidden_states: whether to return the states of every layer.
 
         Raises:

@@ -158,7 +158,7 @@ def test_a_model_of_texts_alone_survives_saving(tmp_path) -> None:
         reloaded.encode_image(torch.zeros(1, 3, 16, 16))
 
 
-def test_what_a_file_lacks_is_initialised_not_garbage(tmp_path) -> None:
+def test_what_a_file_lacks_is_initialized_not_garbage(tmp_path) -> None:
     random_model(refined_image_tokens=None, refined_text_tokens=None).save_pretrained(tmp_path)
     reloaded = FineLIPModel.from_pretrained(tmp_path, config=tiny_config())
     for refinement in (reloaded.image_refinement, reloaded.text_refinement):

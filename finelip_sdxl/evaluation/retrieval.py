@@ -29,10 +29,10 @@ class EncodedPairs:
     """Images and texts as a model encodes them, on the CPU.
 
     Attributes:
-        image_embeds: (images, C), normalised, float32.
+        image_embeds: (images, C), normalized, float32.
         text_embeds: (texts, C), likewise.
         image_of_text: (texts,), the row of the image that a text belongs to.
-        image_tokens: (images, 1 + K, C), refined, normalised, in the model's dtype; None without a token refinement.
+        image_tokens: (images, 1 + K, C), refined, normalized, in the model's dtype; None without a token refinement.
         text_tokens: (texts, K + 1, C), likewise.
         unreadable: messages, one for each image that was left out with its captions.
     """
@@ -319,7 +319,7 @@ def _row(name: str, recall: Recall) -> str:
 def _gather(
     outputs: Iterator[FineLIPImageOutput] | Iterator[FineLIPTextOutput],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Embeddings and refined tokens of all batches, normalised, on the CPU; None where there are none."""
+    """Embeddings and refined tokens of all batches, normalized, on the CPU; None where there are none."""
     embeds: list[Tensor] = []
     tokens: list[Tensor] = []
     for output in outputs:

@@ -22,7 +22,7 @@ def parser(description: str, steps: int, batch_size: int, learning_rate: float) 
     """The flags that every script of the miniature has, with this script's defaults."""
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of checkpoints and results")
-    flags.add_argument("--steps", type=int, default=steps, help="optimiser steps")
+    flags.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     flags.add_argument("--batch-size", type=int, default=batch_size, help="scenes a step")
     flags.add_argument("--learning-rate", type=float, default=learning_rate, help="peak learning rate")
     flags.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
