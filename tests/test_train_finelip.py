@@ -25,6 +25,7 @@ import train_finelip
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
+from objective import LOSSES, Base, Objective
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,9 +42,9 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 ALL_LOSSES = ("--triplet-weight", "0.1", "--contrastive-weight", "1", "--region-weight", "1", "--pull-weight", "1")
 TRIPLET_ONLY = ("--contrastive-weight", "0", "--region-weight", "0", "--pull-weight", "0")
 
-# Processes that have imported everything, and have no threads, are forked from one that waits for it.
+# Processes are forked from one that has no threads, and has imported what takes long.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train_finelip"])
+processes.set_forkserver_preload(["accelerate", "finelip_sdxl.evaluation", "torch.distributed"])
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +183,11 @@ def test_an_epoch_is_all_batches_of_the_data(base, tmp_path) -> None:
     assert train_finelip.train(arguments)["step"] == 6
 
 
-@pytest.mark.parametrize("name", train_finelip.LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_weight_0_is_off(base, tmp_path, history, name) -> None:
-    others = [flag for other in train_finelip.LOSSES if other != name for flag in (f"--{other}-weight", "0")]
+    others = [flag for other in LOSSES if other != name for flag in (f"--{other}-weight", "0")]
     train(base, tmp_path, "--max-steps", "1", *others)
-    assert set(train_finelip.LOSSES) & history[1].keys() == {name}
+    assert set(LOSSES) & history[1].keys() == {name}
 
 
 def test_the_papers_losses_need_no_regions(base, tmp_path, history) -> None:
@@ -200,7 +201,7 @@ def test_the_papers_losses_need_no_regions(base, tmp_path, history) -> None:
 
 def test_phrases_are_compared_with_the_patches_of_their_boxes() -> None:
     model = make_model()
-    objective = train_finelip.Objective(model, {}, margin=0.2, hardest=False)
+    objective = Objective(model, {}, margin=0.2, hardest=False)
     generator = torch.Generator().manual_seed(0)
     texts = torch.randn(2, 4, 10, generator=generator, dtype=torch.float64)
     images = torch.randn(2, 10, 10, generator=generator, dtype=torch.float64)  # the class token and 3 × 3 patches
@@ -231,7 +232,7 @@ def test_the_pull_is_towards_what_stock_reads(base) -> None:
     model = train_finelip.load_base(str(base))
     input_ids = torch.randint(0, 800, (2, 77), generator=torch.Generator().manual_seed(0))
     input_ids[:, 40] = load_tokenizer(base).eos_token_id
-    states, embeds = train_finelip.Base(model).read(input_ids)
+    states, embeds = Base(model).read(input_ids)
     with torch.no_grad():
         expected = stock.text_model(input_ids=input_ids, output_hidden_states=True)
         assert torch.equal(states, expected.hidden_states[-2])
@@ -243,7 +244,7 @@ def test_accumulated_losses_are_means_over_batches(base, tmp_path, history) -> N
     train(base, tmp_path / "two", *still, "--max-steps", "2")
     two = [history[step] for step in (1, 2)]
     train(base, tmp_path / "accumulated", *still, "--max-steps", "1", "--accumulation", "2")
-    for name in ("loss", *train_finelip.LOSSES):
+    for name in ("loss", *LOSSES):
         assert history[1][name] == pytest.approx((two[0][name] + two[1][name]) / 2, rel=1e-6), name
 
 
@@ -277,7 +278,7 @@ def test_gradient_checkpointing_changes_nothing(base, tmp_path) -> None:
 def test_bfloat16_trains_float32_weights(base, tmp_path, history) -> None:
     train(base, tmp_path, "--max-steps", "2", "--mixed-precision", "bf16")
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
-    assert all(np.isfinite(history[2][name]) for name in ("loss", *train_finelip.LOSSES))
+    assert all(np.isfinite(history[2][name]) for name in ("loss", *LOSSES))
 
 
 # What comes out
@@ -598,9 +599,7 @@ def make_batch() -> dict[str, Any]:
 def losses_and_gradients(
     batch: dict[str, Any], weights: dict[str, float], hardest: bool, prepare: Callable[[nn.Module], nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
-    objective = train_finelip.Objective(
-        make_model(), {**dict.fromkeys(train_finelip.LOSSES, 0.0), **weights}, 0.2, hardest
-    )
+    objective = Objective(make_model(), {**dict.fromkeys(LOSSES, 0.0), **weights}, 0.2, hardest)
     prepared = prepare(objective)
     losses = prepared(batch)
     losses["loss"].backward()

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 
 from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, triplet_margin_loss
 from finelip_sdxl.stretch import stretched_row_indices
@@ -102,11 +101,24 @@ def gather(tensor: Tensor) -> Tensor:
     """This process's rows and all others', (processes · batch, …), with gradients to whom they came from."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    gathered = torch.cat(all_gather(tensor.contiguous()))
-    if gathered.requires_grad:
-        # The backward pass sends memory as it lies, and would mix up a gradient that lies in another order.
-        gathered.register_hook(Tensor.contiguous)
-    return gathered
+    return _Gather.apply(tensor.contiguous())
+
+
+class _Gather(torch.autograd.Function):
+    """`torch.distributed.all_gather` carries no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # A copy, since it is summed in place; contiguous, since memory is sent as it lies.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def unit(vectors: Tensor) -> Tensor:

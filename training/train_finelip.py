@@ -176,7 +176,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=str(arguments.out),
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True),  # those of losses that have no weight
+            DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments)),
             InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait while one process evaluates
         ],
     )
@@ -285,6 +285,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out} is a file: pass the name of a folder.")
+
+
+def trains_all(arguments: argparse.Namespace) -> bool:
+    """Whether every parameter has a gradient: the refinement has that of the triplet loss alone, the scale does not."""
+    return arguments.triplet_weight > 0 and arguments.contrastive_weight + arguments.region_weight > 0
 
 
 def settings(arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
