@@ -16,8 +16,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,18 +47,33 @@ TRAINED = {
 }
 
 
-def models(arguments: argparse.Namespace) -> Iterator[tuple[str, str, list[FineLIPModel]]]:
-    """Rows of the table: name, CLIP that they were made from, and a model for each seed."""
-    yield "stock, cut at 77", BASE, [load_finelip(BASE, factor=1)]
-    yield "stretched, not trained", BASE, [load_finelip(BASE)]
+def models(arguments: argparse.Namespace) -> dict[str, tuple[str, list[Callable[[], FineLIPModel]]]]:
+    """Rows of the table by name: the CLIP that they were made from, and what gives the model of each seed."""
+    rows = {
+        "stock, cut at 77": (BASE, [lambda: load_finelip(BASE, factor=1)]),
+        "stretched, not trained": (BASE, [lambda: load_finelip(BASE)]),
+    }
     for number, (row, flags) in enumerate(TRAINED.items()):
-        folders = [arguments.runs / f"{number}-{seed}" for seed in range(arguments.seeds)]
-        for seed, folder in enumerate(folders):
-            if not (folder / "last").exists():
-                train(f"--base {BASE} --eval-data none --seed {seed} {flags} {arguments.train_flags}", folder)
-        yield row, BASE, [load_finelip(folder / "last") for folder in folders]
+        rows[row] = (
+            BASE,
+            [
+                partial(trained, f"--seed {seed} {flags} {arguments.train_flags}", arguments.runs / f"{number}-{seed}")
+                for seed in range(arguments.seeds)
+            ],
+        )
     for pair in (1, 2):
-        yield f"FineLIP that ships, {pair}", f"miniature-clip-{pair}", [load_finelip(f"miniature-finelip-{pair}")]
+        rows[f"FineLIP that ships, {pair}"] = (
+            f"miniature-clip-{pair}",
+            [partial(load_finelip, f"miniature-finelip-{pair}")],
+        )
+    return rows
+
+
+def trained(flags: str, folder: Path) -> FineLIPModel:
+    """The model of a run, which is trained if it is not there."""
+    if not (folder / "last").exists():
+        train(f"--base {BASE} --eval-data none {flags}", folder)
+    return load_finelip(folder / "last")
 
 
 def train(flags: str, folder: Path) -> None:
@@ -128,6 +144,7 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, default=3, help="runs of each trained row (default 3)")
     flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
     flags.add_argument("--train-flags", default="", metavar="FLAGS", help="further ones for each training")
+    flags.add_argument("--only", nargs="*", default=[], help="names of the rows to print (default all)")
     arguments = flags.parse_args()
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
     print(f"{arguments.scenes} unseen scenes, {arguments.seeds} seeds\n")
@@ -135,8 +152,10 @@ def main() -> None:
     columns = [f"{name}, {way}" for name in ("global", "fine", "fused") for way in ("image to text", "text to image")]
     columns += ["linked colors", "short captions' states"]
     print("| |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
-    for row, base, of_seeds in models(arguments):
-        runs = [evaluate(model, base, arguments.scenes) for model in of_seeds]
+    for row, (base, of_seeds) in models(arguments).items():
+        if arguments.only and row not in arguments.only:
+            continue
+        runs = [evaluate(load(), base, arguments.scenes) for load in of_seeds]
         cells = [cell([run.get(column) for run in runs], digits=3 if "states" in column else 1) for column in columns]
         print(f"| {row} |", " | ".join(cells), "|", flush=True)
 

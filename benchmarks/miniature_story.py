@@ -102,9 +102,9 @@ def rows() -> dict[str, tuple[str, Draw]]:
     """Each row's name: the captions it draws, and how."""
     stock = StableDiffusionXLPipeline.from_pretrained(miniature_path(), dtype=torch.float32)
     windows = CompelForSDXL(stock)
-    stretched = FineLIPSDXLPipeline.from_pretrained("miniature", short_prompt="stretched")
-    finelip = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
-    trained = FineLIPSDXLPipeline.from_pretrained("miniature", **finelip, short_prompt="stretched")
+    clips = {"finelip": "miniature-clip-1", "finelip_2": "miniature-clip-2"}
+    stretched = FineLIPSDXLPipeline.from_pretrained("miniature", **clips, short_prompt="stretched")
+    trained = FineLIPSDXLPipeline.from_pretrained("miniature", short_prompt="stretched")
     default = FineLIPSDXLPipeline.from_pretrained("miniature")
     for pipe in (stock, stretched, trained, default):
         pipe.set_progress_bar_config(disable=True)

@@ -125,12 +125,13 @@ def convert(options: argparse.Namespace) -> None:
 
     from finelip_sdxl import pipelines
 
-    base = resolve_base(options.base)
-    stock_name = str(DiffusionPipeline.load_config(base)["_class_name"])
+    stock_name = str(DiffusionPipeline.load_config(resolve_base(options.base))["_class_name"])
     name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
     if name not in pipelines.__all__:
         raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted.")
-    pipe = getattr(pipelines, name).from_pretrained(base, **_loading(options), dtype=getattr(torch, options.dtype))
+    pipe = getattr(pipelines, name).from_pretrained(
+        options.base, **_loading(options), dtype=getattr(torch, options.dtype)
+    )
     pipe.swap_text_encoders()
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -437,7 +438,10 @@ def _add_base(command: argparse.ArgumentParser) -> None:
 
 
 def _add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help: str) -> None:
-    text = "checkpoint, directory or hub id of a FineLIP or Long-CLIP for the %s encoder (default: stock, stretched)"
+    text = (
+        "FineLIP or Long-CLIP for the %s encoder: checkpoint, directory or hub id (default: stock, stretched; for the "
+    )
+    text += "miniature, the one that comes with it)"
     command.add_argument("--finelip", metavar="CLIP", help=text % "first")
     command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
     command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")

@@ -134,7 +134,8 @@ class LongPromptMixin(_Parent):
 
         Args:
             base: a hub id or directory of any SDXL, a directory that `save_pretrained` of this class wrote, or
-                `"miniature"` for the small SDXL that comes with this package.
+                `"miniature"` for the small SDXL that comes with this package, and its FineLIPs with it (pass
+                `"miniature-clip-1"` and `"miniature-clip-2"` to have its own encoders stretched instead).
             finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
                 `FineLIPModel`.
             finelip_2: replaces the second (OpenCLIP bigG) in the same way.
@@ -154,6 +155,11 @@ class LongPromptMixin(_Parent):
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
+        if base == "miniature":
+            finelip = "miniature-finelip-1" if finelip is None and kwargs.get("text_encoder") is None else finelip
+            finelip_2 = (
+                "miniature-finelip-2" if finelip_2 is None and kwargs.get("text_encoder_2") is None else finelip_2
+            )
         base = resolve_base(base)
         # Without a dtype every library falls back on its own, and half-precision repositories end in two.
         torch_dtype = kwargs.pop("torch_dtype", None)
