@@ -6,7 +6,6 @@ transformers' `CLIPModel`, make one positional table of at least 248 rows, deriv
 """
 
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -36,6 +35,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_finelip
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
 from finelip_sdxl.prompts import STOCK_POSITIONS
@@ -156,12 +156,8 @@ def save_published(model: FineLIPModel, path: str | Path) -> None:
     _check_published_layout_suffices(model, path)
     tensors = to_published_keys({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary) if path.suffix == ".safetensors" else torch.save(tensors, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def convert_weights(

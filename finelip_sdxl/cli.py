@@ -4,7 +4,6 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -12,12 +11,13 @@ import random
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
@@ -204,7 +204,7 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
             "options": {name: getattr(options, name) for name in asked} | {"max_tokens": tokens},
             **result.to_dict(),
         }
-        with _whole(json_file) as temporary:
+        with written_whole(json_file) as temporary:
             temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         print(json_file)
 
@@ -296,17 +296,6 @@ def _output_file(option: str, name: str) -> Path:
     return file
 
 
-@contextlib.contextmanager
-def _whole(file: Path) -> Iterator[Path]:
-    """Another name to write under first, so that a file that is there is whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _image_files(out: str, count: int) -> list[Path]:
     file = Path(out)
     if file.suffix.lower() != ".png" or file.is_dir():
@@ -321,7 +310,7 @@ def _save_png(image: Any, file: Path, prompt: str, parameters: dict[str, Any]) -
     info = PngInfo()
     info.add_itxt("prompt", prompt.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # ends a text in a PNG
     info.add_itxt("parameters", json.dumps(parameters))
-    with _whole(file) as temporary:
+    with written_whole(file) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 

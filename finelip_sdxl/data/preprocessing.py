@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +13,12 @@ from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
+from finelip_sdxl.miniature import MODEL_NAME
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 
 POSITIONS = 248
 _PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, by which pooling finds the end of a text
-_MINIATURE = re.compile(r"miniature-(?:clip|finelip)-([12])")
-_MINIATURE_SIZE = 96
 _FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "preprocessor_config.json")
 
 
@@ -39,9 +38,9 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
         >>> load_tokenizer("miniature-finelip-1").model_max_length
         248
     """
-    if miniature := _MINIATURE.fullmatch(str(source)):
+    if miniature := MODEL_NAME.fullmatch(str(source)):
         # SDXL's first tokenizer pads with the end token, its second with "!".
-        return build_tokenizer(max_length=positions, **({"pad_token": "!"} if miniature[1] == "2" else {}))
+        return build_tokenizer(max_length=positions, **({"pad_token": "!"} if miniature[2] == "2" else {}))
     hint = "pass --tokenizer, a directory or hub id such as openai/clip-vit-large-patch14"
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a checkpoint file, which holds no tokenizer: {hint}.")
@@ -72,8 +71,8 @@ def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImag
         >>> processor(Image.new("RGB", (96, 96)), return_tensors="pt").pixel_values.shape
         torch.Size([1, 3, 96, 96])
     """
-    if _MINIATURE.fullmatch(str(source)):
-        processor = _clip_processor(_MINIATURE_SIZE)
+    if MODEL_NAME.fullmatch(str(source)):
+        processor = _clip_processor(IMAGE_SIZE)
         processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
         return processor
     if not Path(source).is_file():

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from finelip_sdxl.model import FineLIPModel
 
+# What names one of the miniature's encoders, wherever a CLIP is named: its kind, and which of the pair.
+MODEL_NAME = re.compile(r"miniature-(clip|finelip)-([12])")
 _HERE = Path(__file__).parent
 _Source = TypeVar("_Source")
 _Model = TypeVar("_Model", bound="PreTrainedModel")
@@ -94,7 +96,7 @@ def resolve_finelip(source: _Source) -> _Source | CLIPModel | FineLIPModel:
         >>> resolve_finelip("openai/clip-vit-large-patch14")
         'openai/clip-vit-large-patch14'
     """
-    name = re.fullmatch(r"miniature-(clip|finelip)-([12])", source) if isinstance(source, str) else None
+    name = MODEL_NAME.fullmatch(source) if isinstance(source, str) else None
     if name is None:
         return source
     kind, pair = name.groups()
