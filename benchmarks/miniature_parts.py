@@ -66,9 +66,11 @@ def states_and_labels(
 
 
 def fit_probe(states: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.nn.Linear:
-    """Multinomial logistic regression with a little weight decay."""
+    """Multinomial logistic regression with a little weight decay, from zero: the same states give the same probe."""
     with torch.enable_grad():
         probe = torch.nn.Linear(states.shape[1], classes)
+        for parameter in probe.parameters():
+            torch.nn.init.zeros_(parameter)
         optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> torch.Tensor:
