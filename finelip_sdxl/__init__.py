@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finelip_sdxl.checkpoints import load_finelip, save_published
+    from finelip_sdxl.conditioning_adapter import ConditioningAdapter
     from finelip_sdxl.interaction import late_interaction
     from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
     from finelip_sdxl.miniature import miniature_clip, miniature_finelip, miniature_path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Public names and the modules that hold them, imported on first use: `import finelip_sdxl` alone stays cheap.
 _EXPORTS = {
+    "ConditioningAdapter": "finelip_sdxl.conditioning_adapter",
     "FineLIPConfig": "finelip_sdxl.model",
     "FineLIPModel": "finelip_sdxl.model",
     "FineLIPSDXLControlNetPipeline": "finelip_sdxl.pipelines",
@@ -39,6 +41,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "ConditioningAdapter",
     "FineLIPConfig",
     "FineLIPModel",
     "FineLIPSDXLControlNetPipeline",

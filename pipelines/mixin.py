@@ -21,7 +21,8 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.checkpoints import load_finelip
-from finelip_sdxl.miniature import resolve_base
+from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.miniature import miniature_path, resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
     LENGTH_BUCKETS,
@@ -48,6 +49,7 @@ _Parent: Any = object
 
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _HELD = ("stock_text_encoder", "stock_text_encoder_2")
+_ADAPTER = "conditioning_adapter"
 # Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
 _UNSWAPPED = "_finelip_sdxl_unswapped"
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
@@ -79,6 +81,8 @@ class LongPromptMixin(_Parent):
         stock_text_encoder, stock_text_encoder_2: the encoders that short prompts are read with where the weights of
             the main ones were replaced. Encoders that were only stretched need none: stock's rows stand unchanged in
             the stretched table.
+        conditioning_adapter: brings what replaced encoders give back to what the UNet knows. What is read as stock
+            does not pass through it.
         short_prompt: `"stock"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"stretched"` as longer
             ones.
         hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"published"`, the last layer's after the
@@ -94,6 +98,7 @@ class LongPromptMixin(_Parent):
         *args: Any,
         stock_text_encoder: CLIPTextModel | None = None,
         stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
+        conditioning_adapter: ConditioningAdapter | None = None,
         short_prompt: str = "stock",
         hidden_states: str = "penultimate",
         long_prompt: str = "window",
@@ -101,20 +106,27 @@ class LongPromptMixin(_Parent):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.register_modules(stock_text_encoder=stock_text_encoder, stock_text_encoder_2=stock_text_encoder_2)
+        self.register_modules(
+            stock_text_encoder=stock_text_encoder,
+            stock_text_encoder_2=stock_text_encoder_2,
+            conditioning_adapter=conditioning_adapter,
+        )
         self.short_prompt = short_prompt
         self.hidden_states = hidden_states
         self.long_prompt = long_prompt
         self.length_buckets = length_buckets
+        self._conditioning_adapter_scale = 1.0
         self._said: set[str] = set()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if LongPromptMixin in cls.__bases__:
             stock = cls._stock_class()
-            cls._optional_components = [*stock._optional_components, *_HELD]
-            cls.model_cpu_offload_seq = "->".join([*_HELD, stock.model_cpu_offload_seq])
-        _sign_init(cls)
+            cls._optional_components = [*stock._optional_components, *_HELD, _ADAPTER]
+            sequence = stock.model_cpu_offload_seq.replace("unet", f"{_ADAPTER}->unet")
+            cls.model_cpu_offload_seq = "->".join([*_HELD, sequence])
+        _sign(cls, "__init__")
+        _sign(cls, "__call__")
 
     short_prompt = _option("short_prompt", "How prompts of up to 77 tokens are read: 'stock' or 'stretched'.")
     hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'published'.")
@@ -125,8 +137,9 @@ class LongPromptMixin(_Parent):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parent's components, and the held originals that there are."""
-        return {name: part for name, part in super().components.items() if name not in _HELD or part is not None}
+        """The parent's components, and those of this class that there are."""
+        own = (*_HELD, _ADAPTER)
+        return {name: part for name, part in super().components.items() if name not in own or part is not None}
 
     @classmethod
     def from_pretrained(cls, base: str | os.PathLike, finelip: Any = None, finelip_2: Any = None, **kwargs: Any) -> Any:
@@ -139,6 +152,9 @@ class LongPromptMixin(_Parent):
             finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
                 `FineLIPModel`.
             finelip_2: replaces the second (OpenCLIP bigG) in the same way.
+            conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
+                `training/align_adapter.py` writes; None for none. By default the one that `base` comes with, unless a
+                FineLIP is passed, with which it was not trained.
             **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
                 that of every component, float32 by default.
 
@@ -155,15 +171,19 @@ class LongPromptMixin(_Parent):
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
+        brings_finelip = finelip is not None or finelip_2 is not None
         if base == "miniature":
-            finelip = "miniature-finelip-1" if finelip is None and kwargs.get("text_encoder") is None else finelip
-            finelip_2 = (
-                "miniature-finelip-2" if finelip_2 is None and kwargs.get("text_encoder_2") is None else finelip_2
-            )
+            if not brings_finelip and kwargs.get("text_encoder") is None and kwargs.get("text_encoder_2") is None:
+                if (miniature_path().parent / _ADAPTER).exists():
+                    kwargs.setdefault(_ADAPTER, miniature_path().parent / _ADAPTER)
+            if finelip is None and kwargs.get("text_encoder") is None:
+                finelip = "miniature-finelip-1"
+            if finelip_2 is None and kwargs.get("text_encoder_2") is None:
+                finelip_2 = "miniature-finelip-2"
         base = resolve_base(base)
         # Without a dtype every library falls back on its own, and half-precision repositories end in two.
         torch_dtype = kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = kwargs.get("dtype") or torch_dtype or torch.float32
+        dtype = kwargs["dtype"] = kwargs.get("dtype") or torch_dtype or torch.float32
         for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
             if source is not None and kwargs.get(name) is not None:
                 raise ValueError(
@@ -176,8 +196,14 @@ class LongPromptMixin(_Parent):
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(_HELD), **kwargs}
 
-        index = cls.load_config(base, **{name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs})
-        pipe = super().from_pretrained(base, **kwargs)
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        index = cls.load_config(base, **hub_arguments)
+        adapter = kwargs.pop(_ADAPTER, None if brings_finelip else ...)
+        if adapter is ... and index.get(_ADAPTER):
+            adapter = ConditioningAdapter.from_pretrained(base, subfolder=_ADAPTER, dtype=dtype, **hub_arguments)
+        elif isinstance(adapter, str | os.PathLike):
+            adapter = ConditioningAdapter.from_pretrained(adapter, dtype=dtype, **hub_arguments)
+        pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
         if index.get(_UNSWAPPED) and finelip is None and finelip_2 is None:
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
@@ -228,7 +254,16 @@ class LongPromptMixin(_Parent):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`."""
+        """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`.
+
+        Stock leaves out the conditioning adapter, if there is one, with a warning; so does this.
+        """
+        if self.conditioning_adapter is not None:
+            logger.warning(
+                "Stock Diffusers opens %s without its conditioning adapter, which FineLIP-SDXL's pipelines load. For an"
+                " alignment inside the text encoders, train with `--method lora`, and use `finelip-sdxl export`.",
+                save_directory,
+            )
         with _prefixed_keys(self):
             super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -243,6 +278,10 @@ class LongPromptMixin(_Parent):
         for name in _HELD:
             if config[name] == [None, None]:
                 del config[name]
+        # As a component's entry, which names a module, it would keep everyone from downloading the repository.
+        del config[_ADAPTER]
+        if self.conditioning_adapter is not None:
+            config[_ADAPTER] = f"{ConditioningAdapter.__module__}.{ConditioningAdapter.__qualname__}"
         if "length_buckets" in config:  # an empty list there breaks Diffusers' downloads
             config["length_buckets"] = config["length_buckets"] or None
         if self._encoders() and not self._reads_long_prompts():
@@ -251,12 +290,40 @@ class LongPromptMixin(_Parent):
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the parent; the entry that `to_json_file` writes for the adapter is read by `from_pretrained`."""
+        own = {name: value for name, value in config_dict.items() if name != _ADAPTER or not isinstance(value, str)}
+        return super().extract_init_dict(own, **kwargs)
+
+    @classmethod
     def _stock_class(cls) -> type[DiffusionPipeline]:
         return next(
             base
             for base in cls.__mro__
             if issubclass(base, DiffusionPipeline) and not issubclass(base, LongPromptMixin)
         )
+
+    # Drawing
+
+    def __call__(self, *args: Any, conditioning_adapter_scale: float = 1.0, **kwargs: Any) -> Any:
+        """Draw, as the parent does; its arguments are the parent's.
+
+        Args:
+            conditioning_adapter_scale: how much of the conditioning adapter counts, from 0 (nothing) to 1.
+
+        Raises:
+            ValueError: a scale out of range; and what `encode_prompt` and the parent raise.
+        """
+        if not 0 <= conditioning_adapter_scale <= 1:
+            raise ValueError(
+                f"conditioning_adapter_scale is {conditioning_adapter_scale}; expected a number from 0, without the"
+                " adapter, to 1, with all of it."
+            )
+        self._conditioning_adapter_scale = conditioning_adapter_scale
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._conditioning_adapter_scale = 1.0
 
     # Prompts
 
@@ -453,11 +520,13 @@ class LongPromptMixin(_Parent):
         self, report: PromptReport, role: str, clip_skip: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
-        states, pooled = [], None
+        states: list[torch.Tensor] = []
+        as_stock: list[bool] = []
+        pooled = None
         for name, tokenizer in self._encoders():
             readings = report.select(name, role)
-            as_stock = readings[0].as_stock
-            stock = self._stock_reader(name) if as_stock else None
+            as_stock.append(readings[0].as_stock)
+            stock = self._stock_reader(name) if as_stock[-1] else None
             encoder, position_ids = stock or (getattr(self, name), None)
             device = get_module_execution_device(encoder)
             token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
@@ -466,10 +535,28 @@ class LongPromptMixin(_Parent):
                 output = encoder(window, position_ids=position_ids, output_hidden_states=True)
                 if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
                     pooled = output[0]
-                window_states.append(self._states(output, as_stock, clip_skip))
+                window_states.append(self._states(output, as_stock[-1], clip_skip))
             states.append(torch.cat(window_states, dim=1))
             self._free_held(encoder)
+        if self.conditioning_adapter is not None and not all(as_stock):
+            states, pooled = self._adapt(states, pooled, as_stock, clip_skip)
         return torch.cat(states, dim=-1), pooled
+
+    def _adapt(
+        self, states: list[torch.Tensor], pooled: torch.Tensor | None, as_stock: list[bool], clip_skip: int | None
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """What the conditioning adapter makes of states and pooled vector; what was read as stock stays."""
+        if self.hidden_states != "penultimate" or clip_skip is not None:
+            self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
+            return states, pooled
+        scale = self._conditioning_adapter_scale
+        if scale == 0:
+            return states, pooled
+        given = [None if stock else part for part, stock in zip(states, as_stock, strict=True)]
+        # The pooled vector is the last encoder's.
+        adapted, adapted_pooled = self.conditioning_adapter(given, None if as_stock[-1] else pooled, scale)
+        states = [old if new is None else new for old, new in zip(states, adapted, strict=True)]
+        return states, pooled if adapted_pooled is None else adapted_pooled
 
     def _states(self, output: Any, as_stock: bool, clip_skip: int | None) -> torch.Tensor:
         if self.hidden_states == "penultimate" or as_stock:
@@ -521,25 +608,26 @@ class LongPromptMixin(_Parent):
                 unscale_lora_layers(encoder, scale)
 
 
-def _sign_init(cls: type) -> None:
-    """Give `cls.__init__` an explicit signature: its own arguments and those of the `__init__` that it hands on to.
+def _sign(cls: type, name: str) -> None:
+    """Give a method of `cls` an explicit signature: its own arguments and those of the parent's that it hands on to.
 
-    Diffusers reads a pipeline's components and options from there, and Python offers no other way to say them once
-    for four parents with different components.
+    Diffusers reads a pipeline's components and options from `__init__` and what a call takes from `__call__`, and
+    Python offers no other way to say them once for four parents that differ.
     """
-    if "__init__" not in vars(cls):
+    if name not in vars(cls):
 
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            super(cls, self).__init__(*args, **kwargs)  # type: ignore[arg-type, misc]
+        def hand_on(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(super(cls, self), name)(*args, **kwargs)  # type: ignore[arg-type, misc]
 
-        cls.__init__ = __init__  # type: ignore[misc]
+        hand_on.__name__, hand_on.__qualname__ = name, f"{cls.__qualname__}.{name}"
+        setattr(cls, name, hand_on)
 
     parameters: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
-        init = vars(base).get("__init__")
-        if init is None:
+        method = vars(base).get(name)
+        if method is None:
             continue
-        own, hints = inspect.signature(init).parameters.values(), get_type_hints(init)
+        own, hints = inspect.signature(method).parameters.values(), get_type_hints(inspect.unwrap(method))
         for parameter in own:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 annotation = hints.get(parameter.name, parameter.annotation)
@@ -547,9 +635,9 @@ def _sign_init(cls: type) -> None:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
             break
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)  # stable: keyword-only ones last
-    init = vars(cls)["__init__"]
-    init.__signature__ = inspect.Signature(ordered)
-    init.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}
+    method = vars(cls)[name]
+    method.__signature__ = inspect.Signature(ordered)
+    method.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}
 
 
 def _replacement(name: str, source: Any, encoder: Any) -> Any:

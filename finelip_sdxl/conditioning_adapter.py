@@ -1,0 +1,83 @@
+"""The conditioning adapter: small networks between SDXL's text encoders and its UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+
+class ConditioningAdapter(ModelMixin, ConfigMixin):
+    """Brings replaced text encoders back into the space that SDXL's UNet was trained on.
+
+    Each text encoder's penultimate states, token by token, and the pooled vector get a residual of their own,
+    LayerNorm → Linear → GELU → Linear. The last layer starts at zero, so a new adapter is exactly the identity.
+    `training/align_adapter.py` trains one; in a pipeline it is the component `conditioning_adapter`.
+
+    Args:
+        state_dims: width of each text encoder's states, (768, 1280) in SDXL.
+        pooled_dim: width of the pooled vector, 1280 in SDXL.
+        hidden_dim: width of the hidden layers.
+
+    Raises:
+        ValueError: if a width is below 1.
+
+    Example:
+        >>> import torch
+        >>> adapter = ConditioningAdapter(state_dims=(8, 16), pooled_dim=16, hidden_dim=4)
+        >>> states, pooled = adapter([torch.randn(2, 77, 8), torch.randn(2, 77, 16)], torch.randn(2, 16))
+        >>> [part.shape for part in states], pooled.shape
+        ([torch.Size([2, 77, 8]), torch.Size([2, 77, 16])], torch.Size([2, 16]))
+    """
+
+    @register_to_config
+    def __init__(self, state_dims: Sequence[int] = (768, 1280), pooled_dim: int = 1280, hidden_dim: int = 512) -> None:
+        super().__init__()
+        if min(*state_dims, pooled_dim, hidden_dim) < 1:
+            raise ValueError(
+                f"ConditioningAdapter got state_dims={tuple(state_dims)}, pooled_dim={pooled_dim} and "
+                f"hidden_dim={hidden_dim}: all widths must be at least 1."
+            )
+        self.states = nn.ModuleList(_residual(dim, hidden_dim) for dim in state_dims)
+        self.pooled = _residual(pooled_dim, hidden_dim)
+
+    def forward(
+        self, states: Sequence[Tensor | None], pooled: Tensor | None, scale: float = 1.0
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Adapt what the text encoders give.
+
+        Args:
+            states: of each text encoder, (batch, tokens, dim); None for one whose states are left as they are.
+            pooled: (batch, pooled dim); None if it is left as it is.
+            scale: of the residuals, from 0 (changes nothing) to 1.
+
+        Returns:
+            States and pooled vector of the same shapes, None where None was passed.
+
+        Raises:
+            ValueError: if there are not as many states as text encoders, or of other widths.
+        """
+        parts, residuals = [*states, pooled], [*self.states, self.pooled]
+        expected = [*self.config.state_dims, self.config.pooled_dim]
+        if len(parts) != len(expected) or any(
+            part is not None and part.shape[-1] != dim for part, dim in zip(parts, expected, strict=True)
+        ):
+            found = ", ".join("–" if part is None else str(part.shape[-1]) for part in parts)
+            raise ValueError(
+                f"The conditioning adapter was made for states and a pooled vector of widths "
+                f"{', '.join(map(str, expected))}, but got {found}: use it with the kind of SDXL that it was trained on."
+            )
+        adapted = [
+            None if part is None else part + scale * residual(part.to(self.dtype)).to(part.dtype)
+            for part, residual in zip(parts, residuals, strict=True)
+        ]
+        return adapted[:-1], adapted[-1]
+
+
+def _residual(dim: int, hidden_dim: int) -> nn.Sequential:
+    last = nn.Linear(hidden_dim, dim)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden_dim), nn.GELU(), last)
