@@ -1,87 +1,174 @@
 """How much of a prompt each way of reading it brings into the picture, on unseen scenes of the miniature world.
 
-    python benchmarks/miniature_story.py --scenes 500
+    python benchmarks/miniature_story.py --json runs/story.json --plot docs/miniature-story-positions.png
 
-Prints a table: the share of described objects that are right in shape, color and place, apart by plain and linked
-sentences and by whether stock's 77 tokens hold the sentence whole, each with a 95 % interval (bootstrap over scenes).
-All rows draw from the same noise. Chance is what pictures score against the next scene of the list.
+Prints a table: the share of described objects that are right in shape, color and place, apart by short and long
+captions, by plain and linked sentences, and by whether stock's 77 tokens hold the sentence whole, each with a 95 %
+interval (bootstrap over scenes). All rows draw from the same noise; all but stock, compel and the default read short
+captions with the encoders that read long ones. Chance is what pictures score against another scene.
+
+Rows of aligned encoders are trained with training/align_adapter.py into --runs (a run that is there is not trained
+again); one run of both stages makes two rows. With --json a stopped benchmark goes on where it was, and rows can be
+drawn in several calls (--only), also at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from compel import CompelForSDXL
 from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging
+from matplotlib.figure import Figure
+from miniature_pictures import (
+    BATCH_SIZE,
+    COLUMNS,
+    Draw,
+    Reading,
+    Results,
+    Sample,
+    add_drawing_flags,
+    all_samples,
+    cell,
+    circumstances,
+    counts_of,
+    draw_missing,
+    draw_samples,
+    draw_with,
+    open_aligned,
+    open_unaligned,
+    percent,
+    with_interval,
+    writable,
+)
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import miniature_path
-from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
-from finelip_sdxl.miniature.scoring import score_picture
-from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.miniature.world import Scene, make_scene
 from finelip_sdxl.prompts import STOCK_POSITIONS
 
-BATCH_SIZE = 25
+STOCK, DEFAULT = "stock, cut at 77", "FineLIP-SDXL's default"
+# Rows that are trained here: encoders, method and further flags of training/align_adapter.py, by the run's name.
+RUNS = {
+    "adapter": ("FineLIP", "adapter", ""),
+    "lora": ("FineLIP", "lora", ""),
+    "stretched-adapter": ("stretched", "adapter", ""),
+    "stretched-lora": ("stretched", "lora", ""),
+}
+STAGES = {"after-text": "text", "last": "text and images"}
+METHODS = {"adapter": "adapter", "lora": "LoRA"}
+
 SHEET_COLUMNS = 6
-COLUMNS = ("plain, read whole", "linked, read whole", "plain, cut by stock", "linked, cut by stock")
-
-# Pictures of a batch of captions, from the keyword arguments that every row shares (steps, guidance, seeds).
-Draw = Callable[..., list[Image.Image]]
-
-
-@dataclass
-class Sample:
-    scene: Scene
-    caption: Caption
-    read_whole: tuple[bool, ...]  # for each described object, whether stock's 77 tokens hold its sentence
+# The figure. Of fewer objects a share says nothing.
+BIN_TOKENS, LAST_TOKEN, LEAST_OBJECTS = 25, 250, 10
+COLORS = {"FineLIP": "tab:blue", "stretched": "tab:orange", "stock": "0.5"}
 
 
-def make_samples(count: int, kind: str, tokenizer) -> list[Sample]:
-    write = short_caption if kind == "short" else long_caption
-    samples = []
-    for k in range(count):
-        scene = make_scene(f"unseen-{k}")
-        caption = write(scene, f"unseen-{k}")
-        encoding = tokenizer(caption.text, truncation=True, max_length=STOCK_POSITIONS)
-        # The last token of a cut text is the end token; everything before it was read.
-        read = tuple(encoding.char_to_token(mention.end - 1) is not None for mention in caption.described)
-        samples.append(Sample(scene, caption, read))
-    return samples
+def readings(runs: Path, train_flags: str = "") -> dict[str, Reading]:
+    """The table's rows by name."""
+    rows = [
+        Reading(STOCK, lambda: draw_with(load_stock())),
+        Reading(DEFAULT, lambda: draw_with(FineLIPSDXLPipeline.from_pretrained("miniature")), kinds=("short",)),
+        Reading("compel, windows of 77", open_windows),
+        Reading("stretched, not aligned", partial(open_unaligned, "stretched")),
+        *aligned("stretched", runs, train_flags),
+        Reading("FineLIP, published states", partial(open_unaligned, "FineLIP", hidden_states="published")),
+        Reading("FineLIP, not aligned", partial(open_unaligned, "FineLIP")),
+        *aligned("FineLIP", runs, train_flags),
+    ]
+    return {row.name: row for row in rows}
 
 
-def score(samples: list[Sample], images: list[Image.Image], shift: int = 0) -> np.ndarray:
-    """Right and described objects for each sample and column, (samples, columns, 2)."""
-    counts = np.zeros((len(samples), len(COLUMNS), 2))
-    for k, sample in enumerate(samples):
-        scores = score_picture(images[(k + shift) % len(images)], sample.scene)
-        for mention, read in zip(sample.caption.described, sample.read_whole, strict=True):
-            column = (mention.kind == "linked") + (0 if read else 2)
-            counts[k, column] += scores[mention.index].right, 1
+def aligned(of: str, runs: Path, train_flags: str) -> Iterator[Reading]:
+    for run, (encoders, method, flags) in RUNS.items():
+        for folder, stages in STAGES.items():
+            weights = runs / run / folder
+            opens = partial(open_aligned, encoders, method, f"{flags} {train_flags}", weights)
+            if encoders == of:
+                yield Reading(f"{encoders} + {METHODS[method]}, {stages}", opens, weights)
+
+
+def load_stock() -> StableDiffusionXLPipeline:
+    logging.set_verbosity_error()  # it would repeat all that it cuts
+    return StableDiffusionXLPipeline.from_pretrained(miniature_path())
+
+
+def open_windows() -> Draw:
+    stock = load_stock()
+    windows, draw = CompelForSDXL(stock), draw_with(stock)
+
+    def draw_windows(texts: list[str], **arguments) -> list[Image.Image]:
+        read = windows(texts)
+        return draw(None, prompt_embeds=read.embeds, pooled_prompt_embeds=read.pooled_embeds, **arguments)
+
+    return draw_windows
+
+
+# The table
+
+
+def print_table(rows: list[Reading], results: Results, samples: dict[str, list[Sample]]) -> None:
+    print(circumstances(results, rows), end="\n\n")
+    print("| read by |", " | ".join(COLUMNS), "|")
+    print("|---" * (len(COLUMNS) + 1) + "|")
+    counts = {row.name: counts_of(row, results, samples) for row in rows}
+    for row in rows:
+        if row.name == STOCK:
+            counts["chance"] = counts_of(row, results, samples, "right_by_chance")
+    for name, found in counts.items():
+        print(f"| {name} |", " | ".join(map(cell, with_interval(found))), "|")
+    pictures = [results.find(row, "short")["pictures"] for row in rows if row.name in (STOCK, DEFAULT)]
+    if len(pictures) == 2:
+        equal = sum(a == b for a, b in zip(*pictures, strict=True))
+        print(f"\nShort captions: {equal} of {len(pictures[0])} default pictures equal stock's bit for bit.")
+
+
+# The figure
+
+
+def counts_by_position(samples: list[Sample], judged: list[str]) -> np.ndarray:
+    """Right and described objects by plain or linked and by the position of the sentence's end; (2, bins, 2)."""
+    counts = np.zeros((2, LAST_TOKEN // BIN_TOKENS, 2))
+    for sample, digits in zip(samples, judged, strict=True):
+        for mention, end, digit in zip(sample.caption.described, sample.ends, digits, strict=True):
+            counts[int(mention.kind == "linked"), end // BIN_TOKENS] += int(digit), 1
     return counts
 
 
-def share_with_interval(counts: np.ndarray) -> list[tuple[float, float, float]]:
-    """For each column the share of right objects in percent, and its 95 % interval; NaN where there are none."""
-    random = np.random.default_rng(0)
-    again = counts[random.integers(len(counts), size=(2000, len(counts)))].sum(axis=1)
-    with np.errstate(invalid="ignore"):
-        share = 100 * counts.sum(axis=0)[:, 0] / counts.sum(axis=0)[:, 1]
-        low, high = np.percentile(100 * again[..., 0] / again[..., 1], (2.5, 97.5), axis=0)
-    return list(zip(share.tolist(), low.tolist(), high.tolist(), strict=True))
+def style(name: str) -> dict[str, str | float]:
+    """Color by encoders, marker by method, line by stage."""
+    encoders = next(known for known in COLORS if name.startswith(known) or known == "stock")
+    marker = next(mark for word, mark in {"adapter": "o", "LoRA": "s", "compel": "x", "": "."}.items() if word in name)
+    stages = next((stages for stages in reversed(STAGES.values()) if name.endswith(stages)), "none")
+    line = {"none": "dashed", "text": "dotted", "text and images": "solid"}[stages]
+    face = "white" if stages == "text" else COLORS[encoders]
+    return {"color": COLORS[encoders], "marker": marker, "linestyle": line, "markerfacecolor": face}
+
+
+def draw_figure(counts: dict[str, np.ndarray]) -> Figure:
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    middles = np.arange(BIN_TOKENS / 2, LAST_TOKEN, BIN_TOKENS)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for panel, kind, title in zip(panels, (0, 1), ("plain sentences", "linked sentences"), strict=True):
+        for name, found in counts.items():
+            shares = np.where(found[kind, :, 1] < LEAST_OBJECTS, np.nan, percent(found[kind]))
+            panel.plot(middles, shares, label=name, markersize=5, linewidth=1.3, **style(name))
+        panel.axvline(STOCK_POSITIONS, color="black", linewidth=0.8)
+        panel.annotate("77", (STOCK_POSITIONS + 2, 50))
+        panel.set(title=title, xlim=(0, LAST_TOKEN - 2), ylim=(0, 102), xlabel="position of the sentence's last token")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("objects right in shape, color and place, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    return figure
+
+
+# Pictures
 
 
 def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Image.Image:
@@ -98,88 +185,36 @@ def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Ima
     return sheet
 
 
-def rows() -> dict[str, tuple[str, Draw]]:
-    """Each row's name: the captions it draws, and how."""
-    stock = StableDiffusionXLPipeline.from_pretrained(miniature_path(), dtype=torch.float32)
-    windows = CompelForSDXL(stock)
-    clips = {"finelip": "miniature-clip-1", "finelip_2": "miniature-clip-2"}
-    stretched = FineLIPSDXLPipeline.from_pretrained("miniature", **clips, short_prompt="stretched")
-    trained = FineLIPSDXLPipeline.from_pretrained("miniature", short_prompt="stretched")
-    default = FineLIPSDXLPipeline.from_pretrained("miniature")
-    for pipe in (stock, stretched, trained, default):
-        pipe.set_progress_bar_config(disable=True)
-
-    def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
-        return lambda texts, **arguments: pipe(texts, **arguments).images
-
-    def draw_windows(texts: list[str], **arguments) -> list[Image.Image]:
-        read = windows(texts)
-        return stock(prompt_embeds=read.embeds, pooled_prompt_embeds=read.pooled_embeds, **arguments).images
-
-    return {
-        "stock": ("short", draw_with(stock)),
-        "stretched, not trained, also for short prompts": ("short", draw_with(stretched)),
-        "FineLIP, not aligned, also for short prompts": ("short", draw_with(trained)),
-        "FineLIP-SDXL's default": ("short", draw_with(default)),
-        "stock, cut at 77": ("long", draw_with(stock)),
-        "compel, windows of 77": ("long", draw_windows),
-        "stretched, not trained": ("long", draw_with(stretched)),
-        "FineLIP, not aligned": ("long", draw_with(trained)),
-    }
-
-
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
-    flags.add_argument("--steps", type=int, default=20, help="Euler steps (default 20)")
-    flags.add_argument("--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default 3.0)")
-    flags.add_argument("--only", nargs="*", default=[], help="names of the rows to draw (default all)")
-    flags.add_argument("--json", type=Path, help="also write the figures here")
-    flags.add_argument("--sheet", type=Path, help="also write a PNG here: the first scenes, a row for each reading")
+    add_drawing_flags(flags, scenes=500, runs="runs/alignment")
+    names = list(readings(Path()))
+    text = f"names of rows (default all): {'; '.join(names)}"
+    flags.add_argument("--only", nargs="*", default=names, choices=names, metavar="ROW", help=text)
+    text = "also write a PNG here: the first scenes, a row for each reading of their long captions"
+    flags.add_argument("--sheet", type=writable, metavar="PNG", help=text)
     arguments = flags.parse_args()
 
-    tokenizer = build_tokenizer()
-    samples = {kind: make_samples(arguments.scenes, kind, tokenizer) for kind in ("short", "long")}
-    drawn: dict[str, list[Image.Image]] = {}
-    counts = {}
-    started = time.time()
-    all_rows = rows()
-    for name, (kind, draw) in all_rows.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        images: list[Image.Image] = []
-        for first in tqdm(range(0, arguments.scenes, BATCH_SIZE), desc=f"{name} ({kind})"):
-            texts = [sample.caption.text for sample in samples[kind][first : first + BATCH_SIZE]]
-            seeds = [torch.Generator().manual_seed(first + k) for k in range(len(texts))]
-            images += draw(
-                texts,
-                num_inference_steps=arguments.steps,
-                guidance_scale=arguments.guidance_scale,
-                generator=seeds,
-            )
-        drawn[name] = images
-        counts[f"{name} ({kind})"] = score(samples[kind], images)
-    if "stock, cut at 77" in drawn:
-        counts["chance (long)"] = score(samples["long"], drawn["stock, cut at 77"], shift=1)
-
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
-    print(f"{arguments.scenes} scenes, {arguments.steps} steps, guidance {arguments.guidance_scale}", end="; ")
-    print(f"{time.time() - started:.0f} s\n")
-    print("| read by (captions) |", " | ".join(COLUMNS), "|")
-    print("|---" * (len(COLUMNS) + 1) + "|")
-    figures = {name: share_with_interval(count) for name, count in counts.items()}
-    for name, shares in figures.items():
-        cells = ["–" if np.isnan(share) else f"{share:.1f} ({low:.1f}–{high:.1f})" for share, low, high in shares]
-        print(f"| {name} |", " | ".join(cells), "|")
-    if "stock" in drawn and "FineLIP-SDXL's default" in drawn:
-        pairs = zip(drawn["stock"], drawn["FineLIP-SDXL's default"], strict=True)
-        equal = sum(a.tobytes() == b.tobytes() for a, b in pairs)
-        print(f"\nShort captions: {equal} of {arguments.scenes} default pictures equal stock's bit for bit.")
+    results = Results(arguments.json, arguments)
+    rows = [row for name, row in readings(arguments.runs, arguments.train_flags).items() if name in arguments.only]
+    draw_missing(rows, results, arguments)
+    samples = all_samples(arguments.scenes)
+    print_table(rows, results, samples)
+    long_rows = [row for row in rows if "long" in row.kinds]
+    if arguments.plot:
+        judged = {row.name: results.find(row, "long")["right"] for row in long_rows}
+        figure = draw_figure({name: counts_by_position(samples["long"], right) for name, right in judged.items()})
+        with written_whole(arguments.plot) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
     if arguments.sheet:
-        long_rows = {name: images for name, images in drawn.items() if all_rows[name][0] == "long"}
-        draw_sheet(samples["long"][:SHEET_COLUMNS], long_rows).save(arguments.sheet)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2))
+        # A batch as it was drawn for the table: in another, pictures differ in their last bits.
+        batch = samples["long"][:BATCH_SIZE]
+        images = {
+            row.name: draw_samples(row.open(), batch, arguments.steps, arguments.guidance_scale, f"{row.name} (sheet)")
+            for row in long_rows
+        }
+        with written_whole(arguments.sheet) as temporary:
+            draw_sheet(batch[:SHEET_COLUMNS], images).save(temporary, format="PNG")
 
 
 if __name__ == "__main__":

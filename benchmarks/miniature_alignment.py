@@ -1,0 +1,143 @@
+"""Where FineLIP's training buys something: aligned FineLIPs beside stock encoders that were only stretched.
+
+    python benchmarks/miniature_alignment.py --json runs/alignment-curves.json --plot docs/miniature-alignment.png
+
+Both are aligned the same way with training/align_adapter.py, as LoRAs, from ever less: fewer steps on images, fewer
+images, smaller ranks, texts alone. Each curve is a table, and a column of the figure: the share of described objects
+that are right on unseen scenes, where stock cuts long captions (the mean is that of plain and linked ones), and on
+short captions, which the same encoders read. Aligned by 0 steps means not aligned.
+
+A run that is in --runs is not trained again, and with --json no row is drawn twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from miniature_pictures import (
+    CUT_BY_STOCK,
+    ENCODERS,
+    SHORT,
+    Reading,
+    Results,
+    add_drawing_flags,
+    all_samples,
+    cell,
+    circumstances,
+    counts_of,
+    draw_missing,
+    open_aligned,
+    open_unaligned,
+    percent,
+    with_interval,
+)
+
+from finelip_sdxl.files import written_whole
+
+COLORS = {"FineLIP": "tab:blue", "stretched": "tab:orange"}
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What a LoRA is trained with; by default on images alone, so that stage 1 does not make up for what they lack."""
+
+    text_steps: int = 0
+    image_steps: int = 200
+    images: int = 5000
+    rank: int = 16
+
+    def reading(self, encoders: str, runs: Path, train_flags: str) -> Reading:
+        if self.text_steps == self.image_steps == 0:
+            return Reading(f"{encoders}, not aligned", partial(open_unaligned, encoders))
+        flags = f"--text-steps {self.text_steps} --image-steps {self.image_steps}"
+        flags += f" --captions miniature:{self.images} --rank {self.rank}"
+        run = f"{encoders}-{self.text_steps}-{self.image_steps}-{self.images}-{self.rank}"
+        weights = runs / run / "last"
+        opens = partial(open_aligned, encoders, "lora", f"{flags} {train_flags}", weights)
+        return Reading(f"{encoders}, {flags}", opens, weights)
+
+
+# What each curve varies. They meet in the default, which is trained and drawn once.
+CURVES = {
+    "steps on images": {n: Alignment(image_steps=n) for n in (0, 25, 50, 100, 200)},
+    "training images": {n: Alignment(images=n) for n in (50, 200, 1000, 5000)},
+    "rank of the LoRA": {n: Alignment(rank=n) for n in (1, 4, 16, 64)},
+    "steps on texts, no images": {n: Alignment(text_steps=n, image_steps=0) for n in (0, 25, 100, 400)},
+}
+
+# Of each curve and encoders, for each value: counts of `miniature_pictures`, (scenes, columns, 2).
+Counts = dict[str, dict[str, dict[int, np.ndarray]]]
+
+
+def mean_cut_by_stock(counts: np.ndarray) -> np.ndarray:
+    return percent(counts)[..., CUT_BY_STOCK].mean(axis=-1, keepdims=True)
+
+
+def print_tables(counts: Counts) -> None:
+    columns = ("encoders", "cut by stock: mean", "plain", "linked", "short: plain", "linked")
+    for curve, lines in counts.items():
+        print(f"\n| {curve} |", " | ".join(columns), "|")
+        print("|---" * (len(columns) + 1) + "|")
+        for value in next(iter(lines.values())):
+            for encoders, found in lines.items():
+                shares = with_interval(found[value])
+                figures = [*with_interval(found[value], mean_cut_by_stock), *shares[CUT_BY_STOCK], *shares[SHORT]]
+                print(f"| {value} | {encoders} |", " | ".join(map(cell, figures)), "|")
+
+
+def draw_figure(counts: Counts) -> Figure:
+    figure = Figure(figsize=(3.2 * len(counts) + 0.8, 6.5), layout="constrained")
+    panels = figure.subplots(2, len(counts), sharex="col", sharey=True, squeeze=False)
+    for column, (curve, lines) in enumerate(counts.items()):
+        for panel, part in zip(panels[:, column], (CUT_BY_STOCK, SHORT), strict=True):
+            for encoders, found in lines.items():
+                shares = np.stack([with_interval(of_value)[part] for of_value in found.values()], axis=1)
+                for kind, line, (middle, low, high) in zip(
+                    ("plain", "linked"), ("solid", "dashed"), np.moveaxis(shares, -1, 1), strict=True
+                ):
+                    # Values are evenly spaced: most are multiples of one another, but one is 0.
+                    at, color = np.arange(len(found)), COLORS[encoders]
+                    panel.plot(at, middle, color=color, linestyle=line, marker="o", label=f"{encoders}, {kind}")
+                    panel.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
+            panel.grid(alpha=0.3)
+            panel.set(ylim=(0, 102), xticks=range(len(found)), xticklabels=[str(value) for value in found])
+        panels[1, column].set_xlabel(curve)
+    panels[0, 0].set_ylabel("long captions, cut by stock:\nobjects right, %")
+    panels[1, 0].set_ylabel("short captions:\nobjects right, %")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_drawing_flags(flags, scenes=200, runs="runs/alignment-curves")
+    text = f"names of curves (default all): {'; '.join(CURVES)}"
+    flags.add_argument("--only", nargs="*", default=list(CURVES), choices=list(CURVES), metavar="CURVE", help=text)
+    arguments = flags.parse_args()
+
+    results = Results(arguments.json, arguments)
+    readings = {
+        (curve, encoders, value): alignment.reading(encoders, arguments.runs, arguments.train_flags)
+        for curve in arguments.only
+        for encoders in ENCODERS
+        for value, alignment in CURVES[curve].items()
+    }
+    draw_missing(list(readings.values()), results, arguments)
+    samples = all_samples(arguments.scenes)
+    counts: Counts = {curve: {encoders: {} for encoders in ENCODERS} for curve in arguments.only}
+    for (curve, encoders, value), reading in readings.items():
+        counts[curve][encoders][value] = counts_of(reading, results, samples)
+    print(circumstances(results, list(readings.values())))
+    print_tables(counts)
+    if arguments.plot:
+        with written_whole(arguments.plot) as temporary:
+            draw_figure(counts).savefig(temporary, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""What the miniature's benchmarks share: unseen scenes drawn from their captions by one way of reading them or another,
+what is right in the pictures, and a file that remembers it.
+
+All readings draw from the same noise. Counts are arrays (scenes, columns, 2): right and described objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.files import written_whole
+from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
+from finelip_sdxl.miniature.scoring import score_picture
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.miniature.world import Scene, make_scene
+from finelip_sdxl.prompts import STOCK_POSITIONS
+
+BATCH_SIZE = 25
+COLUMNS = (
+    "short: plain",
+    "short: linked",
+    "long, read whole: plain",
+    "long, read whole: linked",
+    "long, cut by stock: plain",
+    "long, cut by stock: linked",
+)
+CUT_BY_STOCK, SHORT = slice(4, 6), slice(0, 2)  # columns
+# The two pairs of encoders that read 248 positions: trained, and the stock ones stretched.
+ENCODERS = {
+    "FineLIP": ("miniature-finelip-1", "miniature-finelip-2"),
+    "stretched": ("miniature-clip-1", "miniature-clip-2"),
+}
+
+# Pictures of a batch of captions, from the keyword arguments that every reading shares (steps, guidance, seeds).
+Draw = Callable[..., list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A way of reading captions.
+
+    Attributes:
+        name: in tables and in the file of results.
+        open: loads (and, if need be, first trains) what draws captions that are read so.
+        weights: the folder that `open` loads, if it was trained here.
+        kinds: of captions that it draws.
+    """
+
+    name: str
+    open: Callable[[], Draw]
+    weights: Path | None = None
+    kinds: tuple[str, ...] = ("short", "long")
+
+
+# Readings
+
+
+def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
+    pipe.set_progress_bar_config(disable=True)
+    return lambda texts, **arguments: pipe(texts, **arguments).images
+
+
+def open_unaligned(encoders: str, **options: Any) -> Draw:
+    """Encoders of 248 positions, for short captions too, as they are."""
+    finelip, finelip_2 = ENCODERS[encoders]
+    return draw_with(
+        FineLIPSDXLPipeline.from_pretrained(
+            "miniature",
+            finelip=finelip,
+            finelip_2=finelip_2,
+            conditioning_adapter=None,
+            short_prompt="stretched",
+            **options,
+        )
+    )
+
+
+def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
+    """The same, aligned by training/align_adapter.py with these flags, unless the run of `weights` is there."""
+    run = weights.parent
+    if not (run / "last").exists():
+        finelip, finelip_2 = ENCODERS[encoders]
+        train(f"--method {method} --finelip {finelip} --finelip-2 {finelip_2} {flags}", run)
+    if not weights.exists():
+        sys.exit(f"{run} has no {weights.name}: train it with both stages, or pass another --runs.")
+    if method == "adapter":
+        finelip, finelip_2 = ENCODERS[encoders]
+        adapter = weights
+    else:  # a LoRA is merged into the encoders
+        finelip, finelip_2 = str(weights / "text_encoder"), str(weights / "text_encoder_2")
+        adapter = None
+    return draw_with(
+        FineLIPSDXLPipeline.from_pretrained(
+            "miniature",
+            finelip=finelip,
+            finelip_2=finelip_2,
+            conditioning_adapter=adapter,
+            short_prompt="stretched",
+        )
+    )
+
+
+def train(flags: str, run: Path) -> None:
+    script = Path(__file__).parent.parent / "training" / "align_adapter.py"
+    command = [sys.executable, str(script), "--base", "miniature", *flags.split(), "--out", str(run)]
+    if subprocess.run(command).returncode:
+        sys.exit(f"This training failed (what it said is above): {' '.join(command[1:])}")
+
+
+# Pictures and their scores
+
+
+@dataclass(frozen=True)
+class Sample:
+    kind: str  # of the caption, short or long
+    scene: Scene
+    caption: Caption
+    ends: tuple[int, ...]  # for each described object, the position of its sentence's last token
+
+    @property
+    def columns(self) -> list[int]:
+        """Where each described object is counted. The last token that stock reads is the end token."""
+        return [
+            (mention.kind == "linked") + 2 * (self.kind == "long") + 2 * (end >= STOCK_POSITIONS - 1)
+            for mention, end in zip(self.caption.described, self.ends, strict=True)
+        ]
+
+
+def make_samples(count: int, kind: str) -> list[Sample]:
+    """Captions of scenes that no training saw."""
+    tokenizer = build_tokenizer()
+    write = short_caption if kind == "short" else long_caption
+    samples = []
+    for k in range(count):
+        scene = make_scene(f"unseen-{k}")
+        caption = write(scene, f"unseen-{k}")
+        encoding = tokenizer(caption.text)
+        ends = tuple(encoding.char_to_token(mention.end - 1) for mention in caption.described)
+        samples.append(Sample(kind, scene, caption, ends))
+    return samples
+
+
+def draw_samples(draw: Draw, samples: list[Sample], steps: int, guidance_scale: float, name: str) -> list[Image.Image]:
+    images: list[Image.Image] = []
+    for first in tqdm(range(0, len(samples), BATCH_SIZE), desc=name):
+        texts = [sample.caption.text for sample in samples[first : first + BATCH_SIZE]]
+        seeds = [torch.Generator().manual_seed(first + k) for k in range(len(texts))]
+        images += draw(texts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=seeds)
+    return images
+
+
+def judge(samples: list[Sample], images: list[Image.Image]) -> list[str]:
+    """For each sample a digit for each described object: 1 if it is right in shape, color and place."""
+    judged = []
+    for sample, image in zip(samples, images, strict=True):
+        scores = score_picture(image, sample.scene)
+        judged.append("".join(str(int(scores[mention.index].right)) for mention in sample.caption.described))
+    return judged
+
+
+def count_right(samples: list[Sample], judged: list[str]) -> np.ndarray:
+    """Counts by the columns of `COLUMNS`."""
+    counts = np.zeros((len(samples), len(COLUMNS), 2))
+    for row, (sample, digits) in enumerate(zip(samples, judged, strict=True)):
+        for column, digit in zip(sample.columns, digits, strict=True):
+            counts[row, column] += int(digit), 1
+    return counts
+
+
+def percent(counts: np.ndarray) -> np.ndarray:
+    """Right of described objects in percent, NaN where there are none; (…, columns, 2) to (…, columns)."""
+    with np.errstate(invalid="ignore"):
+        return 100 * counts[..., 0] / counts[..., 1]
+
+
+def with_interval(counts: np.ndarray, figure: Callable[[np.ndarray], np.ndarray] = percent) -> np.ndarray:
+    """A figure of counts over all scenes with its 95 % interval, from 2,000 bootstrap samples of scenes; (…, 3)."""
+    random = np.random.default_rng(0)
+    again = figure(counts[random.integers(len(counts), size=(2000, len(counts)))].sum(axis=1))
+    low, high = np.percentile(again, (2.5, 97.5), axis=0)
+    return np.stack([figure(counts.sum(axis=0)), low, high], axis=-1)
+
+
+def cell(figure: Sequence[float]) -> str:
+    share, low, high = figure
+    if np.isnan(share):
+        return "–"
+    # Of so few that a bootstrap sample had none, there is no interval.
+    return f"{share:.1f}" if np.isnan(low) else f"{share:.1f} ({low:.1f}–{high:.1f})"
+
+
+# Results
+
+
+class Results:
+    """What was right in the pictures that were drawn, in a file if there is one, so that no row is drawn twice.
+
+    Args:
+        file: need not exist; None for none.
+        arguments: results of other numbers of scenes or steps, or another guidance, are kept apart.
+    """
+
+    def __init__(self, file: Path | None, arguments: argparse.Namespace) -> None:
+        self.file = file
+        self.setting = f"{arguments.scenes} scenes, {arguments.steps} steps, guidance {arguments.guidance_scale}"
+        self.entries: dict[str, dict[str, Any]] = self._read().get(self.setting, {})
+
+    def find(self, reading: Reading, kind: str) -> dict[str, Any] | None:
+        """A result; None if there is none, or it is of other weights or older than they are."""
+        entry = self.entries.get(f"{reading.name} ({kind})")
+        weights = reading.weights
+        if entry is None or entry["weights"] != (weights and str(weights)):
+            return None
+        return None if weights and weights.exists() and weights.stat().st_mtime > entry["time"] else entry
+
+    def add(
+        self, reading: Reading, kind: str, samples: list[Sample], images: list[Image.Image], started: float
+    ) -> None:
+        name = f"{reading.name} ({kind})"
+        self.entries[name] = {
+            "weights": reading.weights and str(reading.weights),
+            "time": started,
+            "seconds": round(time.time() - started),
+            "right": judge(samples, images),
+            "right_by_chance": judge(samples, images[1:] + images[:1]),  # pictures of the next scene
+            "pictures": [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images],
+        }
+        if self.file is not None:
+            everything = self._read()  # again: another process may have drawn other rows meanwhile
+            everything.setdefault(self.setting, {})[name] = self.entries[name]
+            with written_whole(self.file) as temporary:
+                temporary.write_text(json.dumps(everything, indent=1))
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if self.file is None or not self.file.exists():
+            return {}
+        try:
+            return json.loads(self.file.read_text())
+        except ValueError as error:
+            sys.exit(f"{self.file} is no file of results ({error}): pass another --json.")
+
+
+def draw_missing(readings: list[Reading], results: Results, arguments: argparse.Namespace) -> None:
+    """Draw, score and remember what `results` lacks."""
+    samples = all_samples(arguments.scenes)
+    for reading in readings:
+        missing = [kind for kind in reading.kinds if results.find(reading, kind) is None]
+        draw = reading.open() if missing else None
+        for kind in missing:
+            started = time.time()
+            name = f"{reading.name} ({kind})"
+            images = draw_samples(draw, samples[kind], arguments.steps, arguments.guidance_scale, name)
+            results.add(reading, kind, samples[kind], images, started)
+
+
+def all_samples(count: int) -> dict[str, list[Sample]]:
+    return {kind: make_samples(count, kind) for kind in ("short", "long")}
+
+
+def counts_of(reading: Reading, results: Results, samples: dict[str, list[Sample]], what: str = "right") -> np.ndarray:
+    """Counts of a reading's short and long captions together; scenes × columns × 2."""
+    found = {kind: results.find(reading, kind) for kind in reading.kinds}
+    return sum(count_right(samples[kind], entry[what]) for kind, entry in found.items() if entry is not None)
+
+
+def circumstances(results: Results, readings: list[Reading]) -> str:
+    """When, where and how the rows of a table were drawn."""
+    entries = [results.find(reading, kind) for reading in readings for kind in reading.kinds]
+    days = sorted({date.fromtimestamp(entry["time"]).isoformat() for entry in entries if entry is not None})
+    drawn = " to ".join(dict.fromkeys((days[0], days[-1])))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    seconds = sum(entry["seconds"] for entry in entries if entry is not None)
+    return f"{drawn}, {machine}; {results.setting}; drawn in {seconds} s"
+
+
+# Arguments
+
+
+def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
+    flags.add_argument("--scenes", type=positive, default=scenes, help="unseen scenes (default %(default)s)")
+    flags.add_argument("--steps", type=positive, default=20, help="Euler steps (default %(default)s)")
+    flags.add_argument(
+        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default %(default)s)"
+    )
+    flags.add_argument(
+        "--runs", type=Path, default=Path(runs), help="folder of the trained weights (default %(default)s)"
+    )
+    text = "further ones of training/align_adapter.py; a run that is there is not trained again"
+    flags.add_argument("--train-flags", default="", metavar="FLAGS", help=text)
+    text = "results, kept here after each row: what is in it is not drawn again (delete it after a change of code)"
+    flags.add_argument("--json", type=writable, metavar="FILE", help=text)
+    flags.add_argument("--plot", type=writable, metavar="PNG", help="also draw the figure")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def writable(text: str) -> Path:
+    """A file in a folder that is there: to be known before hours of drawing."""
+    file = Path(text)
+    if file.is_dir() or not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a file in a folder that exists")
+    return file
