@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recipe
 import torch
 import torch.distributed as dist
 import train_finelip
@@ -789,7 +790,7 @@ def test_refuses_the_tokenizer_of_a_larger_model(base, tmp_path, capsys) -> None
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_refuses_a_tracker_that_is_not_installed(monkeypatch, capsys, tracker) -> None:
-    monkeypatch.setattr(train_finelip, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     message = refusal(capsys, "--report-to", tracker)
     assert message == f"--report-to {tracker} needs a package that is not installed: pip install {tracker}."
 

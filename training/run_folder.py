@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 
@@ -19,10 +20,20 @@ class RunFolder:
         accelerator: with the models and optimizers that checkpoints hold prepared.
         settings: what must stay as it is when the run goes on, by the name of its flag.
         keep: newest checkpoints that are not deleted.
+        also: what else goes on, by the name of its file: all that has `state_dict` and `load_state_dict`, such as an
+            average of the weights. (Accelerate reads objects that are registered with it as unrestricted pickles.)
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, settings: dict[str, Any], keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        settings: dict[str, Any],
+        keep: int,
+        also: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.accelerator, self.settings, self.keep = folder, accelerator, settings, keep
+        self.also = also or {}
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint and give the progress that was saved with it; None if there is none.
@@ -44,6 +55,9 @@ class RunFolder:
             raise ValueError(f"{self.folder} holds a run of other settings ({', '.join(changed)}): pass another --out.")
         try:
             self.accelerator.load_state(str(found[-1]))
+            for name, item in self.also.items():
+                file, device = found[-1] / f"{name}.pt", self.accelerator.device
+                item.load_state_dict(torch.load(file, map_location=device, weights_only=True))
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{found[-1]} is a checkpoint of another model: pass another --out.") from error
         return progress
@@ -58,13 +72,20 @@ class RunFolder:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            for name, item in self.also.items():
+                torch.save(item.state_dict(), temporary / f"{name}.pt")
             (temporary / "progress.json").write_text(json.dumps({**progress, "settings": self.settings}))
             os.replace(temporary, target)
             for old in self._checkpoints()[: -self.keep]:
                 shutil.rmtree(old)
 
-    def save_model(self, name: str, *parts: Any) -> None:
-        """One folder of a model, its tokenizer and what else has `save_pretrained`; the main process writes it."""
+    def save_model(self, name: str, *parts: Any, **subfolders: Any) -> None:
+        """One folder of a model, its tokenizer and what else has `save_pretrained`; the main process writes it.
+
+        Args:
+            parts: go into the folder itself.
+            subfolders: go into one each, of their name.
+        """
         if not self.accelerator.is_main_process:
             return
         target = self.folder / name
@@ -72,6 +93,8 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         for part in parts:
             part.save_pretrained(temporary)
+        for subfolder, part in subfolders.items():
+            part.save_pretrained(temporary / subfolder)
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
             os.replace(target, replaced)

@@ -15,27 +15,38 @@ checkpoint as if nothing had happened.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from importlib.util import find_spec
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from objective import LOSSES, Base, Objective
+from recipe import (
+    add_accelerator_flags,
+    add_preset,
+    add_run_flags,
+    build_accelerator,
+    check_run,
+    endless,
+    fill_in,
+    fixed_settings,
+    forget_stretch,
+    number,
+    run_recipe,
+    schedule,
+    to_device,
+)
 from run_folder import RunFolder
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from finelip_sdxl import FineLIPModel, load_finelip
 from finelip_sdxl.data import (
@@ -82,11 +93,8 @@ MINIATURE = {
     "region_weight": 1.0,
     "pull_weight": 10.0,
 }
-# Flags that may change when a run goes on: what it learns from one batch is the same with any of them.
-FREE = {
-    "out", "images", "eval_data", "eval_images", "epochs", "max_steps", "save_every", "keep", "eval_every", "workers",
-    "gradient_checkpointing", "cpu", "report_to",
-}  # fmt: skip
+# Flags that may change when a run goes on, beside those that no recipe minds.
+FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "workers"}
 
 
 def load_base(name: str) -> FineLIPModel:
@@ -112,13 +120,6 @@ def build_optimizer(model: FineLIPModel, arguments: argparse.Namespace) -> torch
     return torch.optim.AdamW(
         [{"params": group, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     )
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to 0; a factor of the peak learning rate."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
 def build_loader(
@@ -153,39 +154,24 @@ def build_loader(
     return DataLoader(pairs, batch_sampler=order, **options)
 
 
-def batches(loader: DataLoader, first: int) -> Iterator[dict[str, Any]]:
-    """Batches without end, epoch after epoch, from number `first` on."""
-    epoch, done = divmod(first, len(loader))
-    while True:
-        if isinstance(loader.dataset, TrainingShards):
-            loader.dataset.set_epoch(epoch, first_batch=done)
-        else:
-            loader.dataset.set_epoch(epoch)
-            loader.batch_sampler.set_epoch(epoch, first_batch=done)
-        yield from loader
-        epoch, done = epoch + 1, 0
+def set_epoch(loader: DataLoader, epoch: int, first_batch: int) -> None:
+    """Choose the epoch, and the batch to begin at, of the order and of what is drawn for each image."""
+    if isinstance(loader.dataset, TrainingShards):
+        loader.dataset.set_epoch(epoch, first_batch)
+    else:
+        loader.dataset.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch, first_batch)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run; gives its progress: the step, the best score, and how often an image was skipped."""
     check(arguments)
-    accelerator = Accelerator(
-        cpu=arguments.cpu or not torch.accelerator.is_available(),
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.accumulation,
-        log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_dir=str(arguments.out),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments)),
-            InitProcessGroupKwargs(timeout=timedelta(hours=3)),  # the others wait while one process evaluates
-        ],
-    )
+    unused = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
+    accelerator = build_accelerator(arguments, handlers=[unused])
     set_seed(arguments.seed)
     model = load_base(arguments.base)
     base = Base(model) if arguments.pull_weight else None
-    for name in ("stretched_from", "stretch_keep", "stretch_factor"):  # promises that no training keeps
-        if hasattr(model.config.text_config, name):
-            delattr(model.config.text_config, name)
+    forget_stretch(model.config.text_config)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
 
@@ -205,7 +191,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if base is not None:
         base.towers.to(accelerator.device)
-    fixed = settings(arguments, accelerator.num_processes)
+    # Of shards, the number of workers decides who reads which.
+    free = FREE - {"workers"} if arguments.data.startswith("webdataset:") else FREE
+    fixed = fixed_settings(arguments, free, accelerator.num_processes)
     run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep)
     progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
     steps_an_epoch = len(loader) / arguments.accumulation
@@ -216,7 +204,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.report_to != "none":
         accelerator.init_trackers("train_finelip", config=fixed)
 
-    source = batches(loader, progress["step"] * arguments.accumulation)
+    source = endless(loader, partial(set_epoch, loader), first=progress["step"] * arguments.accumulation)
     batches_a_step = arguments.accumulation * accelerator.num_processes
     bar = tqdm(
         initial=progress["step"], total=steps, desc="training", unit="step", disable=not accelerator.is_main_process
@@ -277,39 +265,12 @@ def check(arguments: argparse.Namespace) -> None:
     """What is known to go wrong, before anything is loaded."""
     if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
         raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
-    # Accelerate takes it, and trains nothing.
-    if arguments.mixed_precision == "fp16" and (arguments.cpu or not torch.accelerator.is_available()):
-        raise ValueError("--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no.")
-    tracker = arguments.report_to
-    if tracker != "none" and find_spec(tracker) is None:
-        raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out} is a file: pass the name of a folder.")
+    check_run(arguments)
 
 
 def trains_all(arguments: argparse.Namespace) -> bool:
     """Whether every parameter has a gradient: the refinement has that of the triplet loss alone, the scale does not."""
     return arguments.triplet_weight > 0 and arguments.contrastive_weight + arguments.region_weight > 0
-
-
-def settings(arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """What must stay as it is when a run goes on; of names, the last part, since folders may be moved."""
-    fixed = {name: value for name, value in vars(arguments).items() if name not in FREE and value is not None}
-    if arguments.data.startswith("webdataset:"):
-        fixed["workers"] = arguments.workers
-    fixed["processes"] = processes
-    return {name: Path(value).name if isinstance(value, str) else value for name, value in fixed.items()}
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: value.to(device)
-        if isinstance(value, Tensor)
-        else to_device(value, device)
-        if isinstance(value, dict)
-        else value
-        for name, value in batch.items()
-    }
 
 
 def retrieval_figures(result: RetrievalResult) -> dict[str, float]:
@@ -329,6 +290,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     count, whole, amount = number(int, positive=True), number(int), number(float)
+    preset = partial(add_preset, presets=(PAPER, MINIATURE))
 
     group = parser.add_argument_group("what is trained on what")
     add = group.add_argument
@@ -356,81 +318,43 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("region-weight", "of phrases against their regions, for data that knows them (the miniature)"),
         ("pull-weight", "of the pull towards the base's own states on short captions"),
     ):
-        add_preset(group, name, amount, "X", text)
+        preset(group, name, amount, "X", text)
     add = group.add_argument
     add("--margin", type=amount, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
     add("--hardest", action="store_true", help="count a pair's hardest negative only")
-    add_preset(group, "ramp-epochs", amount, "X", "over which all losses grow linearly from 0")
+    preset(group, "ramp-epochs", amount, "X", "over which all losses grow linearly from 0")
 
     group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
-    add_preset(group, "epochs", number(float, positive=True), "X", "passes over the data")
+    preset(group, "epochs", number(float, positive=True), "X", "passes over the data")
     group.add_argument("--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
-    add_preset(group, "batch-size", count, "PAIRS", "of each process and step; the paper has 512 in all")
+    preset(group, "batch-size", count, "PAIRS", "of each process and step; the paper has 512 in all")
     add = group.add_argument
     add("--accumulation", type=count, default=1, metavar="N", help="batches a step; negatives are those of each batch "
         "(default: %(default)s)")  # fmt: skip
-    add_preset(group, "learning-rate", amount, "X", "peak, of CLIP")
-    add_preset(group, "refinement-learning-rate", amount, "X", "peak, of the token refinement")
-    add_preset(group, "weight-decay", amount, "X", "of AdamW")
-    add_preset(group, "warmup-steps", whole, "N", "before the cosine")
+    preset(group, "learning-rate", amount, "X", "peak, of CLIP")
+    preset(group, "refinement-learning-rate", amount, "X", "peak, of the token refinement")
+    preset(group, "weight-decay", amount, "X", "of AdamW")
+    preset(group, "warmup-steps", whole, "N", "before the cosine")
     add = group.add_argument
     add("--max-grad-norm", type=amount, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
     add("--seed", type=whole, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
 
-    group = parser.add_argument_group("the run")
+    group = add_run_flags(parser, Path("runs/finelip"), models="best/ and last/ model")
     add = group.add_argument
-    add("--out", type=Path, default=Path("runs/finelip"), metavar="FOLDER", help="best/ and last/ model, checkpoints/ "
-        "to go on from: a run that finds some goes on (default: %(default)s)")  # fmt: skip
-    add("--save-every", type=count, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
-    add("--keep", type=count, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
     add("--eval-every", type=count, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
     add("--workers", type=whole, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--cpu", action="store_true", help="use no GPU")
-    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="(default: %(default)s)")
+    add_accelerator_flags(group)
     options = parser.parse_args(arguments)
 
     is_miniature = options.base.startswith("miniature-")
     if options.data is None and not is_miniature:
         parser.error(f"--base {options.base} needs --data, such as sharegpt4v:captions.json")
-    presets = {"data": None, "eval_data": "none", **PAPER, **(MINIATURE if is_miniature else {})}
-    for name, value in presets.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    fill_in(options, {"eval_data": "none", **PAPER, **(MINIATURE if is_miniature else {})})
     return options
 
 
-def add_preset(group: Any, name: str, kind: Callable, metavar: str, text: str) -> None:
-    key = name.replace("-", "_")
-    group.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{text} ({PAPER[key]:g} / {MINIATURE[key]:g})")
-
-
-def number(kind: type, positive: bool = False) -> Callable[[str], float]:
-    """What reads a flag's number, and refuses what is below 0, or also 0."""
-
-    def read(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if math.isfinite(value := kind(text)) and (value > 0 or (value == 0 and not positive)):
-                return value
-        whole, range_ = "whole number" if kind is int else "number", "above 0" if positive else "of at least 0"
-        raise argparse.ArgumentTypeError(f"expected a {whole} {range_} instead of {text}")
-
-    return read
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        train(parse(arguments))
-    except KeyboardInterrupt:
-        sys.exit("train_finelip.py: stopped; the same command goes on from the last checkpoint")
-    except (ValueError, OSError, ImportError) as error:
-        message = str(error).strip()
-        if "Original Traceback" in message:  # from a process that prepares data; the error itself is the last line
-            message = message.splitlines()[-1].partition(": ")[2]
-        sys.exit(f"train_finelip.py: error: {' '.join(message.split())}")
+    run_recipe("train_finelip.py", train, parse, arguments)
 
 
 if __name__ == "__main__":
