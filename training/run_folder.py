@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ class RunFolder:
         accelerator: with the models and optimizers that checkpoints hold prepared.
         settings: what must stay as it is when the run goes on, by the name of its flag.
         keep: newest checkpoints that are not deleted.
-        also: what else goes on, by the name of its file: all that has `state_dict` and `load_state_dict`, such as an
-            average of the weights. (Accelerate reads objects that are registered with it as unrestricted pickles.)
+        also: what else goes on, by the name of its file: anything that has `state_dict` and `load_state_dict`, such as
+            an average of the weights. What is registered with the accelerator instead is read as a pickle that may run
+            code.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class RunFolder:
         """Load the newest checkpoint and give the progress that was saved with it; None if there is none.
 
         Raises:
-            ValueError: if it is of other settings or of another model.
+            ValueError: if it is of other settings or of another model, or holds code beside tensors and numbers.
         """
         found = self._checkpoints()
         if not found:
@@ -56,10 +58,12 @@ class RunFolder:
         try:
             self.accelerator.load_state(str(found[-1]))
             for name, item in self.also.items():
-                file, device = found[-1] / f"{name}.pt", self.accelerator.device
-                item.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+                state = torch.load(found[-1] / f"{name}.pt", map_location=self.accelerator.device, weights_only=True)
+                item.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{found[-1]} is a checkpoint of another model: pass another --out.") from error
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{found[-1]} holds more than tensors and numbers: no run wrote it, delete it.") from error
         return progress
 
     def save(self, progress: dict[str, Any]) -> None:

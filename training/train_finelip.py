@@ -93,7 +93,7 @@ MINIATURE = {
     "region_weight": 1.0,
     "pull_weight": 10.0,
 }
-# Flags that may change when a run goes on, beside those that no recipe minds.
+# Flags that may change when a run goes on, beside `recipe.FREE_RUN_FLAGS`.
 FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "workers"}
 
 
@@ -166,8 +166,8 @@ def set_epoch(loader: DataLoader, epoch: int, first_batch: int) -> None:
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run; gives its progress: the step, the best score, and how often an image was skipped."""
     check(arguments)
-    unused = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
-    accelerator = build_accelerator(arguments, handlers=[unused])
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
+    accelerator = build_accelerator(arguments, handlers=[parallel])
     set_seed(arguments.seed)
     model = load_base(arguments.base)
     base = Base(model) if arguments.pull_weight else None
