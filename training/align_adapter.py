@@ -294,13 +294,11 @@ def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
     else:
         base = resolve_base(arguments.base)
         stock = StableDiffusionXLPipeline.from_pretrained(base, variant=arguments.variant, dtype=dtype)
-    positions = {
-        num_positions(encoder) for encoder in (stock.text_encoder, stock.text_encoder_2) if encoder is not None
-    }
-    if stock.text_encoder is None or positions != {STOCK_POSITIONS}:
+    encoders = stock.text_encoder, stock.text_encoder_2
+    if any(encoder is None or num_positions(encoder) != STOCK_POSITIONS for encoder in encoders):
         raise ValueError(
-            f"--base {arguments.base} has not the two text encoders of {STOCK_POSITIONS} positions that SDXL was trained "
-            "with: pass a stock SDXL, and what replaces its encoders as --finelip and --finelip-2."
+            f"--base {arguments.base} has not the two text encoders of {STOCK_POSITIONS} positions that SDXL was"
+            " trained with: pass a stock SDXL, and what replaces its encoders as --finelip and --finelip-2."
         )
     stock.set_progress_bar_config(disable=True)
     return stock
