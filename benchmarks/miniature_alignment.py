@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from miniature_pictures import (
+    COLORS,
     CUT_BY_STOCK,
     ENCODERS,
     SHORT,
@@ -34,12 +35,11 @@ from miniature_pictures import (
     open_aligned,
     open_unaligned,
     percent,
+    scale_shares,
     with_interval,
 )
 
 from finelip_sdxl.files import written_whole
-
-COLORS = {"FineLIP": "tab:blue", "stretched": "tab:orange"}
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,12 @@ def draw_figure(counts: Counts) -> Figure:
                 ):
                     # Values are evenly spaced: most are multiples of one another, but one is 0.
                     at, color = np.arange(len(found)), COLORS[encoders]
-                    panel.plot(at, middle, color=color, linestyle=line, marker="o", label=f"{encoders}, {kind}")
+                    panel.plot(
+                        at, middle, color=color, linestyle=line, marker="o", clip_on=False, label=f"{encoders}, {kind}"
+                    )
                     panel.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-            panel.grid(alpha=0.3)
-            panel.set(ylim=(0, 102), xticks=range(len(found)), xticklabels=[str(value) for value in found])
+            scale_shares(panel)
+            panel.set(xticks=range(len(found)), xticklabels=[str(value) for value in found])
         panels[1, column].set_xlabel(curve)
     panels[0, 0].set_ylabel("long captions, cut by stock:\nobjects right, %")
     panels[1, 0].set_ylabel("short captions:\nobjects right, %")

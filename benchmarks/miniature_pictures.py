@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
+from matplotlib.axes import Axes
 from PIL import Image
 from tqdm import tqdm
 
@@ -49,6 +50,8 @@ ENCODERS = {
     "FineLIP": ("miniature-finelip-1", "miniature-finelip-2"),
     "stretched": ("miniature-clip-1", "miniature-clip-2"),
 }
+
+COLORS = {"FineLIP": "tab:blue", "stretched": "tab:orange", "stock": "0.5"}
 
 # Pictures of a batch of captions, from the keyword arguments that every reading shares (steps, guidance, seeds).
 Draw = Callable[..., list[Image.Image]]
@@ -208,6 +211,13 @@ def cell(figure: Sequence[float]) -> str:
     return f"{share:.1f}" if np.isnan(low) else f"{share:.1f} ({low:.1f}–{high:.1f})"
 
 
+def scale_shares(panel: Axes) -> None:
+    """An axis from 0 to 100 % that shows shares near 100 apart: even in the square root of what is wrong."""
+    panel.set_yscale("function", functions=(lambda y: -np.sqrt(100 - np.minimum(y, 100)), lambda y: 100 - np.square(y)))
+    panel.set(ylim=(0, 100), yticks=(0, 20, 40, 60, 80, 90, 95, 99, 100))
+    panel.grid(alpha=0.3)
+
+
 # Results
 
 
@@ -254,9 +264,13 @@ class Results:
         if self.file is None or not self.file.exists():
             return {}
         try:
-            return json.loads(self.file.read_text())
-        except ValueError as error:
-            sys.exit(f"{self.file} is no file of results ({error}): pass another --json.")
+            everything = json.loads(self.file.read_text())
+            # Fails where the file is JSON, but none of ours.
+            for entries in everything.values():
+                entries.values()
+        except (ValueError, AttributeError) as error:
+            sys.exit(f"{self.file} holds no results of this benchmark ({error}): pass another --json.")
+        return everything
 
 
 def draw_missing(readings: list[Reading], results: Results, arguments: argparse.Namespace) -> None:

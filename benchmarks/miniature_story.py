@@ -26,6 +26,7 @@ from diffusers.utils import logging
 from matplotlib.figure import Figure
 from miniature_pictures import (
     BATCH_SIZE,
+    COLORS,
     COLUMNS,
     Draw,
     Reading,
@@ -42,6 +43,7 @@ from miniature_pictures import (
     open_aligned,
     open_unaligned,
     percent,
+    scale_shares,
     with_interval,
     writable,
 )
@@ -54,20 +56,21 @@ from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
 from finelip_sdxl.prompts import STOCK_POSITIONS
 
 STOCK, DEFAULT = "stock, cut at 77", "FineLIP-SDXL's default"
-# Rows that are trained here: encoders, method and further flags of training/align_adapter.py, by the run's name.
+# What is trained here, by the name of its run: encoders, and the method of training/align_adapter.py.
 RUNS = {
-    "adapter": ("FineLIP", "adapter", ""),
-    "lora": ("FineLIP", "lora", ""),
-    "stretched-adapter": ("stretched", "adapter", ""),
-    "stretched-lora": ("stretched", "lora", ""),
+    "adapter": ("FineLIP", "adapter"),
+    "lora": ("FineLIP", "lora"),
+    "stretched-adapter": ("stretched", "adapter"),
+    "stretched-lora": ("stretched", "lora"),
 }
+# The folders of a run, and what they were trained on.
 STAGES = {"after-text": "text", "last": "text and images"}
 METHODS = {"adapter": "adapter", "lora": "LoRA"}
 
 SHEET_COLUMNS = 6
 # The figure. Of fewer objects a share says nothing.
-BIN_TOKENS, LAST_TOKEN, LEAST_OBJECTS = 25, 250, 10
-COLORS = {"FineLIP": "tab:blue", "stretched": "tab:orange", "stock": "0.5"}
+BINS, BIN_TOKENS, LEAST_OBJECTS = 10, 25, 10
+MARKERS = {"adapter": "o", "LoRA": "s", "compel": "x", "published": "v", "": "."}
 
 
 def readings(runs: Path, train_flags: str = "") -> dict[str, Reading]:
@@ -86,10 +89,10 @@ def readings(runs: Path, train_flags: str = "") -> dict[str, Reading]:
 
 
 def aligned(of: str, runs: Path, train_flags: str) -> Iterator[Reading]:
-    for run, (encoders, method, flags) in RUNS.items():
+    for run, (encoders, method) in RUNS.items():
         for folder, stages in STAGES.items():
             weights = runs / run / folder
-            opens = partial(open_aligned, encoders, method, f"{flags} {train_flags}", weights)
+            opens = partial(open_aligned, encoders, method, train_flags, weights)
             if encoders == of:
                 yield Reading(f"{encoders} + {METHODS[method]}, {stages}", opens, weights)
 
@@ -134,37 +137,39 @@ def print_table(rows: list[Reading], results: Results, samples: dict[str, list[S
 
 def counts_by_position(samples: list[Sample], judged: list[str]) -> np.ndarray:
     """Right and described objects by plain or linked and by the position of the sentence's end; (2, bins, 2)."""
-    counts = np.zeros((2, LAST_TOKEN // BIN_TOKENS, 2))
+    counts = np.zeros((2, BINS, 2))
     for sample, digits in zip(samples, judged, strict=True):
         for mention, end, digit in zip(sample.caption.described, sample.ends, digits, strict=True):
-            counts[int(mention.kind == "linked"), end // BIN_TOKENS] += int(digit), 1
+            # After the start token, three bins hold just what stock reads.
+            counts[int(mention.kind == "linked"), (end - 1) // BIN_TOKENS] += int(digit), 1
     return counts
 
 
-def style(name: str) -> dict[str, str | float]:
-    """Color by encoders, marker by method, line by stage."""
-    encoders = next(known for known in COLORS if name.startswith(known) or known == "stock")
-    marker = next(mark for word, mark in {"adapter": "o", "LoRA": "s", "compel": "x", "": "."}.items() if word in name)
-    stages = next((stages for stages in reversed(STAGES.values()) if name.endswith(stages)), "none")
-    line = {"none": "dashed", "text": "dotted", "text and images": "solid"}[stages]
+def style(name: str) -> dict[str, str]:
+    """Color by encoders, marker by method, line by stages."""
+    encoders = next((known for known in COLORS if name.startswith(known)), "stock")
+    marker = next(marker for word, marker in MARKERS.items() if word in name)
+    stages = name.rpartition(", ")[2]
+    line = {"text": "dotted", "text and images": "solid"}.get(stages, "dashed")
     face = "white" if stages == "text" else COLORS[encoders]
     return {"color": COLORS[encoders], "marker": marker, "linestyle": line, "markerfacecolor": face}
 
 
 def draw_figure(counts: dict[str, np.ndarray]) -> Figure:
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    middles = np.arange(BIN_TOKENS / 2, LAST_TOKEN, BIN_TOKENS)
+    """Of `counts_by_position` for each reading."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for panel, kind, title in zip(panels, (0, 1), ("plain sentences", "linked sentences"), strict=True):
+    middles = (np.arange(BINS) + 0.5) * BIN_TOKENS + 0.5
+    for kind, (panel, title) in enumerate(zip(panels, ("plain sentences", "linked sentences"), strict=True)):
         for name, found in counts.items():
             shares = np.where(found[kind, :, 1] < LEAST_OBJECTS, np.nan, percent(found[kind]))
-            panel.plot(middles, shares, label=name, markersize=5, linewidth=1.3, **style(name))
+            panel.plot(middles, shares, label=name, markersize=5, linewidth=1.2, clip_on=False, **style(name))
         panel.axvline(STOCK_POSITIONS, color="black", linewidth=0.8)
-        panel.annotate("77", (STOCK_POSITIONS + 2, 50))
-        panel.set(title=title, xlim=(0, LAST_TOKEN - 2), ylim=(0, 102), xlabel="position of the sentence's last token")
-        panel.grid(alpha=0.3)
+        panel.set(title=title, xlabel="position of the sentence's last token")
+        panel.set(xlim=(0, 248), xticks=(0, 50, STOCK_POSITIONS, 100, 150, 200, 248))
+        scale_shares(panel)
     panels[0].set_ylabel("objects right in shape, color and place, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
