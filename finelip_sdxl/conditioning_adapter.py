@@ -60,14 +60,14 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
             ValueError: if there are not as many states as text encoders, or of other widths.
         """
         parts, residuals = [*states, pooled], [*self.states, self.pooled]
-        expected = [*self.config.state_dims, self.config.pooled_dim]
+        expected = [*self.config["state_dims"], self.config["pooled_dim"]]
         if len(parts) != len(expected) or any(
             part is not None and part.shape[-1] != dim for part, dim in zip(parts, expected, strict=True)
         ):
             found = ", ".join("–" if part is None else str(part.shape[-1]) for part in parts)
             raise ValueError(
-                f"The conditioning adapter was made for states and a pooled vector of widths "
-                f"{', '.join(map(str, expected))}, but got {found}: use it with the kind of SDXL that it was trained on."
+                "The conditioning adapter was made for states and a pooled vector of widths "
+                f"{', '.join(map(str, expected))}, but got {found}: use it with the SDXL that it was trained on."
             )
         adapted = [
             None if part is None else part + scale * residual(part.to(self.dtype)).to(part.dtype)

@@ -173,12 +173,13 @@ class LongPromptMixin(_Parent):
         """
         brings_finelip = finelip is not None or finelip_2 is not None
         if base == "miniature":
-            if not brings_finelip and kwargs.get("text_encoder") is None and kwargs.get("text_encoder_2") is None:
-                if (miniature_path().parent / _ADAPTER).exists():
-                    kwargs.setdefault(_ADAPTER, miniature_path().parent / _ADAPTER)
-            if finelip is None and kwargs.get("text_encoder") is None:
+            own = [name for name in _ENCODERS if kwargs.get(name) is None]
+            adapter_folder = miniature_path().parent / _ADAPTER
+            if len(own) == 2 and not brings_finelip and adapter_folder.exists():
+                kwargs.setdefault(_ADAPTER, adapter_folder)
+            if finelip is None and "text_encoder" in own:
                 finelip = "miniature-finelip-1"
-            if finelip_2 is None and kwargs.get("text_encoder_2") is None:
+            if finelip_2 is None and "text_encoder_2" in own:
                 finelip_2 = "miniature-finelip-2"
         base = resolve_base(base)
         # Without a dtype every library falls back on its own, and half-precision repositories end in two.

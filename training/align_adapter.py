@@ -193,9 +193,8 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.optim.AdamW(method.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay),
     )
     average = EMAModel(method.parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
-    accelerator.register_for_checkpointing(average)
     fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
-    run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep)
+    run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep, also={"average": average})
     progress = run.resume() or {"step": 0}
     if arguments.report_to != "none":
         accelerator.init_trackers("align_adapter", config=fixed)
