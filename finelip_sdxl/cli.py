@@ -1,4 +1,4 @@
-"""The command line: `finelip-sdxl generate`, `convert`, `tokens` and `evaluate`.
+"""The command line: `finelip-sdxl generate`, `convert`, `export`, `tokens` and `evaluate`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -11,7 +11,8 @@ import random
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from finelip_sdxl.prompts import (
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
+FORMATS = ("diffusers", "comfyui")
 NAMED = 5  # images that cannot be read and are named on the screen
 
 
@@ -113,34 +115,45 @@ def generate(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace) -> None:
     """An SDXL, with or without a FineLIP, to a directory that this package and stock Diffusers open."""
-    out = Path(options.out)
-    if out.exists() and not options.overwrite:
-        raise ValueError(f"{out} exists: pass --overwrite to replace it, or another directory.")
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise ValueError(f"{out} is not a saved pipeline (it has no model_index.json), so it is not overwritten.")
-
-    _quiet_transformers()
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from finelip_sdxl import pipelines
-
-    stock_name = str(DiffusionPipeline.load_config(resolve_base(options.base))["_class_name"])
-    name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
-    if name not in pipelines.__all__:
-        raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted.")
-    pipe = getattr(pipelines, name).from_pretrained(
-        options.base, **_loading(options), dtype=getattr(torch, options.dtype)
-    )
-    pipe.swap_text_encoders()
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        pipe.save_pretrained(f"{temporary}/new")
-        if out.exists():
-            out.rename(f"{temporary}/old")  # goes with the temporary directory
-        os.rename(f"{temporary}/new", out)
+    out = _free_folder(options)
+    pipe = _open(options, options.dtype)
+    with _whole_folder(out) as folder:
+        pipe.save_pretrained(folder)
     print(out)
+
+
+def export(options: argparse.Namespace) -> None:
+    """An SDXL, with or without a FineLIP, to files that hold nothing of this package and are opened without it."""
+    if options.format == "comfyui":
+        _export_comfyui(options)
+    else:
+        _export_diffusers(options)
+
+
+def _export_diffusers(options: argparse.Namespace) -> None:
+    out = _free_folder(options)
+    pipe = _open(options, options.dtype or "float32", short_prompt="stretched")  # stock has no other way
+
+    from finelip_sdxl.export import stock_pipeline
+
+    stock = stock_pipeline(pipe)
+    with _whole_folder(out) as folder:
+        stock.save_pretrained(folder)
+    print(out)
+
+
+def _export_comfyui(options: argparse.Namespace) -> None:
+    _quiet_transformers()
+    from finelip_sdxl.export import COMFYUI_FILES, save_comfyui
+
+    out = Path(options.out)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: pass the name of a directory.")
+    for file in COMFYUI_FILES.values():
+        if (out / file).exists() and not options.overwrite:
+            raise ValueError(f"{out / file} exists: pass --overwrite to replace it, or another directory.")
+    pipe = _open(options, options.dtype or "float16", short_prompt="stretched", unet=None, vae=None)
+    print(*save_comfyui(pipe, out), sep="\n")
 
 
 def tokens(options: argparse.Namespace) -> None:
@@ -242,7 +255,46 @@ def _prompt(options: argparse.Namespace) -> str:
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `from_pretrained` that were given; what was not is up to a saved folder, or the default."""
     names = ("finelip", "finelip_2", "variant", "short_prompt", "long_prompt", "hidden_states")
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {name: value for name, value in vars(options).items() if name in names and value is not None}
+
+
+def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
+    """A base as the pipeline of ours for its kind, with encoders of 248 positions."""
+    _quiet_transformers()
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from finelip_sdxl import pipelines
+
+    stock_name = str(DiffusionPipeline.load_config(resolve_base(options.base))["_class_name"])
+    name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
+    if name not in pipelines.__all__:
+        raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported.")
+    arguments = {**_loading(options), **arguments}
+    pipe = getattr(pipelines, name).from_pretrained(options.base, dtype=getattr(torch, dtype), **arguments)
+    pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
+    return pipe
+
+
+def _free_folder(options: argparse.Namespace) -> Path:
+    """The folder that a pipeline is to be written to, once it is sure that it may be."""
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise ValueError(f"{out} exists: pass --overwrite to replace it, or another directory.")
+    if out.exists() and not (out / "model_index.json").is_file():
+        raise ValueError(f"{out} is not a saved pipeline (it has no model_index.json), so it is not overwritten.")
+    return out
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[str]:
+    """Another folder to write first, which takes the place of `out` when that went well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        yield f"{temporary}/new"
+        if out.exists():
+            out.rename(f"{temporary}/old")  # goes with the temporary directory
+        os.rename(f"{temporary}/new", out)
 
 
 def _device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -354,7 +406,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="finelip-sdxl", description="SDXL that reads prompts of any length.")
     parser.add_argument("--version", action="version", version=version("finelip-sdxl"))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | convert | tokens | evaluate")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="generate | convert | export | tokens | evaluate"
+    )
 
     command = _command(commands, "generate", generate, "draw a prompt")
     _add_prompt(command)
@@ -391,6 +445,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
     _add_loading(command, dtype="float32", dtype_help="%(default)s")
     _add_reading(command)
+
+    text = "save an SDXL with text encoders of 248 positions for programs that do not know this package"
+    command = _command(commands, "export", export, text)
+    command.add_argument("out", help="directory to write")
+    _add_base(command)
+    text = "a repository for stock Diffusers, or clip_l.safetensors and clip_g.safetensors (default: %(default)s)"
+    command.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace what is there under the same names")
+    _add_loading(command, dtype=None, dtype_help="float32, or float16 for comfyui")
 
     command = _command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
     _add_prompt(command)
