@@ -90,7 +90,9 @@ def save_comfyui(pipe: Any, folder: Path) -> list[Path]:
         )
     elif len(encoders) == 1:
         logger.warning(
-            "This pipeline has no text encoder but %s, as SDXL's refiner: ComfyUI's dual loader wants two.", *encoders
+            "%s is the only text encoder here, as in SDXL's refiner: load its file with ComfyUI's node CLIPLoader instead"
+            " of DualCLIPLoader.",
+            *encoders,
         )
 
     folder.mkdir(parents=True, exist_ok=True)
