@@ -124,7 +124,9 @@ def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
 
 def train(flags: str, run: Path) -> None:
     script = Path(__file__).parent.parent / "training" / "align_adapter.py"
-    command = [sys.executable, str(script), "--base", "miniature", *flags.split(), "--out", str(run)]
+    command = [sys.executable, str(script), "--base", "miniature", "--out", str(run), "--validate-every", "0"]
+    # What stage 2 encodes first is the same for many runs.
+    command += ["--precomputed", str(run.parent / "precomputed"), *flags.split()]
     if subprocess.run(command).returncode:
         sys.exit(f"This training failed (what it said is above): {' '.join(command[1:])}")
 
@@ -150,7 +152,7 @@ class Sample:
 
 def make_samples(count: int, kind: str) -> list[Sample]:
     """Captions of scenes that no training saw."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(max_length=248)
     write = short_caption if kind == "short" else long_caption
     samples = []
     for k in range(count):
