@@ -90,7 +90,7 @@ def save_comfyui(pipe: Any, folder: Path) -> list[Path]:
         )
     elif len(encoders) == 1:
         logger.warning(
-            "%s is the only text encoder here, as in SDXL's refiner: load its file with ComfyUI's node CLIPLoader instead"
+            "%s is the only text encoder here, as in SDXL's refiner: load its file with ComfyUI's CLIPLoader instead"
             " of DualCLIPLoader.",
             *encoders,
         )
