@@ -36,6 +36,7 @@ from accelerate.utils import set_seed
 from alignment import Alignment, ImageAlignment, TextAlignment, captions_of
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
@@ -252,7 +253,9 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
         average.copy_to(method.parameters)
         grid = draw(stock, pipe, prompts, arguments)
         average.restore(method.parameters)
-        with written_whole(run.folder / "validation" / f"step-{step:06d}.png") as temporary:
+        folder = run.folder / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / f"step-{step:06d}.png") as temporary:
             grid.save(temporary, format="PNG")
         if arguments.report_to == "tensorboard":
             writer = accelerator.get_tracker("tensorboard", unwrap=True)
@@ -484,6 +487,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    diffusers_logging.set_verbosity_error()  # stock would name all that it cuts of the validation prompts
+    diffusers_logging.disable_progress_bar()
     run_recipe("align_adapter.py", align, parse, arguments)
 
 
