@@ -1,0 +1,191 @@
+"""Memory of one step of each stage of the alignment, at the size of real SDXL, with random weights.
+
+    python training/measure_memory.py
+    python training/measure_memory.py --batch-sizes 4 8 --resolution 512
+
+Each row is measured in a process of its own: what the accelerator has allocated at most, or, on a CPU, by how much the
+process grew. Weights are bfloat16, what is trained is float32, with AdamW and an average of the weights; activations
+are computed twice (--gradient-checkpointing). Models that a stage does not need are not there, as in a real run they
+are not on the accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing import get_context
+
+import torch
+from align_adapter import ENCODERS, SDXL, Adapter, Lora, num_long, save_memory
+from alignment import Alignment, ImageAlignment, TextAlignment
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.data import open_images
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.prompts import STOCK_POSITIONS
+
+GIB = 2**30
+# As in the configs of stabilityai/stable-diffusion-xl-base-1.0.
+UNET = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+
+
+def build_pipeline(stage: str, method: str, device: str) -> StableDiffusionXLPipeline:
+    """Stock, as far as a stage needs it. The miniature's tokenizers do: SDXL's know more words."""
+    tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
+    special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
+    needs_encoders = stage == "text" or method == "lora"
+    with torch.device("meta"):
+        encoders = (
+            CLIPTextModel(CLIPTextConfig(**CLIP_L, **special)),
+            CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G, **special)),
+        )
+        unet = UNet2DConditionModel(**UNET)
+    return StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=fill(encoders[0], device if needs_encoders else "meta"),
+        text_encoder_2=fill(encoders[1], device if needs_encoders else "meta"),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=fill(unet, device if stage == "image" else "meta"),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    )
+
+
+def fill(model: nn.Module, device: str) -> nn.Module:
+    """Memory for a model that was made on the meta device; what the weights are does not matter here."""
+    model.to(torch.bfloat16).requires_grad_(False).eval()
+    if device == "meta":
+        return model
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.fill_(0.01)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
+    return model
+
+
+def measure(stage: str, method: str, batch_size: int, resolution: int, device: str) -> tuple[float, float]:
+    """GiB at most, and seconds, of one step."""
+    before = memory(device)
+    stock = build_pipeline(stage, method, device)
+    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt="stretched", length_buckets=(STOCK_POSITIONS,))
+    if stage == "text" or method == "lora":
+        pipe.swap_text_encoders()
+        for name in ENCODERS:  # a FineLIP shares nothing with stock
+            stretched = getattr(pipe, name)
+            with torch.device("meta"):
+                finelip = type(stretched)(stretched.config)
+            setattr(pipe, name, fill(finelip, device))
+    trained = Lora(pipe, SDXL["rank"]) if method == "lora" else Adapter(pipe, SDXL["hidden_dim"])
+    if method == "adapter":
+        trained.adapter.to(device)
+    if stage == "image" or method == "lora":
+        save_memory(pipe)
+    losses = {"text": TextAlignment(pipe, stock), "image": ImageAlignment(pipe)}
+    objective = Alignment(trained.parameters, losses)
+    average = EMAModel(trained.parameters)
+    optimizer = torch.optim.AdamW(trained.parameters)
+
+    started = time.perf_counter()
+    with torch.autocast(device, torch.bfloat16):
+        batch = text_batch(batch_size) if stage == "text" else image_batch(batch_size, resolution, method, device)
+        loss = objective(stage, batch)["loss"]
+    loss.backward()
+    optimizer.step()
+    average.step(trained.parameters)
+    seconds = time.perf_counter() - started
+    return (memory(device) - before) / GIB, seconds
+
+
+def text_batch(batch_size: int) -> dict[str, list[str]]:
+    scenes = open_images(f"miniature:{batch_size}", split="train")
+    longs = num_long(argparse.Namespace(batch_size=batch_size, short_share=0.4))
+    return {
+        "long": [scenes.captions(index)[0] for index in range(longs)],
+        "short": [scenes.short_caption(index) for index in range(longs, batch_size)],
+    }
+
+
+def image_batch(batch_size: int, resolution: int, method: str, device: str) -> dict[str, list[dict]]:
+    captions = text_batch(batch_size)
+    groups = []
+    for kind, tokens in (("long", 248), ("short", STOCK_POSITIONS)):
+        count = len(captions[kind])
+        shape = (count, 4, resolution // 8, resolution // 8)
+        group = {
+            "latents": torch.randn(shape, device=device),
+            "noise": torch.randn(shape, device=device),
+            "timesteps": torch.full((count,), 500, device=device),
+            "time_ids": torch.full((count, 6), resolution, device=device),
+        }
+        if method == "lora":
+            group["captions"] = captions[kind]
+        else:
+            group["states"] = torch.randn(count, tokens, 2048, device=device)
+            group["pooled"] = torch.randn(count, 1280, device=device)
+        groups.append(group)
+    return {"groups": groups}
+
+
+def memory(device: str) -> float:
+    """Bytes at most, so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--stages", nargs="*", choices=("text", "image"), default=("text", "image"))
+    flags.add_argument("--methods", nargs="*", choices=("adapter", "lora"), default=("adapter", "lora"))
+    flags.add_argument("--batch-sizes", nargs="*", type=int, default=(SDXL["batch_size"],), help="captions a step")
+    flags.add_argument("--resolution", type=int, default=512, help="of images, in pixels (default %(default)s)")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    arguments = flags.parse_args()
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores"
+    print(f"{date.today()}, {platform.machine()}, {machine}, torch {torch.__version__}\n")
+    print("| stage | method | captions a step | resolution | GiB | s |\n|---|---|---|---|---|---|")
+    for stage in arguments.stages:
+        for method in arguments.methods:
+            for batch_size in arguments.batch_sizes:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    size = arguments.resolution
+                    gib, seconds = process.submit(measure, stage, method, batch_size, size, arguments.device).result()
+                shown = size if stage == "image" else "–"
+                print(f"| {stage} | {method} | {batch_size} | {shown} | {gib:.1f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
