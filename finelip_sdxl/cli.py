@@ -89,6 +89,7 @@ def generate(options: argparse.Namespace) -> None:
         width=options.width,
         height=options.height,
         num_images_per_prompt=options.num_images,
+        conditioning_adapter_scale=options.conditioning_adapter_scale,
         # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
         generator=[torch.Generator().manual_seed(seed + number) for number in range(options.num_images)],
     ).images
@@ -101,6 +102,8 @@ def generate(options: argparse.Namespace) -> None:
         "base": str(options.base),
         "finelip": options.finelip,
         "finelip_2": options.finelip_2,
+        "conditioning_adapter": options.conditioning_adapter,
+        "conditioning_adapter_scale": options.conditioning_adapter_scale,
         "dtype": str(dtype).removeprefix("torch."),
         "short_prompt": pipe.short_prompt,
         "long_prompt": pipe.long_prompt,
@@ -254,8 +257,9 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def _loading(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `from_pretrained` that were given; what was not is up to a saved folder, or the default."""
-    names = ("finelip", "finelip_2", "variant", "short_prompt", "long_prompt", "hidden_states")
-    return {name: value for name, value in vars(options).items() if name in names and value is not None}
+    names = ("finelip", "finelip_2", "conditioning_adapter", "variant", "short_prompt", "long_prompt", "hidden_states")
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    return {name: None if value == "none" else value for name, value in given.items()}
 
 
 def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
@@ -437,6 +441,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--offload", action="store_true", help="keep on the device only the model that is running")
     _add_base(command)
     _add_loading(command, dtype=None, dtype_help="float16, or float32 on the CPU")
+    _add_adapter(command)
+    text = "how much of the conditioning adapter counts, from 0 to 1 (default: %(default)s)"
+    command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
     _add_reading(command)
 
     command = _command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
@@ -444,6 +451,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", help="directory to write")
     command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
     _add_loading(command, dtype="float32", dtype_help="%(default)s")
+    _add_adapter(command)
     _add_reading(command)
 
     text = "save an SDXL with text encoders of 248 positions for programs that do not know this package"
@@ -500,6 +508,12 @@ def _add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help
     command.add_argument(
         "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
     )
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    text = "directory or hub id of what training/align_adapter.py wrote, or none (default: the one that the base comes"
+    text += " with, unless a FineLIP is given)"
+    command.add_argument("--conditioning-adapter", metavar="ADAPTER", help=text)
 
 
 def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:

@@ -10,7 +10,7 @@ from conftest import make_text_encoder
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from finelip_sdxl import FineLIPSDXLPipeline, miniature_path
+from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, miniature_path
 from finelip_sdxl.cli import main
 
 LONG = "The red fox is above the small blue square, 狐. " * 14
@@ -54,6 +54,24 @@ def test_generate_takes_options_and_a_prompt_from_a_file(stock_folder, picture, 
     assert second["seed"] == first["seed"] + 1
     assert (first["width"], first["height"], first["dtype"]) == (24, 16, "bfloat16")
     assert (first["long_prompt"], first["hidden_states"]) == ("truncate", "published")
+
+
+def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path, capsys) -> None:
+    adapter = ConditioningAdapter((32, 48), pooled_dim=24, hidden_dim=4)
+    torch.nn.init.normal_(adapter.states[0][-1].weight)
+    adapter.save_pretrained(tmp_path / "adapter")
+    arguments = ["generate", LONG, "--base", stock_folder, "--steps", "1", "--seed", "0", "--device", "cpu"]
+    arguments += ["--out", picture]
+    pictures = []
+    for more in ([], ["--conditioning-adapter-scale", "0.0"], ["--conditioning-adapter", "none"]):
+        assert main([*arguments, "--conditioning-adapter", str(tmp_path / "adapter"), *more]) == 0
+        pictures.append(Image.open(picture).tobytes())
+    assert pictures[0] != pictures[1] == pictures[2]
+    assert parameters(picture)["conditioning_adapter"] == "none"
+    assert parameters(picture)["conditioning_adapter_scale"] == 1
+    capsys.readouterr()
+    assert main([*arguments, "--conditioning-adapter-scale", "2"]) == 2
+    assert "conditioning_adapter_scale is 2.0" in capsys.readouterr().err
 
 
 def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, picture) -> None:
