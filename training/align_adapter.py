@@ -82,7 +82,7 @@ MINIATURE = {
     "captions": "miniature:2000",
     "finelip": "miniature-finelip-1",
     "finelip_2": "miniature-finelip-2",
-    "text_steps": 200,
+    "text_steps": 80,
     "image_steps": 200,
     "batch_size": 40,
     "learning_rate": 1e-3,

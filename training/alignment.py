@@ -27,15 +27,13 @@ class Lesson:
 
     Attributes:
         text: the sentence behind earlier ones that it refers to, all within 77 tokens.
-        start: position of its first token in `text`, after the start token.
-        start_in_caption: position of the same token in the caption.
-        tokens: of the sentence, as many as 77 hold.
+        end: position in `text` of the sentence's last token, or of the last one that 77 hold.
+        end_in_caption: position of the same token in the caption.
     """
 
     text: str
-    start: int
-    start_in_caption: int
-    tokens: int
+    end: int
+    end_in_caption: int
 
 
 def captions_of(data: CaptionedImages, index: int, tokenizer: Any) -> dict[str, str]:
@@ -102,9 +100,8 @@ def write_lessons(caption: str, tokenizer: Any) -> list[Lesson]:
         lessons.append(
             Lesson(
                 text=" ".join([*(sentences[other] for other in before), sentence]),
-                start=1 + sum(lengths[other] for other in before),
-                start_in_caption=1 + sum(lengths[:number]),
-                tokens=tokens,
+                end=sum(lengths[other] for other in before) + tokens,
+                end_in_caption=sum(lengths[:number]) + tokens,
             )
         )
     return lessons
@@ -131,8 +128,10 @@ class TextAlignment:
     """Stage 1: the states of the swapped encoders, adapted, against those of stock's encoders. No images.
 
     Short captions are read whole by both: states are compared position by position, padding included, since the UNet
-    reads it too, and so are pooled vectors. Of long ones, stock reads each sentence in a lesson (`write_lessons`).
-    Their pooled vectors have no teacher, since none of stock's has read the whole text.
+    reads it too, and so are pooled vectors. Of long ones, stock reads each sentence in a lesson (`write_lessons`), and
+    states are compared at its end alone, where a causal encoder has all of it together; those before also hold what
+    else was read, which is not the same in both. Long captions' pooled vectors have no teacher: none of stock's has
+    read the whole text.
 
     Args:
         pipe: reads as it will when it draws; holds what is trained.
@@ -144,19 +143,23 @@ class TextAlignment:
 
     def __call__(self, long: list[str], short: list[str]) -> dict[str, Tensor]:
         """The loss, and its parts: relative squared errors, of states the mean over tokens."""
-        lessons = [
-            (row, lesson) for row, caption in enumerate(long) for lesson in write_lessons(caption, self.pipe.tokenizer)
-        ]
+        lessons = [write_lessons(caption, self.pipe.tokenizer) for caption in long]
+        flat = [lesson for of_caption in lessons for lesson in of_caption]
         with torch.no_grad():
-            taught, _ = read(self.teacher, [lesson.text for _, lesson in lessons])
+            taught, _ = read(self.teacher, [lesson.text for lesson in flat])
             stock_short, stock_pooled = read(self.teacher, short)
         states, _ = read(self.pipe, long)
         short_states, pooled = read(self.pipe, short)
-        said = [states[row, lesson.start_in_caption :][: lesson.tokens] for row, lesson in lessons]
-        meant = [part[lesson.start :][: lesson.tokens] for part, (_, lesson) in zip(taught, lessons, strict=True)]
+        said = torch.cat(
+            [
+                of_text[[lesson.end_in_caption for lesson in of_caption]]
+                for of_text, of_caption in zip(states, lessons, strict=True)
+            ]
+        )
+        meant = taught[range(len(flat)), [lesson.end for lesson in flat]]
         dims = self.pipe.text_encoder.config.hidden_size, self.pipe.text_encoder_2.config.hidden_size
         losses = {
-            "long": relative_error(torch.cat(said), torch.cat(meant), dims),
+            "long": relative_error(said, meant, dims),
             "short": relative_error(short_states[:, :STOCK_POSITIONS], stock_short, dims),
             "pooled": relative_error(pooled, stock_pooled, (pooled.shape[-1],)),
         }
@@ -225,7 +228,7 @@ def read(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Ten
 
 
 def relative_error(states: Tensor, target: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Squared error over the target's squared norm, the mean over vectors, the sum over encoders side by side.
+    """Squared error over the target's squared norm: the mean over vectors, the sum over encoders, side by side in them.
 
     Example:
         >>> relative_error(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([[1.0, 1.0, 2.0]]), (2, 1))
