@@ -171,6 +171,17 @@ def test_a_published_layout_is_read(build, split, size, captions, tmp_path) -> N
     assert (data.image(1).mode, data.image(1).getpixel((0, 0))) == ("RGB", (1, 1, 1))
 
 
+def test_a_text_file_holds_a_caption_a_line_and_no_images(tmp_path) -> None:
+    file = write_lines(tmp_path / "captions.txt", "A fox  sleeps. It is night.", "", "  ", "A hare runs.")
+    data = open_images(f"txt:{file}", "train")
+    assert [data.captions(index) for index in range(len(data))] == [("A fox sleeps. It is night.",), ("A hare runs.",)]
+    assert data.short_caption(0) == "A fox sleeps."
+    with pytest.raises(UnreadableImageError, match=r"captions\.txt, line 4, has no image: the file holds texts only"):
+        data.image(1)
+    with pytest.raises(ValueError, match="holds texts only: there is no folder of images to give"):
+        open_images(f"txt:{file}", images=tmp_path)
+
+
 def test_images_may_be_elsewhere(tmp_path) -> None:
     spec = sharegpt4v(tmp_path / "captions")
     (tmp_path / "captions" / "coco").rename(tmp_path / "coco")
@@ -236,6 +247,8 @@ def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:
         ("jsonl:x", '{"image": "a", "caption": 3}', "has no caption, or an empty one, for"),
         ("jsonl:x", "", "has no images in this split"),
         ("jsonl:x", b"\xff\xfe", "x is not UTF-8 text"),
+        ("txt:x", "\n \n", "x holds no text: write a caption in each line"),
+        ("txt:x", b"\xff\xfe", "x is not UTF-8 text"),
         ("csv:x", "file,caption\na,b\n", "x has the columns file, caption: it needs image and caption"),
         ("csv:x", "", "x has the columns of none: it needs image and caption"),
         ("csv:x", "image,caption\na,b\na,b, c\n", "Line 3 of .*x does not hold .*: quote captions that have commas"),

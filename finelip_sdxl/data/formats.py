@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .captioned_images import CaptionedImages, read_image
+from .captioned_images import CaptionedImages, UnreadableImageError, read_image
 
 SHAREGPT4V_TEST = 1_000  # leading entries that Long-CLIP and FineLIP hold out
 CAPTIONS_PER_IMAGE = 5  # COCO has a few images with more, of which retrieval papers read the first five
@@ -36,6 +36,7 @@ def open_images(spec: str, split: str = "test", images: str | Path | None = None
 `results_20130124.token` or `captions.txt`, all of which is the test split, as in Long-CLIP; `flickr30k-images/`, \
 `flickr30k_images/`, `images/` or `Images/` |
     | `csv:FILE`, `jsonl:FILE` | columns or keys `image` and `caption`, a row for each caption; the file is the split |
+    | `txt:FILE` | a caption in each line that is not empty, and no images; the file is the split |
 
     Files are not read before their images are asked for.
 
@@ -65,7 +66,8 @@ def open_images(spec: str, split: str = "test", images: str | Path | None = None
         raise ValueError(f"{spec} is no data set: give miniature, or one of {', '.join(_READERS)} as KIND:PATH.")
     if not path:
         raise ValueError(f"{spec} names no path: give {kind}:PATH.")
-    return CaptionedFiles(_READERS[kind](Path(path), split, None if images is None else Path(images)), name=spec)
+    layout = CaptionLines if kind == "txt" else CaptionedFiles
+    return layout(_READERS[kind](Path(path), split, None if images is None else Path(images)), name=spec)
 
 
 class CaptionedFiles(CaptionedImages):
@@ -110,6 +112,18 @@ class CaptionedFiles(CaptionedImages):
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} was asked for, but there are {len(self)}.")
         return json.loads(self._buffer[self._ends[index] : self._ends[index + 1]])
+
+
+class CaptionLines(CaptionedFiles):
+    """Captions without images, for what learns from texts alone; a record names a line in place of an image's file.
+
+    Example:
+        >>> CaptionLines([(Path("captions.txt, line 3"), ["A fox sleeps."])]).captions(0)
+        ('A fox sleeps.',)
+    """
+
+    def image(self, index: int) -> Image.Image:
+        raise UnreadableImageError(f"{self._record(index)[0]}, has no image: the file holds texts only.")
 
 
 def _miniature(count: str, split: str) -> CaptionedImages:
@@ -195,6 +209,16 @@ def _jsonl(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     return _gather(_folder(images or path.parent), _read_jsonl(path))
 
 
+def _txt(path: Path, split: str, images: Path | None) -> Iterator[Record]:
+    if images is not None:
+        raise ValueError(f"{path} holds texts only: there is no folder of images to give.")
+    lines = [(number, line) for number, line in enumerate(_read_text(path).splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no text: write a caption in each line.")
+    for number, line in lines:
+        yield Path(f"{path}, line {number}"), [line]
+
+
 _READERS: dict[str, Callable[[Path, str, Path | None], Iterator[Record]]] = {
     "sharegpt4v": _sharegpt4v,
     "docci": _docci,
@@ -203,6 +227,7 @@ _READERS: dict[str, Callable[[Path, str, Path | None], Iterator[Record]]] = {
     "flickr30k": _flickr30k,
     "csv": _csv,
     "jsonl": _jsonl,
+    "txt": _txt,
 }
 
 
