@@ -84,7 +84,7 @@ MINIATURE = {
     "finelip_2": "miniature-finelip-2",
     "text_steps": 80,
     "image_steps": 200,
-    "batch_size": 40,
+    "batch_size": 24,
     "learning_rate": 1e-3,
     "resolution": 96,
     "hidden_dim": 256,

@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# In order: both CLIPs and the VAE need only the world, the UNet all three; a FineLIP begins as its CLIP that ships.
+# In order: both CLIPs and the VAE need only the world, the UNet all three; a FineLIP begins as its CLIP that ships, and
+# the adapter aligns the FineLIPs that ship.
 STAGES = (
     "train_clip.py --pair 1 --runs {runs}",
     "train_clip.py --pair 2 --runs {runs}",
@@ -17,6 +18,8 @@ STAGES = (
     "../train_finelip.py --base miniature-clip-1 --mixed-precision bf16 --out {runs}/finelip_1",
     "../train_finelip.py --base miniature-clip-2 --mixed-precision bf16 --out {runs}/finelip_2",
     "assemble_finelip.py --runs {runs}",
+    "../align_adapter.py --out {runs}/adapter",
+    "assemble_adapter.py --runs {runs}",
 )
 
 
