@@ -1,0 +1,25 @@
+"""Puts the trained conditioning adapter into the package, in half precision."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from finelip_sdxl import ConditioningAdapter, miniature_path
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
+    flags.add_argument("--out", type=Path, default=miniature_path().parent, help="folder that gets it")
+    arguments = flags.parse_args()
+    folder = arguments.out / "conditioning_adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    ConditioningAdapter.from_pretrained(arguments.runs / "adapter" / "last").half().save_pretrained(folder)
+    size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
+    print(f"{folder}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
