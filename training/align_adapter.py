@@ -155,6 +155,7 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     device = accelerator.device
     set_seed(arguments.seed)
     data = open_images(arguments.captions, split="train", images=arguments.images)
+    prompts = validation_prompts(arguments, data)
     stock = load_stock(arguments)
     pipe = FineLIPSDXLPipeline(**stock.components, short_prompt="stretched", length_buckets=(STOCK_POSITIONS,))
     pipe.swap_text_encoders(arguments.finelip, arguments.finelip_2)
@@ -167,7 +168,6 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
         place(models_of(pipe, stock), (*ENCODERS, "vae"), device)
         with accelerator.main_process_first():
             pictures = precompute(data, pipe, arguments.resolution, not is_lora, precomputed_folder(arguments))
-    prompts = validation_prompts(arguments, data)
     method = Lora(pipe, arguments.rank) if is_lora else Adapter(pipe, arguments.hidden_dim)
     models = models_of(pipe, stock)
     if arguments.gradient_checkpointing:
@@ -197,6 +197,8 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
     run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep, also={"average": average})
     progress = run.resume() or {"step": 0}
+    if progress["step"] >= arguments.text_steps + arguments.image_steps:
+        accelerator.print(f"{arguments.out} is complete, with {progress['step']} steps: nothing is left to train.")
     if arguments.report_to != "none":
         accelerator.init_trackers("align_adapter", config=fixed)
 
@@ -351,17 +353,18 @@ def text_batches(
 def image_batches(
     pictures: Precomputed, arguments: argparse.Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[dict[str, Any]]:
-    """Noise and timesteps depend on seed, number and process alone."""
+    """Noise and timesteps depend on the seed and on the batch's number among those of all processes."""
     device = accelerator.device
     for batch, indices in enumerate(index_batches(len(pictures), arguments, accelerator, first), start=first):
-        seed = np.random.default_rng([arguments.seed, batch, accelerator.process_index]).integers(2**63)
+        number_of_all = batch * accelerator.num_processes + accelerator.process_index
+        seed = np.random.default_rng([arguments.seed, number_of_all]).integers(2**63)
         random = torch.Generator().manual_seed(int(seed))
         longs, groups = num_long(arguments), []
         for kind, chosen in (("long", indices[:longs]), ("short", indices[longs:])):
             items = [pictures[index] for index in chosen]
             latents = torch.stack([item["latents"] for item in items])
             # More of the noisy timesteps, where the text matters.
-            timesteps = (torch.rand(len(items), generator=random).sqrt() * 1000).long()
+            timesteps = (torch.rand(len(items), generator=random).sqrt() * 1000).long().clamp(max=999)
             group = {
                 "latents": latents,
                 "noise": torch.randn(latents.shape, generator=random),
@@ -394,6 +397,8 @@ def num_long(arguments: argparse.Namespace) -> int:
 def validation_prompts(arguments: argparse.Namespace, data: CaptionedImages) -> list[str]:
     if arguments.validation_prompts is None:
         return [data.captions(index)[0] for index in range(min(4, len(data)))]
+    if not arguments.validation_prompts.is_file():
+        raise FileNotFoundError(f"--validation-prompts {arguments.validation_prompts} does not exist, or is no file.")
     lines = arguments.validation_prompts.read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -56,7 +56,9 @@ def fit(text: str, tokenizer: Any, positions: int) -> str:
     if held:
         return " ".join(sentences[:held])
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    return text[: offsets[min(positions - 2, len(offsets)) - 1][1]]
+    # A word that was cut, or a character of several tokens, may have more tokens than it had in the whole.
+    cuts = (text[:end] for _, end in reversed(offsets[: positions - 2]))
+    return next(cut for cut in cuts if token_counts([cut], tokenizer)[0] <= positions - 2)
 
 
 def token_counts(sentences: list[str], tokenizer: Any) -> list[int]:
