@@ -47,8 +47,8 @@ class Alignment:
     """What a LoRA is trained with; by default on images alone, so that stage 1 does not make up for what they lack."""
 
     text_steps: int = 0
-    image_steps: int = 200
-    images: int = 5000
+    image_steps: int = 50
+    images: int = 2000
     rank: int = 16
 
     def reading(self, encoders: str, runs: Path, train_flags: str) -> Reading:
@@ -64,10 +64,10 @@ class Alignment:
 
 # What each curve varies. They meet in the default, which is trained and drawn once.
 CURVES = {
-    "steps on images": {n: Alignment(image_steps=n) for n in (0, 25, 50, 100, 200)},
-    "training images": {n: Alignment(images=n) for n in (50, 200, 1000, 5000)},
-    "rank of the LoRA": {n: Alignment(rank=n) for n in (1, 4, 16, 64)},
-    "steps on texts, no images": {n: Alignment(text_steps=n, image_steps=0) for n in (0, 25, 100, 400)},
+    "steps on images": {n: Alignment(image_steps=n) for n in (0, 25, 50, 100)},
+    "training images": {n: Alignment(images=n) for n in (50, 200, 2000)},
+    "rank of the LoRA": {n: Alignment(rank=n) for n in (1, 4, 16)},
+    "steps on texts, no images": {n: Alignment(text_steps=n, image_steps=0) for n in (0, 25, 50)},
 }
 
 # Of each curve and encoders, for each value: counts of `miniature_pictures`, (scenes, columns, 2).
@@ -117,7 +117,7 @@ def draw_figure(counts: Counts) -> Figure:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_drawing_flags(flags, scenes=200, runs="runs/alignment-curves")
+    add_drawing_flags(flags, scenes=100, runs="runs/alignment-curves")
     text = f"names of curves (default all): {'; '.join(CURVES)}"
     flags.add_argument("--only", nargs="*", default=list(CURVES), choices=list(CURVES), metavar="CURVE", help=text)
     arguments = flags.parse_args()

@@ -63,6 +63,8 @@ def precompute(
         UnreadableImageError: if no image can be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    dtype = pipe.vae.dtype
+    pipe.vae.float()  # SDXL's overflows in half precision
     chunks = range(0, len(data), CHUNK)
     for first in tqdm(chunks, desc="encoding images", unit_scale=CHUNK, unit="image", disable=None):
         file = folder / f"chunk-{first // CHUNK:06d}.safetensors"
@@ -87,6 +89,7 @@ def precompute(
         with written_whole(file) as temporary:
             contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(contiguous, temporary, metadata={"captions": json.dumps(captions)})
+    pipe.vae.to(dtype)
     items = Precomputed(folder)
     if not len(items):
         raise UnreadableImageError(f"None of the {len(data)} images can be read: look at the messages above.")
