@@ -403,7 +403,7 @@ def test_curves_share_what_they_have_in_common_and_start_unaligned(monkeypatch, 
     monkeypatch.setattr(miniature_alignment, "open_aligned", open_aligned)
     monkeypatch.setattr(miniature_alignment, "open_unaligned", open_unaligned)
     curves = {
-        "steps on images": {n: Alignment(image_steps=n) for n in (0, 200)},
+        "steps on images": {n: Alignment(image_steps=n) for n in (0, 50)},
         "rank of the LoRA": {n: Alignment(rank=n) for n in (4, 16)},
         "steps on texts, no images": {n: Alignment(text_steps=n, image_steps=0) for n in (0, 9)},
     }
@@ -419,14 +419,14 @@ def test_curves_share_what_they_have_in_common_and_start_unaligned(monkeypatch, 
     assert [row[:3] for row in found[0][1:]] == [
         ["0", "FineLIP", "0.0 (0.0–0.0)"],
         ["0", "stretched", "0.0 (0.0–0.0)"],
-        ["200", "FineLIP", "100.0 (100.0–100.0)"],
-        ["200", "stretched", "100.0 (100.0–100.0)"],
+        ["50", "FineLIP", "100.0 (100.0–100.0)"],
+        ["50", "stretched", "100.0 (100.0–100.0)"],
     ]
     ours = [(flags, weights) for encoders, flags, weights in opened if encoders == "FineLIP"]
     assert len(ours) == len(opened) // 2 == 4  # not aligned, the default of two curves, rank 4, texts alone
     seen = [" ".join(flags) for flags, _ in ours if flags]
-    assert "--text-steps 0 --image-steps 200 --captions miniature:5000 --rank 4 --seed 1" in seen
-    assert "--text-steps 9 --image-steps 0 --captions miniature:5000 --rank 16 --seed 1" in seen
+    assert "--text-steps 0 --image-steps 50 --captions miniature:2000 --rank 4 --seed 1" in seen
+    assert "--text-steps 9 --image-steps 0 --captions miniature:2000 --rank 16 --seed 1" in seen
     assert len({weights for _, _, weights in opened if weights}) == 6
     assert Image.open(tmp_path / "curves.png").format == "PNG"
 
