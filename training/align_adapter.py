@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from alignment import Alignment, ImageAlignment, TextAlignment, captions_of
+from alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
@@ -82,7 +82,7 @@ MINIATURE = {
     "captions": "miniature:2000",
     "finelip": "miniature-finelip-1",
     "finelip_2": "miniature-finelip-2",
-    "text_steps": 80,
+    "text_steps": 60,
     "image_steps": 200,
     "batch_size": 24,
     "learning_rate": 1e-3,
@@ -188,7 +188,8 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
 
     place(models, ENCODERS, device)
-    losses = {"text": TextAlignment(pipe, stock), "image": ImageAlignment(pipe, arguments.snr_gamma)}
+    rarity = word_rarity([data.captions(index)[0] for index in range(min(len(data), 1000))])
+    losses = {"text": TextAlignment(pipe, stock, rarity), "image": ImageAlignment(pipe, arguments.snr_gamma)}
     objective, optimizer = accelerator.prepare(
         Alignment(method.parameters, losses),
         torch.optim.AdamW(method.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay),

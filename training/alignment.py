@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -66,33 +67,52 @@ def token_counts(sentences: list[str], tokenizer: Any) -> list[int]:
     return [len(ids) for ids in tokenizer(sentences, add_special_tokens=False).input_ids]
 
 
-def write_lessons(caption: str, tokenizer: Any) -> list[Lesson]:
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def word_rarity(captions: Collection[str]) -> dict[str, float]:
+    """Of each word the inverse document frequency: 0 if all captions have it.
+
+    Example:
+        >>> word_rarity(["A red star.", "A star."])["star"], round(word_rarity(["A red star.", "A star."])["red"], 2)
+        (0.0, 0.69)
+    """
+    frequency = Counter(word for caption in captions for word in words_of(caption))
+    return {word: math.log(len(captions) / count) for word, count in frequency.items()}
+
+
+def write_lessons(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> list[Lesson]:
     """What stock can teach of a long caption, a lesson for each sentence.
 
     What a sentence means may hang on one that stands further back than 77 tokens ("the star"). So its lesson holds,
-    before the sentence, not those just before it but those that share words with it, the rarest words of the caption
+    before the sentence, not those just before it but those that introduced its words to the caption, the rarest words
     counting most; then as many others as fit.
 
     Args:
         caption: the text, which the encoders that learn read whole.
         tokenizer: theirs; SDXL's two have one vocabulary.
+        rarity: of words, see `word_rarity`; one that is not in it counts as the rarest.
 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> caption = "A star is red. " + "A dull and gray line is here. " * 12 + "The ring is like the star."
-        >>> write_lessons(caption, load_tokenizer("miniature-clip-1"))[-1].text[:38]
+        >>> write_lessons(caption, load_tokenizer("miniature-clip-1"), rarity={"a": 0, "is": 0})[-1].text[:38]
         'A star is red. A dull and gray line is'
     """
     sentences = split_sentences(caption)
     lengths = token_counts(sentences, tokenizer)
-    words = [set(re.findall(r"\w+", sentence.lower())) for sentence in sentences]
-    common = Counter(word for group in words for word in group)
+    rarest = max(rarity.values(), default=0) or 1.0
+    introduced: dict[str, int] = {}  # by which sentence
 
     lessons = []
     for number, sentence in enumerate(sentences):
         tokens = min(lengths[number], STOCK_POSITIONS - 2)
         room = STOCK_POSITIONS - 2 - tokens
-        related = {other: sum(1 / common[word] for word in words[number] & words[other]) for other in range(number)}
+        related = dict.fromkeys(range(number), 0.0)
+        for word in words_of(sentence):
+            if introduced.setdefault(word, number) < number:
+                related[introduced[word]] += rarity.get(word, rarest)
         context: list[int] = []
         for other in sorted(related, key=lambda other: (-related[other], -other)):
             if lengths[other] <= room:
@@ -138,14 +158,17 @@ class TextAlignment:
     Args:
         pipe: reads as it will when it draws; holds what is trained.
         teacher: stock.
+        rarity: of words, which decides what lessons hold.
     """
 
-    def __init__(self, pipe: FineLIPSDXLPipeline, teacher: StableDiffusionXLPipeline) -> None:
-        self.pipe, self.teacher = pipe, teacher
+    def __init__(
+        self, pipe: FineLIPSDXLPipeline, teacher: StableDiffusionXLPipeline, rarity: Mapping[str, float]
+    ) -> None:
+        self.pipe, self.teacher, self.rarity = pipe, teacher, rarity
 
     def __call__(self, long: list[str], short: list[str]) -> dict[str, Tensor]:
         """The loss, and its parts: relative squared errors, of states the mean over tokens."""
-        lessons = [write_lessons(caption, self.pipe.tokenizer) for caption in long]
+        lessons = [write_lessons(caption, self.pipe.tokenizer, self.rarity) for caption in long]
         flat = [lesson for of_caption in lessons for lesson in of_caption]
         with torch.no_grad():
             taught, _ = read(self.teacher, [lesson.text for lesson in flat])

@@ -113,7 +113,7 @@ def measure(stage: str, method: str, batch_size: int, resolution: int, device: s
         trained.adapter.to(device)
     if stage == "image" or method == "lora":
         save_memory(pipe)
-    losses = {"text": TextAlignment(pipe, stock), "image": ImageAlignment(pipe)}
+    losses = {"text": TextAlignment(pipe, stock, rarity={}), "image": ImageAlignment(pipe)}
     objective = Alignment(trained.parameters, losses)
     average = EMAModel(trained.parameters)
     optimizer = torch.optim.AdamW(trained.parameters)
