@@ -607,8 +607,8 @@ def test_what_comes_out_loads_and_reads_as_what_was_trained(
         for mine, trained, before in zip(
             read(loaded, texts), read(seen["pipe"], texts), read(untrained, texts), strict=True
         ):
-            torch.testing.assert_close(mine, trained, atol=1e-5, rtol=1e-5)
-            assert not torch.allclose(mine, before, atol=1e-4)
+            torch.testing.assert_close(mine, trained, atol=5e-5, rtol=1e-4)
+            assert not torch.allclose(mine, before, atol=1e-3)
     # Short prompts are read as by stock, unless asked for otherwise.
     loaded = FineLIPSDXLPipeline.from_pretrained(base, **given)
     for mine, stocks in zip(read(loaded, SHORT), read(seen["stock"], SHORT), strict=True):
@@ -681,6 +681,7 @@ def test_the_second_stage_begins_with_the_average(base, tmp_path, monkeypatch) -
     assert all(torch.equal(mine, its) for mine, its in zip(first[0], expected, strict=True))
 
 
+@pytest.mark.slow
 def test_losses_fall(base, tmp_path, monkeypatch) -> None:
     history = record_figures(monkeypatch)
     align(base, tmp_path, "--captions", "miniature:5", "--text-steps", "60", "--image-steps", "0", "--method", "lora")
