@@ -34,9 +34,9 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from precompute import Precomputed, cut_square
+from recipes import KillIn, Stop, forget_accelerator, nothing, on_two_processes, processes, refusal
 from run_folder import RunFolder
 from safetensors.torch import load_file
-from test_train_finelip import KillIn, Stop, forget_accelerator, nothing, on_two_processes, processes
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -938,21 +938,6 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
 # What is refused
 
 
-def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
-    """The one sentence that ends the program."""
-    forget_accelerator()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        align_adapter.main(flags)
-    printed = capsys.readouterr().err
-    assert stopped.value.code not in (0, None)
-    message = stopped.value.code if isinstance(stopped.value.code, str) else printed.splitlines()[-1]
-    assert "Traceback" not in printed + message
-    assert "\n" not in message
-    assert message.startswith("align_adapter.py: error: ")
-    return message.removeprefix("align_adapter.py: error: ")
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -976,24 +961,27 @@ def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
 )
 def test_refuses_in_one_sentence(base, tmp_path, capsys, flags, expected) -> None:
     common = f"--base {base} --captions miniature:20 --batch-size 5 --resolution 16 --cpu --out {tmp_path / 'run'}"
-    assert expected in refusal(capsys, *common.split(), *flags.split())
+    assert expected in refusal(align_adapter, capsys, *common.split(), *flags.split())
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_refuses_another_base_without_captions(capsys) -> None:
-    assert refusal(capsys, "--base", "other") == "--base other needs --captions, such as sharegpt4v:captions.json"
+    assert (
+        refusal(align_adapter, capsys, "--base", "other")
+        == "--base other needs --captions, such as sharegpt4v:captions.json"
+    )
 
 
 def test_refuses_prompts_that_hold_no_text(base, tmp_path, capsys) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     flags = f"--base {base} --captions miniature:20 --cpu --validation-prompts {tmp_path / 'empty.txt'}"
-    assert refusal(capsys, *flags.split()).endswith("empty.txt holds no text: write a prompt a line.")
+    assert refusal(align_adapter, capsys, *flags.split()).endswith("empty.txt holds no text: write a prompt a line.")
 
 
 def test_refuses_a_base_that_is_swapped_already(base, tmp_path, capsys) -> None:
     pipe, _ = load_pair(base)
     pipe.save_pretrained(tmp_path / "swapped")
-    message = refusal(capsys, *f"--base {tmp_path / 'swapped'} --captions miniature:20 --cpu".split())
+    message = refusal(align_adapter, capsys, *f"--base {tmp_path / 'swapped'} --captions miniature:20 --cpu".split())
     assert "swapped has not the two text encoders of 77 positions that SDXL was trained with" in message
 
 
@@ -1003,9 +991,9 @@ def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
         f"--base {base} --out {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --hidden-dim 8"
     )
     flags += " --learning-rate 1e-2 --rank 2 --validate-every 0 --text-steps 3 --image-steps 0"
-    message = refusal(capsys, *flags.split(), "--seed", "1")
+    message = refusal(align_adapter, capsys, *flags.split(), "--seed", "1")
     assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another --out.")
-    message = refusal(capsys, *flags.split(), "--method", "lora")
+    message = refusal(align_adapter, capsys, *flags.split(), "--method", "lora")
     assert "method was adapter and is lora" in message
     align_adapter.main([*flags.split(), "--save-every", "7", "--keep", "1"])
 

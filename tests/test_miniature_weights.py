@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from finelip_sdxl import FineLIPSDXLPipeline, load_finelip, miniature_clip, miniature_path
 from finelip_sdxl.data import load_image_processor, load_tokenizer
 from finelip_sdxl.evaluation import evaluate_retrieval
-from finelip_sdxl.miniature.captions import short_caption
+from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
 from finelip_sdxl.miniature.scoring import score_picture
@@ -93,6 +93,28 @@ def test_default_pipeline_draws_short_captions_bit_for_bit_as_stock(stock: Stabl
     for caption in CAPTIONS[:3]:
         ((a,), (b,)) = (draw(pipe, [caption.text], steps=4) for pipe in (stock, ours))
         assert a.tobytes() == b.tobytes()
+
+
+def test_default_pipeline_draws_what_stock_cuts_off() -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+    pipe.set_progress_bar_config(disable=True)
+    captions = [long_caption(scene, f"long {k}") for k, scene in enumerate(SCENES[:12])]
+    images = draw(pipe, [caption.text for caption in captions])
+    right = []
+    for image, scene, caption in zip(images, SCENES, captions, strict=False):
+        tokens = pipe.tokenizer(caption.text)
+        scores = score_picture(image, scene)
+        late = [mention for mention in caption.described if tokens.char_to_token(mention.end - 1) >= 77]
+        right += [scores[mention.index].right for mention in late]
+    assert len(right) > 50
+    assert np.mean(right) >= 0.93
+
+
+def test_the_adapter_comes_with_the_finelips_that_it_was_trained_on() -> None:
+    assert FineLIPSDXLPipeline.from_pretrained("miniature").conditioning_adapter is not None
+    others = FineLIPSDXLPipeline.from_pretrained("miniature", finelip="miniature-clip-1")
+    assert others.conditioning_adapter is None
+    assert FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter=None).conditioning_adapter is None
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import pytest
 import recipe
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
+from recipes import forget_accelerator
 from run_folder import RunFolder
 from safetensors.torch import load_file
 from torch import nn
@@ -26,11 +26,6 @@ def no_state() -> Iterator[None]:
     """No accelerator hears of the one before."""
     yield
     forget_accelerator()
-
-
-def forget_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 class Run:

@@ -3,12 +3,10 @@
 import csv
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -21,13 +19,12 @@ import numpy as np
 import pytest
 import recipe
 import torch
-import torch.distributed as dist
 import train_finelip
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from objective import LOSSES, Base, Objective
 from PIL import Image
+from recipes import KillIn, Stop, die, forget_accelerator, nothing, on_two_processes, processes, refusal
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -43,11 +40,8 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 ALL_LOSSES = ("--triplet-weight", "0.1", "--contrastive-weight", "1", "--region-weight", "1", "--pull-weight", "1")
 TRIPLET_ONLY = ("--contrastive-weight", "0", "--region-weight", "0", "--pull-weight", "0")
 
+
 # Processes are forked from one that has no threads, and has imported what takes long.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["accelerate", "finelip_sdxl.evaluation", "torch.distributed"])
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A plain CLIP of 77 positions that knows the miniature's words, with tokenizer and image processor."""
@@ -74,11 +68,6 @@ def record_figures(setattr_: Callable) -> dict[int, dict[str, float]]:
     figures: dict[int, dict[str, float]] = {}
     setattr_(Accelerator, "log", lambda self, values, step: figures.update({step: dict(values)}))
     return figures
-
-
-def forget_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def save_clip(folder: Path, width: int = 16, dropout: float = 0.0) -> Path:
@@ -351,10 +340,6 @@ def test_tensorboard_shows_every_step(base, tmp_path) -> None:
 # What a stop costs
 
 
-class Stop(Exception):
-    """The run ends here."""
-
-
 def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Train up to the step of this number, from 0, whose learning rate is the last that is asked for."""
     schedule = train_finelip.schedule
@@ -452,10 +437,6 @@ def train_until_killed(arguments: Any, log: Path, kill: Callable[[], None]) -> N
     train_finelip.train(arguments)
 
 
-def die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 class KillAfter:
     """Some time after a step began; both are drawn by the seed."""
 
@@ -472,31 +453,6 @@ class KillAfter:
             return schedule(*inputs)
 
         train_finelip.schedule = started
-
-
-class KillIn:
-    """Before a function is called with this path, or before it has written more than `half` of the file."""
-
-    def __init__(self, module: Any, name: str, path: str, half: bytes = b"") -> None:
-        self.module, self.name, self.path, self.half = module.__name__, name, path, half
-
-    def __call__(self) -> None:
-        module = sys.modules[self.module]
-        function = getattr(module, self.name)
-
-        def deadly(*inputs: Any, **options: Any) -> Any:
-            paths = [Path(value) for value in inputs if isinstance(value, str | Path)]
-            if not any(str(path).endswith(self.path) for path in paths):
-                return function(*inputs, **options)
-            if self.half:
-                paths[0].write_bytes(self.half)
-            return die()
-
-        setattr(module, self.name, deadly)
-
-
-def nothing() -> None:
-    """Let it live."""
 
 
 @pytest.mark.slow
@@ -616,32 +572,6 @@ CASES = [
 ]
 
 
-def one_of_two(process: int, port: int, work: Callable[..., None], *inputs: Any) -> None:
-    """Of a process: what torchrun sets, and then the work."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    os.environ.update(RANK=str(process), LOCAL_RANK=str(process))
-    torch.set_num_threads(1)
-    work(process, *inputs)
-    sys.stdout.flush()
-    if dist.is_initialized():
-        dist.barrier()
-    os._exit(0)  # gloo may abort at a regular exit, when all is done
-
-
-def on_two_processes(work: Callable[..., None], *inputs: Any) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pair = [processes.Process(target=one_of_two, args=(process, port, work, *inputs)) for process in (0, 1)]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(timeout=120)
-    for process in pair:
-        process.kill()
-    assert [process.exitcode for process in pair] == [0, 0]
-
-
 def work_on_half(process: int, folder: Path) -> None:
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     assert accelerator.num_processes == 2
@@ -719,20 +649,6 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
 # What is refused
 
 
-def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
-    """The one sentence that ends the program."""
-    forget_accelerator()
-    with pytest.raises(SystemExit) as stopped:
-        train_finelip.main(flags)
-    printed = capsys.readouterr().err
-    assert stopped.value.code not in (0, None)
-    message = stopped.value.code if isinstance(stopped.value.code, str) else printed.splitlines()[-1]
-    assert "Traceback" not in printed + message
-    assert "\n" not in message
-    assert message.startswith("train_finelip.py: error: ")
-    return message.removeprefix("train_finelip.py: error: ")
-
-
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -763,20 +679,23 @@ def test_refuses_in_one_sentence(base, tmp_path, capsys, flags, expected) -> Non
     common = f"--base {base} --data miniature:20 --batch-size 5 --region-weight 1 --cpu --out {tmp_path / 'run'}"
     if flags == "--base other":
         common = ""
-    assert expected in refusal(capsys, *common.split(), *flags.split())
+    assert expected in refusal(train_finelip, capsys, *common.split(), *flags.split())
     assert not (tmp_path / "run").exists()
 
 
 def test_refuses_data_without_regions(base, tmp_path, capsys) -> None:
     data = f"csv:{write_csv(tmp_path / 'data')}"
     flags = f"--base {base} --data {data} --batch-size 5 --region-weight 0.5 --cpu --out {tmp_path / 'run'}"
-    assert refusal(capsys, *flags.split()) == f"--region-weight is 0.5, but {data} knows no regions: pass 0."
+    assert (
+        refusal(train_finelip, capsys, *flags.split())
+        == f"--region-weight is 0.5, but {data} knows no regions: pass 0."
+    )
 
 
 def test_refuses_a_text_encoder_alone(base, tmp_path, capsys) -> None:
     encoder = load_finelip(base).to_text_encoder(projection=True)
     encoder.save_pretrained(tmp_path / "encoder")
-    message = refusal(capsys, "--base", str(tmp_path / "encoder"), "--data", "miniature:20", "--cpu")
+    message = refusal(train_finelip, capsys, "--base", str(tmp_path / "encoder"), "--data", "miniature:20", "--cpu")
     assert "is a text encoder alone: training needs a CLIP with an image tower" in message
 
 
@@ -784,32 +703,32 @@ def test_refuses_the_tokenizer_of_a_larger_model(base, tmp_path, capsys) -> None
     tokenizer = load_tokenizer(base)
     tokenizer.add_tokens(["extraordinary"])
     tokenizer.save_pretrained(tmp_path)
-    message = refusal(capsys, *f"--base {base} --tokenizer {tmp_path} --data miniature:20 --cpu".split())
+    message = refusal(train_finelip, capsys, *f"--base {base} --tokenizer {tmp_path} --data miniature:20 --cpu".split())
     assert f"The tokenizer of {tmp_path} has tokens that {base} does not know" in message
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_refuses_a_tracker_that_is_not_installed(monkeypatch, capsys, tracker) -> None:
     monkeypatch.setattr(recipe, "find_spec", lambda name: None)
-    message = refusal(capsys, "--report-to", tracker)
+    message = refusal(train_finelip, capsys, "--report-to", tracker)
     assert message == f"--report-to {tracker} needs a package that is not installed: pip install {tracker}."
 
 
 def test_refuses_a_file_as_folder(tmp_path, capsys) -> None:
     (tmp_path / "run").write_text("mine")
-    assert "run is a file: pass the name of a folder" in refusal(capsys, "--out", str(tmp_path / "run"))
+    assert "run is a file: pass the name of a folder" in refusal(train_finelip, capsys, "--out", str(tmp_path / "run"))
 
 
 def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, capsys) -> None:
     flags = f"--data miniature:20 --batch-size 5 --cpu --out {tmp_path / 'run'} --max-steps 1".split()
     train_finelip.main(["--base", str(base), *flags])
     capsys.readouterr()
-    message = refusal(capsys, "--base", str(base), *flags, "--seed", "1", "--margin", "0.3")
+    message = refusal(train_finelip, capsys, "--base", str(base), *flags, "--seed", "1", "--margin", "0.3")
     assert message.endswith(
         "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another --out."
     )
     wider = save_clip(tmp_path / "clip", width=32)
-    message = refusal(capsys, "--base", str(wider), *flags)
+    message = refusal(train_finelip, capsys, "--base", str(wider), *flags)
     assert message.endswith("step-0000001 is a checkpoint of another model: pass another --out.")
     train_finelip.main(["--base", str(base), *flags, "--max-steps", "2", "--save-every", "7", "--workers", "1"])
 
@@ -817,7 +736,7 @@ def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, c
 def test_refuses_images_none_of_which_can_be_read_also_from_workers(base, tmp_path, capsys) -> None:
     data = write_csv(tmp_path / "data", broken=tuple(range(10)))
     flags = f"--base {base} --data csv:{data} --batch-size 5 --workers 1 --cpu --out {tmp_path / 'run'}"
-    assert refusal(capsys, *flags.split()).startswith("10 images in a row cannot be read")
+    assert refusal(train_finelip, capsys, *flags.split()).startswith("10 images in a row cannot be read")
 
 
 def test_the_script_exits_with_an_error(tmp_path) -> None:
