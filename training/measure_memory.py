@@ -153,8 +153,8 @@ def image_batch(batch_size: int, resolution: int, method: str, device: str) -> d
         if method == "lora":
             group["captions"] = captions[kind]
         else:
-            group["states"] = torch.randn(count, tokens, 2048, device=device)
-            group["pooled"] = torch.randn(count, 1280, device=device)
+            group["states"] = torch.randn(count, tokens, CLIP_L["hidden_size"] + BIG_G["hidden_size"], device=device)
+            group["pooled"] = torch.randn(count, BIG_G["projection_dim"], device=device)
         groups.append(group)
     return {"groups": groups}
 
