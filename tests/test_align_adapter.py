@@ -37,6 +37,7 @@ from precompute import Precomputed, cut_square
 from recipes import KillIn, Stop, forget_accelerator, nothing, on_two_processes, processes, refusal
 from run_folder import RunFolder
 from safetensors.torch import load_file
+from single_file import save_single_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -750,6 +751,17 @@ def test_a_finelip_takes_the_place_of_an_encoder(base, tmp_path, seen) -> None:
     expected = CLIPTextModel.from_pretrained(folder).state_dict()
     found = seen["pipe"].text_encoder.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path) -> None:
+    file = tmp_path / "fine_tune.safetensors"
+    save_single_file(StableDiffusionXLPipeline.from_pretrained(base), file)
+    align(base, tmp_path / "folder")
+    align(file, tmp_path / "file", "--config", str(base))
+    for name in ("after-text", "last"):
+        one, other = weights(tmp_path / "folder" / name), weights(tmp_path / "file" / name)
+        for key, value in one.items():
+            torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
 
 
 # Pictures on the way
