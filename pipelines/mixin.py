@@ -174,9 +174,8 @@ class LongPromptMixin(_Parent):
         brings_finelip = finelip is not None or finelip_2 is not None
         if base == "miniature":
             own = [name for name in _ENCODERS if kwargs.get(name) is None]
-            adapter_folder = miniature_path().parent / _ADAPTER
-            if len(own) == 2 and not brings_finelip and adapter_folder.exists():
-                kwargs.setdefault(_ADAPTER, adapter_folder)
+            if len(own) == 2 and not brings_finelip:
+                kwargs.setdefault(_ADAPTER, miniature_path().parent / _ADAPTER)
             if finelip is None and "text_encoder" in own:
                 finelip = "miniature-finelip-1"
             if finelip_2 is None and "text_encoder_2" in own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,9 @@ def main() -> None:
     folder = arguments.out / "conditioning_adapter"
     shutil.rmtree(folder, ignore_errors=True)
     ConditioningAdapter.from_pretrained(arguments.runs / "adapter" / "last").half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["_name_or_path"]  # where it was trained
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
     print(f"{folder}: {size / 2**20:.1f} MiB")
 
