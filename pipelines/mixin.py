@@ -8,7 +8,6 @@ import inspect
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,7 +39,13 @@ from finelip_sdxl.prompts import (
     token_rows,
 )
 from finelip_sdxl.stretch import stretched_row_indices
-from finelip_sdxl.text_encoders import build_text_encoder, num_positions, stretch_text_encoder, text_encoder_tensors
+from finelip_sdxl.text_encoders import (
+    build_text_encoder,
+    num_positions,
+    stretch_text_encoder,
+    text_encoder_tensors,
+    with_max_length,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +249,7 @@ class LongPromptMixin(_Parent):
                 encoder = parts[name] = stretch_text_encoder(encoder)
                 bare.append(name)
             if tokenizer is not None and tokenizer.model_max_length != num_positions(encoder):
-                parts[tokenizer_name] = _with_max_length(tokenizer, num_positions(encoder))
+                parts[tokenizer_name] = with_max_length(tokenizer, num_positions(encoder))
         self.register_modules(**parts)
         if bare and not replacements:
             logger.warning(
@@ -388,9 +393,9 @@ class LongPromptMixin(_Parent):
                 if any(not "".join(texts).strip() for texts in zip(*prompts, strict=True)):
                     logger.warning("`prompt` is empty, so no text guides the picture.")
             if do_classifier_free_guidance and negative_prompt_embeds is None:
-                shape = self._shape_of("prompt_embeds", prompt_embeds)
                 batch_size = len(prompts[0] if prompts else prompt_embeds)  # type: ignore[arg-type]
                 negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size)
+                shape = None if negatives is None else self._shape_of("prompt_embeds", prompt_embeds)
 
             if prompts or negatives:
                 report = self._read(prompts, negatives, shape)
@@ -684,13 +689,6 @@ def _has_added_tokens(tokenizer: Any) -> bool:
     """Whether a textual inversion may be in a prompt. (To look for one, Diffusers tokenises the whole prompt, which
     logs a warning of "indexing errors" for long ones.)"""
     return not tokenizer.get_added_vocab().keys() <= set(tokenizer.all_special_tokens)
-
-
-def _with_max_length(tokenizer: Any, length: int) -> Any:
-    """A copy of a tokenizer that reads `length` tokens. (A deep copy of `CLIPTokenizer` decodes wrongly.)"""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return type(tokenizer).from_pretrained(folder, model_max_length=length)
 
 
 @contextmanager

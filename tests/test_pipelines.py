@@ -273,6 +273,14 @@ def test_text_that_does_not_fit_beside_embeddings_is_refused(components) -> None
         embeddings(pipe, **{**beside, "negative_prompt_embeds": torch.randn(1, 300, 80)})
 
 
+def test_embeddings_of_any_length_need_no_negative_where_sdxl_takes_zeros(components) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components))
+    compels = {"prompt_embeds": torch.randn(1, 4 * 77, 80), "pooled_prompt_embeds": torch.randn(1, 24)}
+    states, negative, *_ = embeddings(pipe, prompt=None, **compels)
+    assert torch.equal(states, compels["prompt_embeds"])
+    assert torch.equal(negative, torch.zeros_like(states))
+
+
 def test_refiner_without_a_first_text_encoder(components, caplog) -> None:
     components |= {"text_encoder": None, "tokenizer": None, "force_zeros_for_empty_prompt": False}
     stock = StableDiffusionXLImg2ImgPipeline(**components)
