@@ -1,4 +1,4 @@
-"""The command line: `finelip-sdxl generate`, `convert`, `export`, `tokens` and `evaluate`.
+"""The command line: `finelip-sdxl generate`, `compare`, `convert`, `export`, `tokens` and `evaluate`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -18,6 +18,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finelip_sdxl.arguments import (
+    DTYPES,
+    add_adapter,
+    add_base,
+    add_loading,
+    add_pipeline,
+    add_refiner,
+    count,
+    device_and_dtype,
+    loading_arguments,
+    open_device,
+    quiet_transformers,
+)
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
@@ -26,13 +39,14 @@ from finelip_sdxl.prompts import (
     LONG_PROMPT,
     SHORT_PROMPT,
     STOCK_POSITIONS,
+    EncoderReading,
     PromptReader,
     check_texts,
     read_prompts,
 )
 
-DTYPES = ("float32", "float16", "bfloat16")
 FORMATS = ("diffusers", "comfyui")
+COLUMNS = ("stock", "compel", "finelip")  # the keys of finelip_sdxl.comparison.COLUMNS, whose import is heavy
 NAMED = 5  # images that cannot be read and are named on the screen
 
 
@@ -51,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["finelip-sdxl", *arguments])
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"{options.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -68,13 +82,14 @@ def generate(options: argparse.Namespace) -> None:
     prompt, files = _prompt(options), _image_files(options.out, options.num_images)
     seed = random.randrange(2**32) if options.seed is None else options.seed
 
-    _quiet_transformers()
+    quiet_transformers()
     import torch
 
+    from finelip_sdxl.pictures import save_png
     from finelip_sdxl.pipelines import FineLIPSDXLPipeline
 
-    device, dtype = _device_and_dtype(options)
-    pipe = FineLIPSDXLPipeline.from_pretrained(options.base, **_loading(options), dtype=dtype)
+    device, dtype = device_and_dtype(options)
+    pipe = FineLIPSDXLPipeline.from_pretrained(options.base, **loading_arguments(options), dtype=dtype)
     pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
     print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt))
     if options.offload:
@@ -95,25 +110,71 @@ def generate(options: argparse.Namespace) -> None:
     ).images
 
     parameters = {
-        "prompt": prompt,
-        "negative_prompt": options.negative_prompt,
-        "steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "base": str(options.base),
-        "finelip": options.finelip,
-        "finelip_2": options.finelip_2,
-        "conditioning_adapter": options.conditioning_adapter,
-        "conditioning_adapter_scale": options.conditioning_adapter_scale,
-        "dtype": str(dtype).removeprefix("torch."),
+        **_parameters(options, prompt, dtype),
         "short_prompt": pipe.short_prompt,
         "long_prompt": pipe.long_prompt,
         "hidden_states": pipe.hidden_states,
-        "finelip_sdxl": version("finelip-sdxl"),
     }
     for number, (image, file) in enumerate(zip(images, files, strict=True)):
         size = {"width": image.width, "height": image.height}
-        _save_png(image, file, prompt, {**parameters, **size, "seed": seed + number})
+        save_png(image, file, {**parameters, **size, "seed": seed + number})
         print(f"{file} (seed {seed + number})")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """A prompt, read in several ways and drawn from one or more seeds, to one picture with labels."""
+    prompt, (file,) = _prompt(options), _image_files(options.out, 1)
+    columns = [column for column in COLUMNS if column in options.columns]
+
+    quiet_transformers()
+    from finelip_sdxl import comparison
+    from finelip_sdxl.miniature.parsing import parse_description
+    from finelip_sdxl.pictures import save_png
+
+    first = comparison.Settings(
+        prompt,
+        options.negative_prompt or "",
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        seed=random.randrange(2**31) if options.seed is None else options.seed,
+        width=options.width,
+        height=options.height,
+        conditioning_adapter_scale=options.conditioning_adapter_scale,
+    )
+    rows = first.over_seeds(options.seeds)
+    device, dtype = device_and_dtype(options)
+    opened = comparison.Comparison.load(
+        options.base,
+        refiner=options.refiner,
+        device=device,
+        offload=options.offload,
+        dtype=dtype,
+        **loading_arguments(options),
+    )
+    for column, reading in opened.read(prompt, columns).items():
+        print(f"{comparison.COLUMNS[column]} reads {_outline(reading)}")
+
+    pictures = []
+    for settings in rows:
+        for column in columns:
+            pictures.append(opened.draw(column, settings))
+            seconds = f"{pictures[-1].seconds:.1f} s"
+            print(f"{comparison.COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
+    described = parse_description(prompt) if opened.is_miniature else ()
+    parameters = {
+        **_parameters(options, prompt, dtype),
+        "refiner": options.refiner,
+        "short_prompt": options.short_prompt,
+        "long_prompt": options.long_prompt,
+        "hidden_states": opened.hidden_states,
+        "width": pictures[0].image.width,
+        "height": pictures[0].image.height,
+        "columns": columns,
+        "seed": first.seed,
+        "seeds": [settings.seed for settings in rows],
+    }
+    save_png(comparison.label_pictures(pictures, described), file, parameters)
+    print(file)
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -146,7 +207,7 @@ def _export_diffusers(options: argparse.Namespace) -> None:
 
 
 def _export_comfyui(options: argparse.Namespace) -> None:
-    _quiet_transformers()
+    quiet_transformers()
     from finelip_sdxl.export import COMFYUI_FILES, save_comfyui
 
     out = Path(options.out)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
@@ -178,7 +239,7 @@ def tokens(options: argparse.Namespace) -> None:
 def evaluate_retrieval(options: argparse.Namespace) -> None:
     """Recall of texts by images and of images by texts, as a table and a JSON file."""
     json_file = None if options.json is None else _output_file("--json", options.json)
-    _quiet_transformers()
+    quiet_transformers()
     import torch
 
     from finelip_sdxl import evaluation
@@ -186,7 +247,7 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
     from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
     from finelip_sdxl.stretch import FACTOR
 
-    device, factor = _device(options.device), FACTOR if options.stretch else 1
+    device, factor = open_device(options.device), FACTOR if options.stretch else 1
     data = open_images(options.data, options.split, images=options.images)
     model = load_finelip(options.model, dtype=getattr(torch, options.dtype), factor=factor).to(device)
     vision = model.config.vision_config
@@ -228,15 +289,6 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
 # Parts of commands
 
 
-def _quiet_transformers() -> None:
-    """Errors only: importing Diffusers makes it advise on image processors that no SDXL uses, and it shows a bar for
-    weights that load in milliseconds."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _prompt(options: argparse.Namespace) -> str:
     given = [text for text in (options.text, options.prompt) if text is not None]
     if options.prompt_file is not None:
@@ -255,16 +307,9 @@ def _prompt(options: argparse.Namespace) -> str:
     return given[0]
 
 
-def _loading(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that were given; what was not is up to a saved folder, or the default."""
-    names = ("finelip", "finelip_2", "conditioning_adapter", "variant", "short_prompt", "long_prompt", "hidden_states")
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
-    return {name: None if value == "none" else value for name, value in given.items()}
-
-
 def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
     """A base as the pipeline of ours for its kind, with encoders of 248 positions."""
-    _quiet_transformers()
+    quiet_transformers()
     import torch
     from diffusers import DiffusionPipeline
 
@@ -274,7 +319,7 @@ def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
     name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
     if name not in pipelines.__all__:
         raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported.")
-    arguments = {**_loading(options), **arguments}
+    arguments = {**loading_arguments(options), **arguments}
     pipe = getattr(pipelines, name).from_pretrained(options.base, dtype=getattr(torch, dtype), **arguments)
     pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
     return pipe
@@ -299,31 +344,6 @@ def _whole_folder(out: Path) -> Iterator[str]:
         if out.exists():
             out.rename(f"{temporary}/old")  # goes with the temporary directory
         os.rename(f"{temporary}/new", out)
-
-
-def _device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
-
-    device = _device(options.device)
-    if options.offload and device.type == "cpu":
-        raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
-    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
-
-
-def _device(name: str | None) -> Any:
-    """The device of a name; without one, an accelerator or else the CPU."""
-    import torch
-
-    device: Any = name
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device: use one such as cpu, cuda, cuda:1 or mps.") from error
-    if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise ValueError(f"--device {device} is not available on this machine: use --device cpu.")
-    return device
 
 
 def _circumstances(device: Any) -> dict[str, Any]:
@@ -360,14 +380,29 @@ def _image_files(out: str, count: int) -> list[Path]:
     return [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
 
 
-def _save_png(image: Any, file: Path, prompt: str, parameters: dict[str, Any]) -> None:
-    from PIL.PngImagePlugin import PngInfo
+def _parameters(options: argparse.Namespace, prompt: str, dtype: Any) -> dict[str, Any]:
+    """What a drawn picture says of how it was made, whatever the command."""
+    return {
+        "prompt": prompt,
+        "negative_prompt": options.negative_prompt,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "base": str(options.base),
+        "finelip": options.finelip,
+        "finelip_2": options.finelip_2,
+        "conditioning_adapter": options.conditioning_adapter,
+        "conditioning_adapter_scale": options.conditioning_adapter_scale,
+        "dtype": str(dtype).removeprefix("torch."),
+        "finelip_sdxl": version("finelip-sdxl"),
+    }
 
-    info = PngInfo()
-    info.add_itxt("prompt", prompt.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # ends a text in a PNG
-    info.add_itxt("parameters", json.dumps(parameters))
-    with written_whole(file) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+
+def _outline(reading: EncoderReading) -> str:
+    """What a reading holds of its text in one line; start and end token are counted once, however many windows."""
+    read = sum(len(window.token_ids) for window in reading.windows) + 2
+    windows = "1 window" if len(reading.windows) == 1 else f"{len(reading.windows)} windows"
+    cut = f"{reading.cut_tokens} are CUT" if reading.cut_tokens else "nothing is cut"
+    return f"{read} of {read + reading.cut_tokens} tokens, in {windows} of {reading.positions} positions; {cut}"
 
 
 def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
@@ -411,7 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="finelip-sdxl", description="SDXL that reads prompts of any length.")
     parser.add_argument("--version", action="version", version=version("finelip-sdxl"))
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="generate | convert | export | tokens | evaluate"
+        dest="command", required=True, metavar="generate | compare | convert | export | tokens | evaluate"
     )
 
     command = _command(commands, "generate", generate, "draw a prompt")
@@ -419,53 +454,44 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", default="finelip-sdxl.png", metavar="PNG", help="file to write (default: %(default)s)"
     )
-    command.add_argument("--steps", type=_count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
     command.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=5.0,
-        metavar="X",
-        help="classifier-free guidance, off up to 1 (default: %(default)s)",
+        "--num-images", type=count, default=1, metavar="N", help="images to draw (default: %(default)s)"
     )
-    command.add_argument(
-        "--seed", type=int, metavar="N", help="of the noise, plus one for each further image (default: random)"
-    )
-    command.add_argument("--width", type=_count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    command.add_argument("--height", type=_count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    command.add_argument(
-        "--num-images", type=_count, default=1, metavar="N", help="images to draw (default: %(default)s)"
-    )
-    command.add_argument(
-        "--device", metavar="NAME", help="such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
-    )
-    command.add_argument("--offload", action="store_true", help="keep on the device only the model that is running")
-    _add_base(command)
-    _add_loading(command, dtype=None, dtype_help="float16, or float32 on the CPU")
-    _add_adapter(command)
-    text = "how much of the conditioning adapter counts, from 0 to 1 (default: %(default)s)"
-    command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
+    _add_drawing(command)
+    _add_reading(command)
+
+    text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL read it, side by side"
+    command = _command(commands, "compare", compare, text)
+    _add_prompt(command)
+    command.add_argument("--out", default="comparison.png", metavar="PNG", help="file to write (default: %(default)s)")
+    text = "what to draw, side by side (default: all)"
+    command.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help=text)
+    text = "how many seeds to draw, a row each (default: %(default)s)"
+    command.add_argument("--seeds", type=count, default=1, metavar="N", help=text)
+    _add_drawing(command)
+    add_refiner(command)
     _add_reading(command)
 
     command = _command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
     command.add_argument("base", help="hub id or directory of an SDXL, or miniature")
     command.add_argument("out", help="directory to write")
     command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
-    _add_loading(command, dtype="float32", dtype_help="%(default)s")
-    _add_adapter(command)
+    add_loading(command, dtype="float32", dtype_help="%(default)s")
+    add_adapter(command)
     _add_reading(command)
 
     text = "save an SDXL with text encoders of 248 positions for programs that do not know this package"
     command = _command(commands, "export", export, text)
     command.add_argument("out", help="directory to write")
-    _add_base(command)
+    add_base(command)
     text = "a repository for stock Diffusers, or clip_l.safetensors and clip_g.safetensors (default: %(default)s)"
     command.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
     command.add_argument("--overwrite", action="store_true", help="replace what is there under the same names")
-    _add_loading(command, dtype=None, dtype_help="float32, or float16 for comfyui")
+    add_loading(command, dtype=None, dtype_help="float32, or float16 for comfyui")
 
     command = _command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
     _add_prompt(command)
-    _add_base(command)
+    add_base(command)
     _add_reading(command, hidden_states=False)
 
     group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
@@ -492,28 +518,24 @@ def _add_prompt(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_base(command: argparse.ArgumentParser) -> None:
-    text = "hub id or directory of an SDXL (default: %(default)s, the small one that comes with the package)"
-    command.add_argument("--base", default="miniature", metavar="SDXL", help=text)
-
-
-def _add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help: str) -> None:
-    text = (
-        "FineLIP or Long-CLIP for the %s encoder: checkpoint, directory or hub id (default: stock, stretched; for the "
-    )
-    text += "miniature, the one that comes with it)"
-    command.add_argument("--finelip", metavar="CLIP", help=text % "first")
-    command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
-    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")
+def _add_drawing(command: argparse.ArgumentParser) -> None:
+    """How pictures are drawn, and what with."""
+    command.add_argument("--steps", type=count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
     command.add_argument(
-        "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
+        "--guidance-scale",
+        type=float,
+        default=5.0,
+        metavar="X",
+        help="classifier-free guidance, off up to 1 (default: %(default)s)",
     )
-
-
-def _add_adapter(command: argparse.ArgumentParser) -> None:
-    text = "directory or hub id of what training/align_adapter.py wrote, or none (default: the one that the base comes"
-    text += " with, unless a FineLIP is given)"
-    command.add_argument("--conditioning-adapter", metavar="ADAPTER", help=text)
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="of the noise, plus one for each further image (default: random)"
+    )
+    command.add_argument("--width", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    command.add_argument("--height", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add_pipeline(command)
+    text = "how much of the conditioning adapter counts, from 0 to 1 (default: %(default)s)"
+    command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
 
 
 def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
@@ -554,21 +576,15 @@ def _add_retrieval(command: argparse.ArgumentParser) -> None:
         help="read a CLIP of 77 positions as it is, and texts up to there (default: stretch it to 248)",
     )
     text = "cut texts, start and end token included (default: at the model's positions)"
-    command.add_argument("--max-tokens", type=_count, metavar="N", help=text)
+    command.add_argument("--max-tokens", type=count, metavar="N", help=text)
     text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
     command.add_argument("--fusion-sweep", action="store_true", help=text)
     text = "images or texts to encode at a time (default: %(default)s)"
-    command.add_argument("--batch-size", type=_count, default=64, metavar="N", help=text)
+    command.add_argument("--batch-size", type=count, default=64, metavar="N", help=text)
     text = "such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
     command.add_argument("--device", metavar="NAME", help=text)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")
     command.add_argument("--json", metavar="FILE", help="also write the figures, shares from 0 to 1, to a file")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,19 @@ def stock_pipeline(pipe: Any) -> Any:
     """
     _check_plain(pipe.components)
     _say_what_is_lost(pipe)
+    encoder = pipe.text_encoder
+    if not isinstance(encoder, CLIPTextModel):
+        return in_stock_class(pipe)
+    # So that it is saved under keys that all versions read.
+    return in_stock_class(pipe, text_encoder=build_text_encoder(encoder.config, text_encoder_tensors(encoder)))
+
+
+def in_stock_class(pipe: Any, **parts: Any) -> Any:
+    """The components of a pipeline of ours in Diffusers' own class, with `parts` in place of those of their names."""
     stock_class = pipe._stock_class()
-    given = {**pipe.config, **pipe.components}  # options such as `force_zeros_for_empty_prompt` are in the config
-    parts = {name: given[name] for name in inspect.signature(stock_class).parameters if name in given}
-    if isinstance(parts.get("text_encoder"), CLIPTextModel):  # so that it is saved under keys that all versions read
-        encoder = parts["text_encoder"]
-        parts["text_encoder"] = build_text_encoder(encoder.config, text_encoder_tensors(encoder))
-    return stock_class(**parts)
+    # Options such as `force_zeros_for_empty_prompt` are in the config.
+    given = {**pipe.config, **pipe.components, **parts}
+    return stock_class(**{name: given[name] for name in inspect.signature(stock_class).parameters if name in given})
 
 
 def save_comfyui(pipe: Any, folder: Path) -> list[Path]:

@@ -197,7 +197,7 @@ def read_prompts(
     """
     capacity = shape[1] if shape else min(reader.positions for reader in readers)
     texts = [
-        _Text(reader, role, index, text, *_tokenize(reader.tokenizer, text))
+        _Text(reader, role, index, text, *tokenize(reader.tokenizer, text))
         for role, batches in ((PROMPT, prompts), (NEGATIVE_PROMPT, negative_prompts))
         for reader, batch in zip(readers, batches or (), strict=False)
         for index, text in enumerate(batch)
@@ -289,6 +289,19 @@ def token_rows(readings: Sequence[EncoderReading], tokenizer: Any, windows: int)
     ]
 
 
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens of a text, without start and end token, and for each its first and one past its last character.
+
+    Example:
+        >>> from finelip_sdxl.data import load_tokenizer
+        >>> len(tokenize(load_tokenizer("miniature-clip-1"), "a red star")[0])
+        3
+    """
+    # verbose=False: "longer than the maximum length" is no news here, the report says what happens to the rest.
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoding["input_ids"], encoding["offset_mapping"]
+
+
 def check_texts(name: str, value: Any) -> list[str]:
     """`value` as a list of texts.
 
@@ -328,12 +341,6 @@ def check_length_buckets(value: Any) -> tuple[int, ...]:
             f" pad every prompt to full length, but is {value!r}."
         )
     return tuple(sorted(set(buckets)))
-
-
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    # verbose=False: "longer than the maximum length" is no news here, the report says what happens to the rest.
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoding["input_ids"], encoding["offset_mapping"]
 
 
 def _padded_length(longest: int, capacity: int, length_buckets: Sequence[int], stock: bool) -> int:

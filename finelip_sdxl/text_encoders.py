@@ -5,6 +5,7 @@ so nothing here defines a model class.
 """
 
 import copy
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
+from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions, stretched_row_indices
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -74,6 +75,46 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
     tensors[POSITION_TABLE] = stretch_positions(tensors[POSITION_TABLE], keep=keep, factor=factor)
     config.max_position_embeddings = tensors[POSITION_TABLE].shape[0]
     return build_text_encoder(config, tensors)
+
+
+def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
+    """The text encoder that `stretch_text_encoder` was given, made of its result.
+
+    All weights but the positional table are shared with `encoder`, also when either is moved to another device.
+
+    Raises:
+        ValueError: if the encoder was not stretched, or was trained since.
+
+    Example:
+        >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+        >>> num_positions(unstretch_text_encoder(stretch_text_encoder(CLIPTextModel(config))))
+        77
+    """
+    config = copy.deepcopy(encoder.config)
+    if getattr(config, "stretched_from", None) is None:
+        raise ValueError(
+            f"This text encoder of {num_positions(encoder)} positions holds no stock one: it was trained. Pass the"
+            " stock SDXL as base, and this encoder as what replaces its own."
+        )
+    rows = stretched_row_indices(config.stretched_from, keep=config.stretch_keep, factor=config.stretch_factor)
+    twin = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
+    tower: Any = getattr(twin, "text_model", twin)
+    embeddings = tower.embeddings
+    table = embeddings.position_embedding.weight.detach()[torch.as_tensor(rows)]
+    embeddings.position_embedding = torch.nn.Embedding.from_pretrained(table)
+    embeddings.position_ids = embeddings.position_ids[:, : config.stretched_from]
+    config.max_position_embeddings = config.stretched_from
+    for name in ("stretched_from", "stretch_keep", "stretch_factor"):
+        delattr(config, name)
+    twin.config = config
+    return twin
+
+
+def with_max_length(tokenizer: Any, length: int) -> Any:
+    """A copy of a tokenizer that reads `length` tokens. (A deep copy of `CLIPTokenizer` decodes wrongly.)"""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return type(tokenizer).from_pretrained(folder, model_max_length=length)
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:

@@ -3,15 +3,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_text_encoder
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, miniature_path
+from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, cli, comparison, miniature_path
 from finelip_sdxl.cli import main
+from finelip_sdxl.miniature.drawing import draw_scene
+from finelip_sdxl.miniature.world import make_scene
+from finelip_sdxl.pictures import read_parameters
+from finelip_sdxl.prompts import EncoderReading, Window
 
 LONG = "The red fox is above the small blue square, 狐. " * 14
 
@@ -79,6 +85,140 @@ def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, pictur
     assert main(["generate", "a\0fox", *arguments]) == 0
     assert Image.open(picture).text["prompt"] == "a\N{REPLACEMENT CHARACTER}fox"
     assert parameters(picture)["prompt"] == "a\0fox"
+
+
+class FakeComparison:
+    """Stands in for the real one: notes what it is told, and draws red."""
+
+    is_miniature = False
+    hidden_states = "published"
+    loaded: dict
+    drawn: list
+
+    @classmethod
+    def load(cls, base, **loading) -> "FakeComparison":
+        opened = cls()
+        cls.loaded, cls.drawn = {"base": base, **loading}, []
+        return opened
+
+    def read(self, prompt: str, columns: list[str]) -> dict[str, EncoderReading]:
+        parts = {"stock": [75], "compel": [75, 75, 25], "finelip": [175]}
+        return {
+            column: EncoderReading(
+                "text_encoder",
+                "prompt",
+                0,
+                tuple(Window("", tuple(range(count))) for count in counts),
+                positions=248 if column == "finelip" else 77,
+                cut_tokens=175 - sum(counts),
+            )
+            for column, counts in parts.items()
+            if column in columns
+        }
+
+    def draw(self, column, settings) -> comparison.Picture:
+        self.drawn.append((column, settings))
+        return comparison.Picture(
+            column, Image.new("RGB", (settings.width or 64, settings.height or 64), "red"), settings, seconds=1.5
+        )
+
+
+@pytest.fixture
+def fake(monkeypatch) -> type[FakeComparison]:
+    monkeypatch.setattr(comparison, "Comparison", FakeComparison)
+    return FakeComparison
+
+
+def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys) -> None:
+    arguments = ["--columns", "finelip", "stock", "stock", "--seeds", "2", "--seed", "7", "--device", "cpu"]
+    more = ["--steps", "4", "--guidance-scale", "3", "--negative-prompt", "large", "--width", "64", "--height", "72"]
+    loading = ["--base", "some/sdxl", "--finelip", "some/clip", "--refiner", "some/refiner", "--dtype", "bfloat16"]
+    scale = ["--conditioning-adapter-scale", "0.5", "--hidden-states", "published"]
+    assert main(["compare", LONG, "--out", picture, *arguments, *more, *loading, *scale]) == 0
+
+    order = [("stock", 7), ("finelip", 7), ("stock", 8), ("finelip", 8)]
+    assert [(column, drawn.seed) for column, drawn in fake.drawn] == order
+    assert fake.drawn[0][1] == comparison.Settings(LONG, "large", 4, 3.0, 7, 64, 72, 0.5)
+    told = ("base", "finelip", "refiner", "dtype", "offload")
+    assert [fake.loaded[name] for name in told] == ["some/sdxl", "some/clip", "some/refiner", torch.bfloat16, False]
+    assert capsys.readouterr().out.splitlines() == [
+        "Stock SDXL reads 77 of 177 tokens, in 1 window of 77 positions; 100 are CUT",
+        "FineLIP-SDXL reads 177 of 177 tokens, in 1 window of 248 positions; nothing is cut",
+        "Stock SDXL drew seed 7 in 1.5 s",
+        "FineLIP-SDXL drew seed 7 in 1.5 s",
+        "Stock SDXL drew seed 8 in 1.5 s",
+        "FineLIP-SDXL drew seed 8 in 1.5 s",
+        picture,
+    ]
+    grid = Image.open(picture)
+    assert (np.asarray(grid) == (255, 0, 0)).all(axis=-1).sum() == 4 * (4 * 64) * (4 * 72)
+    found = read_parameters(picture)
+    assert (found["prompt"], found["columns"], found["seeds"]) == (LONG, ["stock", "finelip"], [7, 8])
+    assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
+    assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="published")
+
+
+def test_compare_draws_all_columns_of_one_random_seed_by_default(fake, picture, capsys) -> None:
+    assert main(["compare", LONG, "--out", picture, "--device", "cpu"]) == 0
+    assert [column for column, _ in fake.drawn] == ["stock", "compel", "finelip"]
+    assert len({drawn.seed for _, drawn in fake.drawn}) == 1
+    assert "compel reads 177 of 177 tokens, in 3 windows of 77 positions; nothing is cut" in capsys.readouterr().out
+    seeds = read_parameters(picture)["seeds"]
+    assert main(["compare", LONG, "--out", picture, "--device", "cpu"]) == 0
+    assert read_parameters(picture)["seeds"] != seeds
+
+
+def test_compare_says_in_one_line_that_the_memory_did_not_suffice(fake, picture, monkeypatch, capsys) -> None:
+    def draw(self, column, settings) -> None:
+        raise MemoryError("The memory did not suffice.")
+
+    monkeypatch.setattr(fake, "draw", draw)
+    assert main(["compare", LONG, "--out", picture, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "finelip-sdxl compare: error: The memory did not suffice.\n"
+
+
+@pytest.mark.parametrize(
+    ("is_miniature", "prompt", "expected"),
+    [
+        (True, "The top left holds a blue leaf. In the top center there is a red moon.", "1 of 2 objects right"),
+        (True, "Somewhere there is a fox.", None),
+        (False, "The top left holds a blue leaf.", None),
+    ],
+)
+def test_compare_counts_on_the_miniature_what_is_right(
+    fake, picture, monkeypatch, is_miniature, prompt, expected
+) -> None:
+    captions = []
+
+    def label_grid(*arguments, **named) -> Image.Image:
+        captions.append(named["captions"])
+        return Image.new("RGB", (8, 8))
+
+    def draw(self, column, settings) -> comparison.Picture:
+        return comparison.Picture(column, draw_scene(make_scene("unseen-0")), settings, seconds=0.0)
+
+    monkeypatch.setattr(comparison, "label_grid", label_grid)
+    monkeypatch.setattr(fake, "is_miniature", is_miniature)
+    monkeypatch.setattr(fake, "draw", draw)
+    assert main(["compare", prompt, "--out", picture, "--device", "cpu", "--columns", "stock", "--seeds", "2"]) == 0
+    assert captions == [expected and [[expected], [expected]]]
+
+
+def test_compare_draws_with_the_miniature(picture, capsys) -> None:
+    prompt = "The top left holds a blue leaf. In the top center there is a red moon. " * 8
+    arguments = ["--steps", "2", "--seed", "0", "--device", "cpu", "--dtype", "float32", "--out", picture]
+    assert main(["compare", prompt, *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "Stock SDXL reads 77 of 146 tokens, in 1 window of 77 positions; 69 are CUT" in printed
+    assert "compel reads 146 of 146 tokens, in 2 windows of 77 positions; nothing is cut" in printed
+    assert "FineLIP-SDXL reads 146 of 146 tokens, in 1 window of 154 positions; nothing is cut" in printed
+    assert Image.open(picture).width > 3 * 288
+    found = read_parameters(picture)
+    assert (found["columns"], found["seeds"], found["width"]) == (["stock", "compel", "finelip"], [0], 96)
+
+
+def test_compare_offers_the_columns_that_there_are() -> None:
+    assert tuple(comparison.COLUMNS) == cli.COLUMNS
 
 
 def test_convert_writes_what_stock_and_ours_open(stock_folder, tmp_path, capsys) -> None:
@@ -224,6 +364,12 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         ),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--finelip", "x.pt", "--out", "{png}"], "x.pt"),
         (["generate", "a", "--base", "{empty}", "--device", "cpu", "--out", "{png}"], "model_index.json"),
+        (["compare"], "Pass one prompt"),
+        (["compare", "a", "--out", "grid.jpg"], "must be the name of a PNG file"),
+        (["compare", "a", "--out", "{png}", "--seed", "-1"], "`seed` is -1"),
+        (["compare", "a", "--out", "{png}", "--steps", "500"], "`steps` is 500"),
+        (["compare", "a", "--out", "{png}", "--device", "cpu", "--offload"], "the device is the CPU"),
+        (["compare", "a", "--out", "{png}", "--device", "cpu", "--base", "{empty}"], "model_index.json"),
         (["convert", "{empty}", "{empty}/out"], "model_index.json"),
     ],
 )
@@ -251,6 +397,8 @@ def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, argumen
         (["evaluate", "taste"], "invalid choice"),
         (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
         (["generate", "a", "--short-prompt", "long"], "invalid choice"),
+        (["compare", "a", "--columns", "midjourney"], "invalid choice: 'midjourney'"),
+        (["compare", "a", "--seeds", "0"], "whole number of at least 1"),
     ],
 )
 def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) -> None:
@@ -268,6 +416,7 @@ def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) ->
             ["generate"],
             ("--negative-prompt", "--guidance-scale", "--finelip-2", "--long-prompt", "PIXELS", "default: 30"),
         ),
+        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "default: 30")),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
     ],
 )

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from transformers import CLIPTokenizer
 from finelip_sdxl.miniature.captions import count_words, long_caption, short_caption
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_scene
-from finelip_sdxl.miniature.scoring import read_picture, score_picture
+from finelip_sdxl.miniature.scoring import read_picture, score_objects, score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import COLORS, PLACES, make_scene
 
@@ -173,6 +175,28 @@ def test_scorer_sees_an_empty_cell() -> None:
     picture.paste(picture.getpixel((0, 0)), (32, 32, 64, 64))
     assert read_picture(picture).objects[4] is None
     assert not score_picture(picture, scene)[4].right
+
+
+def test_objects_are_scored_one_by_one_as_with_their_scene() -> None:
+    random = np.random.default_rng(0)
+    for scene, other in zip(SCENES[:20], SCENES[20:40], strict=True):
+        half = np.asarray(Image.blend(draw_scene(scene), draw_scene(other), random.uniform(0.3, 0.7)))
+        picture = Image.fromarray(half)
+        one_by_one = [score_objects(picture, [thing])[0] for thing in reversed(scene.objects)]
+        assert one_by_one[::-1] == list(score_picture(picture, scene))
+
+
+def test_an_object_of_unknown_size_is_right_in_either_and_has_no_score_for_it() -> None:
+    for scene in SCENES[:20]:
+        things = [SimpleNamespace(place=o.place, shape=o.shape, color=o.color, size=None) for o in scene.objects]
+        scores = score_objects(draw_scene(scene), things)
+        assert all(score.right and score.size is None for score in scores)
+
+
+def test_of_two_objects_in_one_place_the_one_that_is_there_is_right() -> None:
+    thing = SCENES[0].objects[4]
+    other = replace(thing, color=next(color for color in COLORS if color != thing.color))
+    assert [score.right for score in score_objects(draw_scene(SCENES[0]), [other, thing])] == [False, True]
 
 
 def _read(picture: Image.Image) -> tuple:

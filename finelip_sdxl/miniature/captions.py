@@ -71,7 +71,8 @@ _FILLERS = (
     "There is a good deal of order in all of this.",
     "Take your time and go through it piece by piece.",
 )
-_PLACE_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
+# The words of a place that a caption may say otherwise.
+PLACE_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 
 
 class _Deck:
@@ -229,7 +230,7 @@ def _sentence(
 
 
 def _place(place: str, rng: random.Random) -> str:
-    words = [rng.choice(_PLACE_WORDS.get(word, (word,))) for word in place.split()]
+    words = [rng.choice(PLACE_WORDS.get(word, (word,))) for word in place.split()]
     return " ".join(words)
 
 

@@ -1,4 +1,4 @@
-"""Says of a picture which of a scene's objects it shows: no learned judge, since every possible look is known.
+"""Says of a picture which objects it shows where: no learned judge, since every possible look is known.
 
 Each of the nine cells is held against every look (12 shapes × 8 colors × 2 sizes, and nothing at all) on the
 picture's background; the nearest by squared difference of the pixels is what the cell shows.
@@ -6,14 +6,16 @@ picture's background; the nearest by squared difference of the pixels is what th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from .drawing import CELL_SIZE, IMAGE_SIZE, LOOKS, coverage
-from .world import BACKGROUNDS, COLORS, PLACES, Scene, SceneObject
+from .world import BACKGROUNDS, COLORS, PLACES, SIZES, Scene, SceneObject
 
 
 @dataclass(frozen=True)
@@ -24,19 +26,32 @@ class PictureReading:
     background: str
 
 
+class Thing(Protocol):
+    """An object to look for: a ``SceneObject``, or one that a text describes, whose size may be unknown (None)."""
+
+    @property
+    def place(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
+    @property
+    def color(self) -> str: ...
+    @property
+    def size(self) -> str | None: ...
+
+
 @dataclass(frozen=True)
 class ObjectScore:
-    """Whether a picture has one of the scene's objects right.
+    """Whether a picture has an object right.
 
     Attributes:
-        shape, color, size: Whether the object's cell shows it so.
+        shape, color, size: Whether the object's cell shows it so; the size is None where it was unknown.
         place: Whether the object's cell shows its shape and color, or at least looks more like it than any other cell.
             A twin elsewhere does not count against an object that stands where it should.
     """
 
     shape: bool
     color: bool
-    size: bool
+    size: bool | None
     place: bool
 
     @property
@@ -78,17 +93,32 @@ def score_picture(image: Image.Image, scene: Scene) -> tuple[ObjectScore, ...]:
         >>> all(score.right for score in score_picture(draw_scene(scene), scene))
         True
     """
+    return score_objects(image, scene.objects)
+
+
+def score_objects(image: Image.Image, objects: Iterable[Thing]) -> tuple[ObjectScore, ...]:
+    """A score for each object, in their order, whatever else the picture shows and however many share a place.
+
+    Example:
+        >>> from finelip_sdxl.miniature.drawing import draw_scene
+        >>> from finelip_sdxl.miniature.parsing import parse_description
+        >>> from finelip_sdxl.miniature.world import make_scene
+        >>> described = parse_description("The top left holds a blue leaf. In the top center there is a red moon.")
+        >>> [score.right for score in score_objects(draw_scene(make_scene("unseen-0")), described)]
+        [True, False]
+    """
     cells = _cells(image)
     distances = _distances(cells, _nearest_background(cells))
     nearest = distances.argmin(axis=1)
     scores = []
-    for place, thing in enumerate(scene.objects):
-        wanted = (thing.shape, thing.color, thing.size)
+    for thing in objects:
+        place = PLACES.index(thing.place)
         seen = LOOKS[nearest[place]] if nearest[place] < len(LOOKS) else ("", "", "")
         # Of either size: a caption need not say it.
-        alike = [LOOKS.index((thing.shape, thing.color, size)) for size in ("small", "large")]
+        alike = [LOOKS.index((thing.shape, thing.color, size)) for size in SIZES]
         best_place = distances[:, alike].min(axis=1).argmin()
-        shape, color, size = (a == b for a, b in zip(seen, wanted, strict=True))
+        shape, color = seen[0] == thing.shape, seen[1] == thing.color
+        size = None if thing.size is None else seen[2] == thing.size
         scores.append(ObjectScore(shape, color, size, bool(best_place == place) or (shape and color)))
     return tuple(scores)
 

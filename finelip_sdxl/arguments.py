@@ -1,0 +1,96 @@
+"""What the command line and the demo share: the flags that say what is loaded and where it runs, and what they mean.
+
+Nothing heavy is imported before a function needs it, so that `--help` answers at once.
+"""
+
+import argparse
+from typing import Any
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_pipeline(command: argparse.ArgumentParser) -> None:
+    """A pipeline that draws, and its device."""
+    add_base(command)
+    add_loading(command, dtype=None, dtype_help="float16, or float32 on the CPU")
+    add_adapter(command)
+    command.add_argument(
+        "--device", metavar="NAME", help="such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
+    )
+    command.add_argument("--offload", action="store_true", help="keep on the device only the model that is running")
+
+
+def add_base(command: argparse.ArgumentParser) -> None:
+    text = "hub id or directory of an SDXL (default: %(default)s, the small one that comes with the package)"
+    command.add_argument("--base", default="miniature", metavar="SDXL", help=text)
+
+
+def add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help: str) -> None:
+    text = (
+        "FineLIP or Long-CLIP for the %s encoder: checkpoint, directory or hub id (default: stock, stretched; for the "
+    )
+    text += "miniature, the one that comes with it)"
+    command.add_argument("--finelip", metavar="CLIP", help=text % "first")
+    command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
+    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")
+    command.add_argument(
+        "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
+    )
+
+
+def add_adapter(command: argparse.ArgumentParser) -> None:
+    text = "directory or hub id of what training/align_adapter.py wrote, or none (default: the one that the base comes"
+    text += " with, unless a FineLIP is given)"
+    command.add_argument("--conditioning-adapter", metavar="ADAPTER", help=text)
+
+
+def add_refiner(command: argparse.ArgumentParser) -> None:
+    text = "hub id or directory of SDXL's refiner, which draws the last steps (default: none)"
+    command.add_argument("--refiner", metavar="SDXL", help=text)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that were given; what was not is up to a saved folder, or the default."""
+    names = ("finelip", "finelip_2", "conditioning_adapter", "variant", "short_prompt", "long_prompt", "hidden_states")
+    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    return {name: None if value == "none" else value for name, value in given.items()}
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    device = open_device(options.device)
+    if options.offload and device.type == "cpu":
+        raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
+    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+
+
+def open_device(name: str | None) -> Any:
+    """The device of a name; without one, an accelerator or else the CPU."""
+    import torch
+
+    device: Any = name
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device: use one such as cpu, cuda, cuda:1 or mps.") from error
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise ValueError(f"--device {device} is not available on this machine: use --device cpu.")
+    return device
+
+
+def quiet_transformers() -> None:
+    """Errors only: importing Diffusers makes it advise on image processors that no SDXL uses, and it shows a bar for
+    weights that load in milliseconds."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

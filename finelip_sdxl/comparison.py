@@ -1,0 +1,508 @@
+"""One prompt, read in three ways and drawn from the same noise: what a long prompt gains.
+
+All columns share one UNet and one VAE, and differ in the states that these get. So one pipeline draws them all, from
+embeddings where others than its own encoders have read the prompt.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from itertools import accumulate
+from typing import Any, NoReturn
+
+import torch
+from compel import Compel, CompelForSDXL, ReturnedEmbeddingsType
+from compel.convenience_wrappers import LabelledConditioning
+from compel.prompt_parser import FlattenedPrompt, Fragment
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from pyparsing import ParseBaseException
+
+from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.export import in_stock_class
+from finelip_sdxl.miniature import miniature_path, resolve_base
+from finelip_sdxl.miniature.parsing import DescribedObject
+from finelip_sdxl.miniature.scoring import score_objects
+from finelip_sdxl.pictures import label_grid
+from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
+from finelip_sdxl.prompts import (
+    HIDDEN_STATES,
+    PROMPT,
+    STOCK_POSITIONS,
+    EncoderReading,
+    PromptReader,
+    Window,
+    check_choice,
+    check_texts,
+    read_prompts,
+    tokenize,
+)
+from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
+
+# The ways of reading, and their titles.
+COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
+MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
+# Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
+HAND_OVER = 0.8
+
+# Called after each step with its number and how many there are; what it raises ends the drawing.
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a picture is drawn from.
+
+    Attributes:
+        prompt: of any length.
+        negative_prompt: empty for none.
+        steps: of denoising, 1 to 200.
+        guidance_scale: of classifier-free guidance, 0 to 50; off up to 1.
+        seed: of the noise, which is drawn on the CPU and so is the same on every device.
+        width, height: in pixels, multiples of 8 from 64 to 2048; None for the model's own.
+        conditioning_adapter_scale: from 0 to 1, for FineLIP-SDXL's column.
+        hidden_states: `"penultimate"` or `"published"`, for the same; None for the pipeline's own.
+
+    Raises:
+        ValueError, TypeError: one of them is out of range.
+
+    Example:
+        >>> Settings("a red star", steps=0)
+        Traceback (most recent call last):
+        ValueError: `steps` is 0; expected a whole number from 1 to 200.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 30
+    guidance_scale: float = 5.0
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    conditioning_adapter_scale: float = 1.0
+    hidden_states: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"`{name}` must be a string, but is {getattr(self, name)!r:.60}.")
+            check_texts(name, getattr(self, name))
+        _check_number("steps", self.steps, 1, MAX_STEPS, whole=True)
+        _check_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE)
+        _check_number("seed", self.seed, 0, MAX_SEED, whole=True)
+        _check_number("conditioning_adapter_scale", self.conditioning_adapter_scale, 0, 1)
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None:
+                _check_number(name, side, MIN_SIDE, MAX_SIDE, whole=True)
+                if side % 8:
+                    raise ValueError(f"`{name}` is {side}; expected a multiple of 8, such as {side - side % 8}.")
+        if self.hidden_states is not None:
+            check_choice("hidden_states", self.hidden_states, HIDDEN_STATES)
+
+    def over_seeds(self, count: int) -> list[Settings]:
+        """These settings, and the same with each of the next seeds.
+
+        Raises:
+            ValueError: a seed would be too large.
+        """
+        return [replace(self, seed=self.seed + number) for number in range(count)]
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any]) -> Settings:
+        """Those that were written into a picture by this package; entries of other names are left out.
+
+        Raises:
+            ValueError, TypeError: there is no prompt among them, or one of them is out of range.
+
+        Example:
+            >>> Settings.from_parameters({"prompt": "a red star", "steps": 20, "base": "miniature"}).steps
+            20
+        """
+        if "prompt" not in parameters:
+            raise ValueError("These parameters hold no prompt: pass a picture that FineLIP-SDXL has drawn.")
+        names = {field.name for field in fields(cls)}
+        # The command line writes null where nothing was given.
+        known = {name: value for name, value in parameters.items() if name in names and value is not None}
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn column: its key in `COLUMNS`, the picture, what it was drawn from, and the seconds that it took."""
+
+    column: str
+    image: Image.Image
+    settings: Settings
+    seconds: float
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the picture was drawn from, to be written into its file."""
+        size = {"width": self.image.width, "height": self.image.height}
+        return {**asdict(self.settings), **size, "column": self.column, "finelip_sdxl": version("finelip-sdxl")}
+
+
+def label_pictures(pictures: Sequence[Picture], described: Sequence[DescribedObject] = ()) -> Image.Image:
+    """One picture of many: a row for each seed, a column for each way of reading, the prompt above.
+
+    Args:
+        pictures: of one prompt, every column from every seed.
+        described: of the miniature, the objects that the prompt describes; how many are right stands below each.
+
+    Raises:
+        ValueError: no pictures, or a column that was not drawn from every seed.
+
+    Example:
+        >>> star = Picture("stock", Image.new("RGB", (96, 96)), Settings("a red star", seed=7), seconds=1.0)
+        >>> label_pictures([star]).mode
+        'RGB'
+    """
+    columns = [column for column in COLUMNS if any(picture.column == column for picture in pictures)]
+    by_place = {(picture.settings.seed, picture.column): picture.image for picture in pictures}
+    seeds = list(dict.fromkeys(picture.settings.seed for picture in pictures))
+    rows = [[by_place[seed, column] for column in columns if (seed, column) in by_place] for seed in seeds]
+    captions = [[_count_right(image, described) for image in row] for row in rows] if described else None
+    return label_grid(
+        rows,
+        [f"seed {seed}" for seed in seeds],
+        [COLUMNS[column] for column in columns],
+        title=pictures[0].settings.prompt if pictures else "",
+        captions=captions,
+    )
+
+
+def _count_right(image: Image.Image, described: Sequence[DescribedObject]) -> str:
+    right = sum(score.right for score in score_objects(image, described))
+    return f"{right} of {len(described)} objects right"
+
+
+class Comparison:
+    """An SDXL that draws a prompt as stock reads it, cut at 77 tokens; as compel does, in windows of 77; as we do.
+
+    Args:
+        pipe: a pipeline of this package whose encoders read 248 positions.
+        refiner: SDXL's refiner, as a pipeline of this package; None for none.
+        offload: keep on `device` only the model that is running.
+        device: where pictures are drawn.
+
+    Raises:
+        ValueError: if stock's encoders are neither in the pipeline nor within its own.
+    """
+
+    def __init__(
+        self, pipe: Any, refiner: Any = None, *, device: str | torch.device = "cpu", offload: bool = False
+    ) -> None:
+        self._base = _Stage(pipe, device, offload)
+        self._refiner = None if refiner is None else _Stage(refiner, device, offload)
+        self.is_miniature = False
+
+    @classmethod
+    def load(
+        cls,
+        base: str = "miniature",
+        *,
+        refiner: str | None = None,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        **loading: Any,
+    ) -> Comparison:
+        """Load what is compared.
+
+        Args:
+            base: hub id or directory of an SDXL, or `"miniature"`.
+            refiner: hub id or directory of SDXL's refiner.
+            device, offload: see the class.
+            dtype: of all weights.
+            variant: of the files of weights, such as `"fp16"`.
+            **loading: further arguments of `FineLIPSDXLPipeline.from_pretrained`, such as `finelip` and
+                `conditioning_adapter`.
+
+        Raises:
+            ValueError, OSError: what `from_pretrained` raises.
+
+        Example:
+            >>> comparison = Comparison.load("miniature")
+            >>> comparison.read("a red star")["finelip"].tokens
+            5
+        """
+        pipe = FineLIPSDXLPipeline.from_pretrained(base, dtype=dtype, variant=variant, **loading)
+        pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
+        refining = None
+        if refiner is not None:
+            refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant)
+        comparison = cls(pipe, refining, device=device, offload=offload)
+        comparison.is_miniature = resolve_base(base) == str(miniature_path())
+        return comparison
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels that the model draws by default."""
+        pipe = self._base.pipe
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return side, side
+
+    @property
+    def hidden_states(self) -> str:
+        """The states that FineLIP-SDXL's column takes by default."""
+        return self._base.pipe.hidden_states
+
+    @property
+    def adapter(self) -> ConditioningAdapter | None:
+        """The conditioning adapter of FineLIP-SDXL's column, if there is one."""
+        return self._base.pipe.conditioning_adapter
+
+    def read(self, prompt: str, columns: Collection[str] = tuple(COLUMNS)) -> dict[str, EncoderReading]:
+        """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder.
+
+        Raises:
+            ValueError: a text that is too long, an unknown column, or what compel cannot parse, if it is to read.
+        """
+        check_texts("prompt", prompt)
+        read: dict[str, Callable[[], EncoderReading]] = {
+            "stock": lambda: _read_by_stock(self._base.stock, prompt),
+            "compel": lambda: _read_by_compel(self._base.compel, prompt),
+            "finelip": lambda: self._base.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
+        }
+        return {column: read[check_choice("column", column, tuple(COLUMNS))]() for column in columns}
+
+    def draw(self, column: str, settings: Settings, on_step: OnStep | None = None) -> Picture:
+        """Draw one column. The same settings and seed give the same noise in all of them.
+
+        Args:
+            column: a key of `COLUMNS`.
+            settings: what to draw.
+            on_step: called after each step with its number and how many there are. What it raises ends the drawing.
+
+        Raises:
+            ValueError: an unknown column, or a prompt that compel cannot parse.
+            MemoryError: the device's memory was not enough; a smaller picture can be drawn afterwards.
+        """
+        check_choice("column", column, tuple(COLUMNS))
+        started = time.perf_counter()
+        ran_out = False
+        try:
+            image = self._draw(column, settings, on_step or (lambda step, steps: None))
+        except RuntimeError as error:
+            ran_out = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if not ran_out:
+                raise
+        finally:
+            self._base.free()
+            if self._refiner is not None:
+                self._refiner.free()
+        if ran_out:  # outside of the handler, where the error no longer holds on to what filled the memory
+            _raise_out_of_memory(settings, self.size)
+        return Picture(column, image, settings, time.perf_counter() - started)
+
+    def _draw(self, column: str, settings: Settings, on_step: OnStep) -> Image.Image:
+        width, height = settings.width or self.size[0], settings.height or self.size[1]
+        common: dict[str, Any] = {
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "generator": torch.Generator().manual_seed(settings.seed),
+        }
+        base = {"width": width, "height": height, "conditioning_adapter_scale": settings.conditioning_adapter_scale}
+        first = _Steps(on_step, settings.steps)
+        if self._refiner is None:
+            return self._base.draw(column, settings, callback_on_step_end=first, **base, **common)[0]
+        latents = self._base.draw(
+            column,
+            settings,
+            callback_on_step_end=first,
+            denoising_end=HAND_OVER,
+            output_type="latent",
+            **base,
+            **common,
+        )
+        second = _Steps(on_step, settings.steps, already=first.done)
+        return self._refiner.draw(
+            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=latents, **common
+        )[0]
+
+
+class _Steps:
+    """Hands a pipeline's steps on, counted."""
+
+    def __init__(self, on_step: OnStep, steps: int, already: int = 0) -> None:
+        self.on_step, self.steps, self.done = on_step, steps, already
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.done += 1
+        self.on_step(self.done, self.steps)
+        return tensors
+
+
+class _Stage:
+    """A pipeline of ours, base or refiner, with stock's and compel's readings beside its own."""
+
+    def __init__(self, pipe: Any, device: str | torch.device, offload: bool) -> None:
+        self.pipe = pipe
+        pipe.set_progress_bar_config(disable=True)
+        encoders = {name: _stock_encoder(pipe, name) for name in ("text_encoder", "text_encoder_2")}
+        # As components they are moved and offloaded with the others.
+        pipe.register_modules(**{f"stock_{name}": encoder for name, encoder in encoders.items()})
+        tokenizers = {
+            name: with_max_length(tokenizer, STOCK_POSITIONS)
+            for name in ("tokenizer", "tokenizer_2")
+            if (tokenizer := getattr(pipe, name)) is not None
+        }
+        self.stock = in_stock_class(pipe, **encoders, **tokenizers)
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        self.compel = _open_compel(self.stock, str(device))
+
+    def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
+        read = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._leave_unread}[column]
+        before = self.pipe.hidden_states
+        self.pipe.hidden_states = settings.hidden_states or before
+        try:
+            return self.pipe(**read(settings), **arguments).images
+        finally:
+            self.pipe.hidden_states = before
+
+    def free(self) -> None:
+        """Under offloading, take whatever ran last off the device."""
+        self.pipe.maybe_free_model_hooks()
+
+    # What each column gives the pipeline: a text, or what else has read it.
+
+    def _leave_unread(self, settings: Settings) -> dict[str, Any]:
+        return {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt or None}
+
+    def _encode_by_stock(self, settings: Settings) -> dict[str, Any]:
+        with torch.no_grad(), _unwarned():
+            embeds, negative, pooled, negative_pooled = self.stock.encode_prompt(
+                settings.prompt,
+                device=self.pipe._execution_device,
+                do_classifier_free_guidance=settings.guidance_scale > 1,
+                negative_prompt=settings.negative_prompt or None,
+            )
+        self.free()
+        return _embeddings(embeds, negative, pooled, negative_pooled)
+
+    def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
+        # Where SDXL takes zeros for an absent negative prompt, compel needs none.
+        negative = settings.negative_prompt or (None if self.pipe.config.force_zeros_for_empty_prompt else "")
+        with torch.no_grad(), _parsing():
+            read = self.compel(settings.prompt, negative)
+        self.free()
+        return _embeddings(read.embeds, read.negative_embeds, read.pooled_embeds, read.negative_pooled_embeds)
+
+
+def _stock_encoder(pipe: Any, name: str) -> Any:
+    """The encoder of 77 positions that belongs to the place of `name`; None where there is no encoder."""
+    encoder, held = getattr(pipe, name), getattr(pipe, f"stock_{name}")
+    if held is not None or encoder is None:
+        return held
+    return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without stock's warning, for every picture again, of all that it cuts, which is what is compared here."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -> dict[str, Any]:
+    return {
+        "prompt_embeds": states,
+        "negative_prompt_embeds": negative,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
+def _read_by_stock(stock: Any, prompt: str) -> EncoderReading:
+    reader = PromptReader("text_encoder", stock.tokenizer, STOCK_POSITIONS)
+    return read_prompts([reader], [[prompt]], long_prompt="truncate", length_buckets=()).readings[0]
+
+
+# compel
+
+
+def _open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
+    if stock.text_encoder is not None:
+        return CompelForSDXL(stock, device=device)
+    # The refiner has but one text encoder, for which compel has no class.
+    compel = Compel(
+        stock.tokenizer_2,
+        stock.text_encoder_2,
+        truncate_long_prompts=False,
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        requires_pooled=True,
+        device=device,
+    )
+
+    def read(prompt: str, negative: str | None) -> LabelledConditioning:
+        states, pooled = compel([prompt, negative or ""])
+        return LabelledConditioning(states[:1], pooled[:1], states[1:], pooled[1:])
+
+    return read
+
+
+def _read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
+    """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left."""
+    with _parsing():
+        parsed = Compel.parse_prompt_string(prompt).prompts
+    is_plain = len(parsed) == 1 and isinstance(parsed[0], FlattenedPrompt)
+    fragments = [part.text for part in parsed[0].children if isinstance(part, Fragment)] if is_plain else [prompt]
+    provider = compel.compel_1.conditioning_provider
+    rows = provider.get_token_ids_and_expand_weights(fragments, [1.0] * len(fragments), "cpu")[0]
+    end = provider.tokenizer.eos_token_id
+    windows = [tuple(row[1 : row.index(end, 1)]) for row in rows.unflatten(0, (-1, STOCK_POSITIONS)).tolist()]
+    # compel makes one space of any white space; then the text is shown as it was written.
+    ids, _ = tokenize(provider.tokenizer, prompt)
+    text = prompt if ids == [token for window in windows for token in window] else " ".join(fragments)
+    _, offsets = tokenize(provider.tokenizer, text)
+    ends = [*accumulate(map(len, windows))]
+    starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
+    slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+    read = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
+    return EncoderReading("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of."""
+    try:
+        yield
+    except (RecursionError, ParseBaseException, AttributeError) as error:  # the last is what its `.and()` ends in
+        reason = "brackets within brackets" if isinstance(error, RecursionError) else str(error)
+    else:
+        return
+    raise ValueError(
+        f"compel cannot read this prompt ({reason}): take out what it knows as syntax, or leave compel out."
+    )
+
+
+def _raise_out_of_memory(settings: Settings, size: tuple[int, int]) -> NoReturn:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    width, height = settings.width or size[0], settings.height or size[1]
+    raise MemoryError(
+        f"The memory did not suffice for a picture of {width} × {height} pixels: try a smaller one, half precision"
+        " (--dtype float16) or --offload, and close what else uses the device."
+    )
+
+
+def _check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"`{name}` is {value!r:.60}; expected {kind} from {least:g} to {most:.10g}.")

@@ -1,0 +1,116 @@
+"""Finds the objects that a text describes, without knowing the scene: the way back from ``captions.py``.
+
+A sentence is read by its words, not by its form, so that what people type is understood too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import permutations, product
+
+from .captions import PLACE_WORDS
+from .world import COLORS, PLACES, SHAPES, SIZES
+
+
+@dataclass(frozen=True)
+class DescribedObject:
+    """An object as a text describes it.
+
+    Attributes:
+        place, shape, color: As in ``SceneObject``.
+        size: None if the text does not say it.
+        linked: Whether the text takes the color from an object named earlier.
+        start, end: First and past-the-last character of the sentence that describes the object, or of the object's
+            part of it if the sentence describes several.
+    """
+
+    place: str
+    shape: str
+    color: str
+    size: str | None
+    linked: bool
+    start: int
+    end: int
+
+
+def parse_description(text: str) -> tuple[DescribedObject, ...]:
+    """The objects that a text in the miniature's language describes, in the order of the text.
+
+    What does not say an object's shape, color and place is passed over: fillers, links to an object whose color was
+    not said before, and all that is not of this world.
+
+    Args:
+        text: Any text, such as a prompt that somebody typed.
+
+    Example:
+        >>> text = "A red star is in the upper left. The center holds a small ring that has the color of the star."
+        >>> for thing in parse_description(text):
+        ...     print(thing.place, thing.size, thing.color, thing.shape, thing.linked)
+        top left None red star False
+        center small red ring True
+        >>> parse_description("A portrait of a cat, oil on canvas")
+        ()
+    """
+    described: list[DescribedObject] = []
+    colors: dict[str, str | None] = {}
+    for sentence in _SENTENCE.finditer(text):
+        described += _read_sentence(text, *sentence.span(), colors)
+    return tuple(described)
+
+
+def _read_sentence(text: str, start: int, end: int, colors: dict[str, str | None]) -> list[DescribedObject]:
+    """The objects of a sentence; ``colors`` holds the color of each shape named so far (or None) and is added to."""
+    words = list(_WORDS.finditer(text, start, end))
+    nouns = [word for word in words if word["shape"]]
+    places = [word for word in words if word["place"]]
+    hues = [word for word in words if word["noun_color"] or word["color"] or word["reference"]]
+    if all(noun["noun_color"] for noun in nouns):
+        hues = nouns  # what else has a color is something unknown, such as a blue sky
+    # The first noun goes with the first color and the first place, and so on; if one is missing, who knows which.
+    if len(nouns) != len(hues):
+        return []
+    described = []
+    for k, (noun, hue) in enumerate(zip(nouns, hues, strict=True)):
+        shape, size = noun["shape"].lower(), noun["size"] and noun["size"].lower()
+        linked = hue["reference"] is not None
+        color = colors.get(hue["reference"].lower()) if linked else (hue["noun_color"] or hue["color"]).lower()
+        colors[shape] = color
+        if len(places) != len(nouns):
+            continue
+        place = _PLACES[" ".join(re.split(r"[\s-]+", places[k]["place"].lower()))]
+        part_end = end if k == len(nouns) - 1 else max(word.end() for word in (noun, hue, places[k]))
+        if color is not None:
+            described.append(DescribedObject(place, shape, color, size, linked, start, part_end))
+        joint = _JOINT.match(text, part_end)
+        start = joint.end() if joint else part_end
+    return described
+
+
+def _any_of(words: Iterable[str]) -> str:
+    """A pattern for any of these, the longest first, so that "center" does not win over "center left"."""
+    pattern = "|".join(sorted(words, key=len, reverse=True)).replace(" ", r"(?:\s+|-)")
+    return rf"\b(?a:{pattern})\b"  # ASCII: or else "ı" counts as a capital "i"
+
+
+_SYNONYMS = {**PLACE_WORDS, "middle": ("middle", "center", "centre"), "center": ("center", "middle", "centre")}
+# Every way to say a place, also with its words the other way round.
+_PLACES = {
+    " ".join(order): place
+    for place in PLACES
+    for words in product(*(_SYNONYMS.get(word, (word,)) for word in place.split()))
+    for order in permutations(words)
+}
+_SENTENCE = re.compile(r"[^\s.!?;](?:[^.!?;]*[^\s.!?;])?[.!?;]?")
+# Between two objects of one sentence.
+_JOINT = re.compile(r"[\s,:-]+(?:and\s+)?")
+_COLOR, _SIZE = _any_of(COLORS), _any_of(SIZES)
+_SHAPE = _any_of(SHAPES) + "(?!-)"  # nothing heart-shaped
+_WORDS = re.compile(
+    rf"\bcolou?r\s+(?:as|of|is\s+that\s+of)\s+(?:the\s+)?(?:(?:{_SIZE}|{_COLOR})\s+)*(?P<reference>{_SHAPE})"
+    rf"|(?:(?P<size>{_SIZE}),?\s+)?(?:(?P<noun_color>{_COLOR}),?\s+)?(?P<shape>{_SHAPE})"
+    rf"|(?P<color>{_COLOR})"
+    rf"|(?P<place>{_any_of(_PLACES)})",
+    re.IGNORECASE,
+)

@@ -1,0 +1,361 @@
+"""One prompt in three columns: what each reads and draws, with one UNet."""
+
+import copy
+
+import pytest
+import torch
+from compel import CompelForSDXL
+from conftest import make_text_encoder, make_tokenizer
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image, ImageChops
+
+from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
+from finelip_sdxl.comparison import COLUMNS, Comparison, Picture, Settings, label_pictures
+from finelip_sdxl.miniature.parsing import parse_description
+from finelip_sdxl.text_encoders import num_positions
+
+SENTENCE = "a red fox above the blue square. "
+LONG = SENTENCE * 20  # 162 tokens
+SETTINGS = Settings(LONG, steps=2, seed=3)
+
+
+def make_comparison(components: dict, refiner=None, **arguments) -> Comparison:
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    return Comparison(pipe, refiner, **arguments)
+
+
+@pytest.fixture
+def comparison(components) -> Comparison:
+    return make_comparison(components)
+
+
+@pytest.fixture
+def stock(components) -> StableDiffusionXLPipeline:
+    pipe = StableDiffusionXLPipeline(**copy.deepcopy(components))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, settings: Settings = SETTINGS, prompt: str | None = LONG, **arguments) -> Image.Image:
+    return pipe(
+        prompt,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator().manual_seed(settings.seed),
+        **arguments,
+    ).images[0]
+
+
+def difference(left: Image.Image, right: Image.Image) -> int:
+    """The largest of a pixel's channel, of 255; memory's alignment may change a value's last bit."""
+    return max(high for _, high in ImageChops.difference(left, right).getextrema())
+
+
+# Drawing
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "a quiet hare"])
+def test_the_first_column_is_what_stock_draws(comparison, stock, negative_prompt) -> None:
+    settings = Settings(LONG, negative_prompt, steps=2, seed=3)
+    expected = draw(stock, settings, negative_prompt=negative_prompt or None)
+    assert difference(comparison.draw("stock", settings).image, expected) <= 1
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "a quiet hare"])
+def test_the_second_column_is_what_compel_gives_stock(comparison, stock, negative_prompt) -> None:
+    read = CompelForSDXL(stock)(LONG, negative_prompt or None)
+    expected = draw(
+        stock,
+        prompt=None,
+        prompt_embeds=read.embeds,
+        pooled_prompt_embeds=read.pooled_embeds,
+        negative_prompt_embeds=read.negative_embeds,
+        negative_pooled_prompt_embeds=read.negative_pooled_embeds,
+    )
+    drawn = comparison.draw("compel", Settings(LONG, negative_prompt, steps=2, seed=3))
+    assert difference(drawn.image, expected) <= 1
+
+
+def test_the_third_column_is_what_our_pipeline_draws(comparison, components) -> None:
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    assert difference(comparison.draw("finelip", SETTINGS).image, draw(pipe)) <= 1
+
+
+def test_columns_differ_after_77_tokens_alone(comparison) -> None:
+    def images(prompt: str) -> list[Image.Image]:
+        return [comparison.draw(column, Settings(prompt, steps=2)).image for column in COLUMNS]
+
+    first, *others = images(SENTENCE)
+    assert all(difference(first, other) <= 1 for other in others)
+    first, second, third = images(LONG)
+    assert min(difference(first, second), difference(first, third), difference(second, third)) > 1
+
+
+def test_columns_share_their_unet_and_vae(comparison) -> None:
+    base = comparison._base
+    assert base.stock.unet is base.pipe.unet
+    assert base.stock.vae is base.pipe.vae
+
+
+def test_encoders_that_were_only_stretched_take_no_memory_twice(comparison) -> None:
+    ours = {weight.data_ptr() for weight in comparison._base.pipe.text_encoder.parameters()}
+    stock = [weight for weight in comparison._base.stock.text_encoder.parameters() if weight.data_ptr() not in ours]
+    assert [tuple(weight.shape) for weight in stock] == [(77, 32)]
+
+
+def test_hidden_states_are_chosen_for_one_picture_alone(comparison) -> None:
+    usual = comparison.draw("finelip", SETTINGS).image
+    published = comparison.draw("finelip", Settings(LONG, steps=2, seed=3, hidden_states="published")).image
+    assert difference(usual, published) > 1
+    assert difference(comparison.draw("finelip", SETTINGS).image, usual) <= 1
+
+
+def test_where_weights_were_replaced_stock_s_own_draw_stock_s_columns() -> None:
+    base = Comparison.load("miniature")._base
+    assert base.stock.text_encoder is base.pipe.stock_text_encoder
+    ours, stock = (
+        pipe.text_encoder.state_dict()["embeddings.token_embedding.weight"] for pipe in (base.pipe, base.stock)
+    )
+    assert not torch.equal(ours, stock)
+
+
+def test_an_encoder_that_holds_no_stock_one_is_refused(components) -> None:
+    components["text_encoder"] = make_text_encoder(32, positions=248)
+    components["tokenizer"] = make_tokenizer(248)
+    with pytest.raises(ValueError, match=r"248 positions holds no stock one: it was trained\. Pass the stock SDXL"):
+        make_comparison(components)
+
+
+def test_an_unknown_column_is_refused(comparison) -> None:
+    with pytest.raises(ValueError, match="`column` must be one of 'stock', 'compel', 'finelip', but is 'long'"):
+        comparison.draw("long", SETTINGS)
+
+
+# Steps
+
+
+def test_steps_are_told_one_by_one(comparison) -> None:
+    steps = []
+    comparison.draw("finelip", Settings(LONG, steps=3), lambda *step: steps.append(step))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_is_raised_at_a_step_ends_the_drawing_there(comparison) -> None:
+    steps = []
+
+    def stop(step: int, of: int) -> None:
+        steps.append(step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        comparison.draw("stock", Settings(LONG, steps=9), stop)
+    assert steps == [1, 2]
+    comparison.draw("stock", SETTINGS)
+
+
+def test_memory_that_runs_out_is_told_in_a_sentence_and_the_next_picture_works(comparison, monkeypatch) -> None:
+    def run_out(*args, **kwargs) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison._base.pipe.vae, "decode", run_out)
+        with pytest.raises(MemoryError, match="did not suffice for a picture of 16 × 16 pixels: try a smaller one"):
+            comparison.draw("finelip", SETTINGS)
+    comparison.draw("finelip", SETTINGS)
+
+
+def test_other_errors_of_the_model_stay_what_they_are(comparison, monkeypatch) -> None:
+    def fail(*args, **kwargs) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(comparison._base.pipe.vae, "decode", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        comparison.draw("finelip", SETTINGS)
+
+
+# The refiner
+
+
+@pytest.fixture
+def refiner(components) -> dict:
+    """Components of a tiny refiner: the second encoder alone, and a UNet that is told an aesthetic score."""
+    torch.manual_seed(5)
+    config = dict(components["unet"].config)
+    unet = UNet2DConditionModel.from_config(
+        {**config, "cross_attention_dim": 48, "projection_class_embeddings_input_dim": 5 * 8 + 24}
+    ).eval()
+    parts = copy.deepcopy({name: components[name] for name in ("vae", "text_encoder_2", "tokenizer_2", "scheduler")})
+    return {**parts, "unet": unet, "text_encoder": None, "tokenizer": None}
+
+
+def make_refiner(refiner: dict) -> FineLIPSDXLImg2ImgPipeline:
+    pipe = FineLIPSDXLImg2ImgPipeline(**refiner, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)
+    pipe.swap_text_encoders()
+    return pipe
+
+
+def test_a_refiner_draws_the_last_fifth_as_stock_s_would(components, refiner, stock) -> None:
+    comparison = make_comparison(components, make_refiner(refiner))
+    steps = []
+    drawn = comparison.draw("stock", Settings(LONG, steps=10, seed=3), lambda *step: steps.append(step))
+    assert steps == [(step, 10) for step in range(1, 11)]
+
+    last = StableDiffusionXLImg2ImgPipeline(
+        **copy.deepcopy(refiner), requires_aesthetics_score=True, force_zeros_for_empty_prompt=False
+    )
+    generator = torch.Generator().manual_seed(3)
+    common = {"num_inference_steps": 10, "generator": generator}
+    latents = stock(LONG, denoising_end=0.8, output_type="latent", guidance_scale=5.0, **common).images
+    expected = last(LONG, image=latents, denoising_start=0.8, guidance_scale=5.0, **common).images[0]
+    assert difference(drawn.image, expected) <= 1
+
+
+def test_the_refiner_too_reads_the_prompt_in_each_column_s_way(components, refiner) -> None:
+    comparison = make_comparison(components, make_refiner(refiner))
+    images = [comparison.draw(column, Settings(LONG, steps=10)).image for column in COLUMNS]
+    assert len({image.tobytes() for image in images}) == 3
+    read = comparison._refiner._encode_by_compel(Settings(LONG))
+    assert read["prompt_embeds"].shape == read["negative_prompt_embeds"].shape == (1, 3 * 77, 48)
+    assert read["pooled_prompt_embeds"].shape == read["negative_pooled_prompt_embeds"].shape == (1, 24)
+
+
+# Reading
+
+
+def test_each_column_says_what_it_reads(comparison) -> None:
+    prompt = LONG.strip()
+    read = comparison.read(prompt)
+    assert [len(reading.windows) for reading in read.values()] == [1, 3, 1]
+    assert read["stock"].windows[0].tokens == 77
+    assert read["stock"].cut_tokens == 162 - 77
+    assert all("".join(w.text for w in reading.windows) + reading.cut_text == prompt for reading in read.values())
+    assert all(window.text.rstrip().endswith(".") for window in read["compel"].windows)  # it cuts at sentences
+
+
+def test_compel_s_windows_are_those_that_it_encodes(comparison) -> None:
+    windows = comparison.read(LONG, ["compel"])["compel"].windows
+    read = comparison._base.compel(LONG, None)
+    rows = read.tokenization_info["main_positive"][0].reshape(-1, 77).tolist()
+    end = comparison._base.stock.tokenizer.eos_token_id
+    assert [tuple(row[1 : row.index(end)]) for row in rows] == [window.token_ids for window in windows]
+
+
+def test_compel_s_syntax_is_taken_out_of_what_it_reads(comparison) -> None:
+    (window,) = comparison.read("a (red)1.3 fox++", ["compel"])["compel"].windows
+    assert window.text == "a red fox"
+
+
+def test_white_space_is_shown_as_it_was_written(comparison) -> None:
+    (window,) = comparison.read("a red\n\n fox", ["compel"])["compel"].windows
+    assert window.text == "a red\n\n fox"
+
+
+@pytest.mark.parametrize("prompt", ["(" * 3000, '("a fox", "a hare").blend(0.5, 0.5) above'])
+def test_what_compel_cannot_parse_is_told_in_a_sentence(comparison, prompt) -> None:
+    with pytest.raises(ValueError, match=r"compel cannot read this prompt .*: take out what it knows as syntax"):
+        comparison.read(prompt)
+    with pytest.raises(ValueError, match="compel cannot read this prompt"):
+        comparison.draw("compel", Settings(prompt, steps=1))
+    assert comparison.read(prompt, ["stock", "finelip"])
+
+
+def test_a_text_that_is_too_long_is_refused_before_it_is_read(comparison) -> None:
+    with pytest.raises(ValueError, match="has 30,000 characters; at most 20,000 are read"):
+        comparison.read("a fox " * 5000)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", 0, "`steps` is 0; expected a whole number from 1 to 200"),
+        ("steps", 2.5, "`steps` is 2.5; expected a whole number"),
+        ("steps", True, "`steps` is True"),
+        ("guidance_scale", float("nan"), "`guidance_scale` is nan; expected a number from 0 to 50"),
+        ("seed", -1, "`seed` is -1; expected a whole number from 0 to 4294967295"),
+        ("seed", 2**32, "`seed` is 4294967296"),
+        ("width", 100, "`width` is 100; expected a multiple of 8, such as 96"),
+        ("height", 8, "`height` is 8; expected a whole number from 64 to 2048"),
+        ("conditioning_adapter_scale", 1.5, "`conditioning_adapter_scale` is 1.5; expected a number from 0 to 1"),
+        ("hidden_states", "last", "`hidden_states` must be one of 'penultimate', 'published', but is 'last'"),
+        ("prompt", "a fox " * 5000, "`prompt` has 30,000 characters"),
+    ],
+)
+def test_settings_out_of_range_are_named(name, value, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"prompt": "a fox", name: value})
+
+
+def test_a_prompt_that_is_no_text_is_named() -> None:
+    with pytest.raises(TypeError, match="`prompt` must be a string, but is 3"):
+        Settings(3)  # type: ignore[arg-type]
+
+
+def test_a_picture_says_what_it_was_drawn_from(comparison) -> None:
+    picture = comparison.draw("stock", SETTINGS)
+    assert picture.parameters["column"] == "stock"
+    assert (picture.parameters["width"], picture.parameters["height"]) == picture.image.size
+    with pytest.raises(ValueError, match="`width` is 16"):  # smaller than anybody would ask for
+        Settings.from_parameters(picture.parameters)
+    again = Settings.from_parameters({**picture.parameters, "width": None, "height": None})
+    assert again == SETTINGS
+
+
+def test_settings_are_read_from_what_the_command_line_wrote() -> None:
+    written = {"prompt": "a fox", "negative_prompt": None, "steps": 4, "base": "miniature", "width": 96}
+    assert Settings.from_parameters(written) == Settings("a fox", steps=4, width=96)
+
+
+def test_parameters_without_a_prompt_are_refused() -> None:
+    with pytest.raises(ValueError, match="hold no prompt"):
+        Settings.from_parameters({"steps": 4})
+
+
+# Pictures together
+
+
+def test_a_grid_has_a_row_for_each_seed_and_counts_what_is_right() -> None:
+    prompt = "A red star is in the top left."
+    pictures = [
+        Picture(column, Image.new("RGB", (96, 96)), settings, seconds=0.1)
+        for settings in Settings(prompt).over_seeds(2)
+        for column in ("stock", "finelip")
+    ]
+    plain, counted = label_pictures(pictures), label_pictures(pictures, parse_description(prompt))
+    assert plain.height > 2 * 256
+    assert counted.height > plain.height
+    assert counted.width == plain.width < 3 * 256 + 200
+
+
+def test_seeds_follow_one_another_up_to_the_largest() -> None:
+    assert [settings.seed for settings in Settings("a fox", seed=7).over_seeds(3)] == [7, 8, 9]
+    with pytest.raises(ValueError, match="`seed` is 4294967296"):
+        Settings("a fox", seed=2**32 - 1).over_seeds(2)
+
+
+# Loading
+
+
+def test_the_miniature_is_known_as_such() -> None:
+    comparison = Comparison.load()
+    assert comparison.is_miniature
+    assert comparison.size == (96, 96)
+    assert comparison.adapter is not None
+    assert num_positions(comparison._base.stock.text_encoder) == 77
+
+
+def test_any_saved_sdxl_is_compared(stock_folder) -> None:
+    comparison = Comparison.load(stock_folder)
+    assert not comparison.is_miniature
+    assert comparison.adapter is None
+    assert comparison.draw("finelip", SETTINGS).image.size == (16, 16)
+
+
+def test_a_base_that_is_not_there_is_named() -> None:
+    with pytest.raises(OSError, match="no-such-folder"):
+        Comparison.load("./no-such-folder")
