@@ -1,0 +1,94 @@
+"""A page that compares long prompts: stock SDXL, compel and FineLIP-SDXL side by side.
+
+python demo/app.py
+python demo/app.py --base stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 --finelip runs/finelip/last
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finelip_sdxl.arguments import (
+    add_pipeline,
+    add_refiner,
+    count,
+    device_and_dtype,
+    loading_arguments,
+    quiet_transformers,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory(prefix="finelip-sdxl-demo-") as folder:
+        try:
+            serve(options, Path(folder))
+        except (ValueError, TypeError, OSError, MemoryError) as error:
+            print(f"app.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
+    """Load, and open the page; `wait` stays until somebody presses Ctrl+C. Files go to `folder`."""
+    # Before Gradio is imported, which would send figures of use to its makers.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    device, dtype = device_and_dtype(options)
+    quiet_transformers()
+
+    from look import STYLE, THEME
+    from page import build_page
+
+    from finelip_sdxl.comparison import Comparison
+
+    comparison = Comparison.load(
+        options.base,
+        refiner=options.refiner,
+        device=device,
+        offload=options.offload,
+        dtype=dtype,
+        **loading_arguments(options),
+    )
+    page = build_page(comparison, folder / "pictures", options.max_side)
+    page.queue(max_size=options.max_waiting).launch(
+        server_name=options.host,
+        server_port=options.port,
+        share=options.share,
+        prevent_thread_lock=not wait,
+        theme=THEME,
+        css=STYLE,
+        max_file_size="64mb",
+        footer_links=["api", "settings"],
+        show_error=True,
+    )
+    return page
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_pipeline(parser)
+    add_refiner(parser)
+    group = parser.add_argument_group("the page")
+    add = group.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on; 0.0.0.0 lets other machines in (default: "
+        "%(default)s)")  # fmt: skip
+    add("--port", type=int, metavar="N", help="to listen on (default: the first free one from 7860 on)")
+    add("--share", action="store_true", help="also a public address, through Gradio's servers")
+    add("--max-side", type=count, default=1536, metavar="PIXELS", help="largest width and height that can be asked for "
+        "(default: %(default)s)")  # fmt: skip
+    add("--max-waiting", type=count, default=20, metavar="N", help="runs that may wait for their turn (default: "
+        "%(default)s)")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,452 @@
+"""The page: one prompt, read in three ways, drawn side by side."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import meter
+import verdict
+from look import ABOUT_MINIATURE, INTRO, heading, status_line
+from progress import Progress, Stopped, Visitors, follow
+
+from finelip_sdxl.comparison import (
+    COLUMNS,
+    MAX_SEED,
+    MIN_SIDE,
+    Comparison,
+    Picture,
+    Settings,
+    label_pictures,
+)
+from finelip_sdxl.miniature.parsing import DescribedObject, parse_description
+from finelip_sdxl.pictures import read_parameters, save_png
+from finelip_sdxl.prompts import HIDDEN_STATES
+
+EXAMPLES = Path(__file__).parent / "examples"
+# Far more than three windows of 248 tokens. compel takes seconds for texts that are much longer.
+MAX_CHARACTERS = 6000
+MAX_STEPS = 100
+MAX_SEEDS = 8
+OUTPUTS = 5  # components of each column
+# The settings in the order in which events take them.
+FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "steps",
+    "guidance_scale",
+    "width",
+    "height",
+    "conditioning_adapter_scale",
+    "hidden_states",
+    "seed",
+)
+
+
+def build_page(comparison: Comparison, folder: Path, max_side: int) -> gr.Blocks:
+    """The Gradio page of a comparison.
+
+    Args:
+        comparison: what draws.
+        folder: for pictures that can be downloaded; each visitor's are deleted when the page is closed.
+        max_side: the largest width and height in pixels that can be asked for.
+    """
+    return _Page(comparison, folder, max_side).build()
+
+
+class _Page:
+    def __init__(self, comparison: Comparison, folder: Path, max_side: int) -> None:
+        self.comparison, self.folder = comparison, folder
+        self.max_side = min(max_side, 4 * max(comparison.size))  # larger ones no SDXL can draw well
+        self.visitors = Visitors()
+        self.examples = _read_examples(EXAMPLES / ("miniature" if comparison.is_miniature else "sdxl"))
+        steps, guidance = (20, 3.0) if comparison.is_miniature else (30, 5.0)
+        self.defaults = Settings(next(iter(self.examples.values())), steps=steps, guidance_scale=guidance)
+
+    # Layout
+
+    def build(self) -> gr.Blocks:
+        with gr.Blocks(title="FineLIP-SDXL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+            gr.HTML(INTRO, elem_classes="intro")
+            prompt = gr.Textbox(
+                self.defaults.prompt,
+                label="Prompt",
+                placeholder="A long description",
+                lines=3,
+                max_lines=8,
+                max_length=MAX_CHARACTERS,
+                elem_id="prompt",
+            )
+            gr.Examples(
+                [[text] for text in self.examples.values()],
+                [prompt],
+                example_labels=list(self.examples),
+                label="Examples",
+                elem_id="examples",
+                api_visibility="private",
+            )
+            reading = gr.HTML(self.render_meter(self.defaults.prompt), elem_id="meter")
+            fields, random_seed, columns, upload = self._build_options(prompt)
+            with gr.Tabs():
+                with gr.Tab("Compare"):
+                    compared = self._build_columns(fields, random_seed, columns)
+                with gr.Tab("Many seeds"):
+                    self._build_grid(fields, random_seed, columns)
+            self._build_notes()
+
+            private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+            prompt.change(self.render_meter, prompt, reading, queue=False, trigger_mode="always_last", **private)
+            upload.upload(self.load_settings, upload, [*fields, random_seed], **private)
+            columns.change(self.show_columns, columns, compared, queue=False, **private)
+            page.unload(self.leave)
+            gr.api(self.tokens, api_name="tokens", queue=False)
+            gr.api(self.compare, api_name="compare", **_ONE_AT_A_TIME)
+        return page
+
+    def _build_options(self, prompt: gr.Textbox) -> tuple[list[Any], gr.Checkbox, gr.CheckboxGroup, gr.UploadButton]:
+        width, height = self.comparison.size
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            negative_prompt = gr.Textbox(
+                "",
+                label="Negative prompt",
+                lines=1,
+                max_lines=4,
+                max_length=MAX_CHARACTERS,
+                elem_id="negative-prompt",
+            )
+            columns = gr.CheckboxGroup(
+                [(title, column) for column, title in COLUMNS.items()], value=list(COLUMNS), label="Columns"
+            )
+            with gr.Row():
+                steps = gr.Slider(1, MAX_STEPS, self.defaults.steps, step=1, label="Steps", elem_id="steps")
+                guidance_scale = gr.Slider(0, 20, self.defaults.guidance_scale, step=0.5, label="Guidance scale")
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
+                random_seed = gr.Checkbox(False, label="Random seed", info="A new one for each run, shown in the box")
+            with gr.Row():
+                sides = [
+                    gr.Slider(MIN_SIDE, self.max_side, side, step=8, label=label)
+                    for label, side in (("Width", width), ("Height", height))
+                ]
+            with gr.Row():
+                adapter_scale = gr.Slider(
+                    0,
+                    1,
+                    1 if self.comparison.adapter is not None else 0,
+                    step=0.05,
+                    label="Conditioning adapter",
+                    info="How much of it counts in FineLIP-SDXL's column",
+                    interactive=self.comparison.adapter is not None,
+                )
+                hidden_states = gr.Radio(
+                    list(HIDDEN_STATES),
+                    value=self.comparison.hidden_states,
+                    label="Hidden states",
+                    info="Of FineLIP-SDXL's column",
+                )
+            upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
+        fields = [prompt, negative_prompt, steps, guidance_scale, *sides, adapter_scale, hidden_states, seed]
+        return fields, random_seed, columns, upload
+
+    def _build_columns(self, fields: list[Any], random_seed: gr.Checkbox, columns: gr.CheckboxGroup) -> list[Any]:
+        with gr.Row():
+            draw = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
+            stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
+        boxes, outputs = [], []
+        with gr.Row(equal_height=False):
+            for column, title in COLUMNS.items():
+                with gr.Column(
+                    min_width=280, elem_id=f"column-{column}", elem_classes=["column", f"meter-{column}"]
+                ) as box:
+                    title_line = gr.HTML(heading(column))
+                    picture = gr.Image(
+                        format="png",
+                        show_label=False,
+                        buttons=["fullscreen"],
+                        interactive=False,
+                        alt_text=f"What {title} drew",
+                        height=360,
+                    )
+                    status = gr.HTML(status_line("not drawn yet"))
+                    download = gr.DownloadButton("Download PNG", size="sm", interactive=False)
+                    judged = gr.HTML()
+                boxes.append(box)
+                outputs += [title_line, picture, status, download, judged]
+        _start(draw, self.ask, self.draw_columns, [*fields, random_seed, columns], [fields[-1], *outputs])
+        stop.click(self.stop, queue=False, api_visibility="private")
+        return boxes
+
+    def _build_grid(self, fields: list[Any], random_seed: gr.Checkbox, columns: gr.CheckboxGroup) -> None:
+        with gr.Row():
+            seeds = gr.Slider(
+                1, MAX_SEEDS, 4, step=1, label="Seeds, from the one under Advanced on", scale=2, elem_id="seeds"
+            )
+            draw = gr.Button("Draw all", variant="primary", scale=2, elem_id="draw-grid")
+            stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop-grid")
+        status = gr.HTML(status_line("every column, from each seed, in one picture"), elem_classes="meter-finelip")
+        grid = gr.Image(
+            format="png", show_label=False, buttons=["fullscreen"], interactive=False, alt_text="All pictures"
+        )
+        download = gr.DownloadButton("Download PNG", size="sm", interactive=False, elem_id="download-grid")
+        inputs = [*fields, random_seed, columns, seeds]
+        _start(draw, self.ask, self.draw_grid, inputs, [fields[-1], grid, status, download])
+        stop.click(self.stop, queue=False, api_visibility="private")
+
+    def _build_notes(self) -> None:
+        if self.comparison.is_miniature:
+            gr.Markdown(ABOUT_MINIATURE)
+
+    # Reading
+
+    def render_meter(self, prompt: str) -> str:
+        prompt = prompt[:MAX_CHARACTERS]
+        readings, trouble = {}, ""
+        for column in COLUMNS:
+            try:
+                readings |= self.comparison.read(prompt, [column])
+            except ValueError as error:  # such as brackets that compel cannot read, while they are typed
+                trouble += f'<div class="meter-hint">{escape(str(error))}</div>'
+        return meter.render_meter(prompt, readings, COLUMNS) + trouble
+
+    def tokens(self, prompt: str) -> dict[str, Any]:
+        """What each column reads of a prompt: its windows, as texts and in tokens, and the text that is cut."""
+        _check_length(prompt)
+        return {
+            column: {
+                "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in reading.windows],
+                "cut_text": reading.cut_text,
+                "cut_tokens": reading.cut_tokens,
+            }
+            for column, reading in _explained(self.comparison.read)(prompt).items()
+        }
+
+    # Settings
+
+    def settings(self, values: tuple[Any, ...]) -> Settings:
+        """Those of the page's fields, checked."""
+        named = dict(zip(FIELDS, values, strict=True))
+        for name in ("prompt", "negative_prompt"):
+            named[name] = named[name] or ""
+            _check_length(named[name])
+        if not named["prompt"].strip():
+            raise gr.Error("The prompt is empty: write one, or click on an example.", title="No prompt")
+        for name in ("steps", "seed", "width", "height"):
+            if named[name] is None:
+                raise gr.Error(f"There is no {name}: enter a whole number.", title="Not drawn")
+            named[name] = int(named[name])
+        if max(named["width"], named["height"]) > self.max_side:
+            raise gr.Error(f"Width and height are bounded to {self.max_side} pixels here.", title="Not drawn")
+        if named["steps"] > MAX_STEPS:
+            raise gr.Error(f"Steps are bounded to {MAX_STEPS} here.", title="Not drawn")
+        return _explained(Settings)(**named)
+
+    def load_settings(self, file: str) -> list[Any]:
+        """The page's fields as a PNG says that it was drawn."""
+        settings = _explained(lambda: Settings.from_parameters(read_parameters(file)))()
+        values = [getattr(settings, name) for name in FIELDS]
+        # What is out of the page's bounds is shown, and named when it is to be drawn.
+        gr.Info(f"Loaded from the picture: prompt, seed {settings.seed}, {settings.steps} steps.")
+        return [*(gr.skip() if value is None else value for value in values), False]
+
+    # Drawing
+
+    def ask(self, request: gr.Request) -> None:
+        self.visitors.ask(request.session_hash)
+        shutil.rmtree(self._folder_of(request), ignore_errors=True)  # the pictures that the page shows no more
+
+    def stop(self, request: gr.Request) -> None:
+        self.visitors.stop(request.session_hash)
+
+    def leave(self, request: gr.Request) -> None:
+        self.visitors.leave(request.session_hash)
+        shutil.rmtree(self._folder_of(request), ignore_errors=True)
+
+    def show_columns(self, columns: list[str]) -> list[Any]:
+        return [gr.update(visible=column in columns) for column in COLUMNS]
+
+    def draw_columns(self, request: gr.Request, *values: Any) -> Iterator[dict[int, Any]]:
+        """The columns one after the other, each with its steps."""
+        *values, is_random, columns = values
+        settings = self.settings(_with_seed(values, is_random))
+        _check_columns(columns)
+        described = self._describe(settings.prompt)
+        shown: list[Any] = [settings.seed]
+        for column in COLUMNS:
+            waits = "waits" if column in columns else "left out"
+            shown += [heading(column), None, status_line(waits), gr.update(value=None, interactive=False), ""]
+        yield shown
+        for number, column in enumerate(COLUMNS):
+            if column not in columns:
+                continue
+            first = 1 + OUTPUTS * number
+            try:
+                for event in self._follow(column, settings, request):
+                    shown = [gr.skip()] * len(shown)
+                    if isinstance(event, Progress):
+                        shown[first + 2] = _steps_done(event)
+                    else:
+                        done = f"{event.settings.steps} steps in {event.seconds:.1f} s, seed {event.settings.seed}"
+                        file = self._save(event, request)
+                        picture, share, details = verdict.judge(event.image, described)
+                        shown[first : first + OUTPUTS] = [
+                            heading(column, share),
+                            picture,
+                            status_line(done),
+                            _file_to_download(file),
+                            details,
+                        ]
+                    yield shown
+            except Stopped:
+                shown = [gr.skip()] * len(shown)
+                for other, name in enumerate(COLUMNS):
+                    if name in columns and other >= number:
+                        shown[1 + OUTPUTS * other + 2] = status_line("stopped")
+                yield shown
+                return
+
+    def draw_grid(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        """Every column from each seed, then all of them in one picture."""
+        *values, is_random, columns, seeds = values
+        settings = self.settings(_with_seed(values, is_random))
+        _check_columns(columns)
+        rows = settings.over_seeds(min(int(seeds), MAX_SEEDS))
+        yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
+        total, pictures = len(rows) * len(columns), []
+        try:
+            for drawn in rows:
+                for column in (column for column in COLUMNS if column in columns):
+                    for event in self._follow(column, drawn, request):
+                        if isinstance(event, Progress):
+                            done = (len(pictures) + event.step / event.steps) / total
+                            text = f"picture {len(pictures) + 1} of {total}: {COLUMNS[column]}, seed {drawn.seed}"
+                            yield [gr.skip(), gr.skip(), status_line(text, done), gr.skip()]
+                        else:
+                            pictures.append(event)
+        except Stopped:
+            yield [gr.skip(), gr.skip(), status_line("stopped"), gr.skip()]
+            return
+        grid = label_pictures(pictures, self._describe(settings.prompt))
+        file = self._new_file(request, "finelip-sdxl-grid.png")
+        save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
+        yield [gr.skip(), grid, status_line(f"{total} pictures"), _file_to_download(file)]
+
+    def compare(
+        self,
+        prompt: str,
+        request: gr.Request,
+        columns: list[str] = list(COLUMNS),  # noqa: B006  (Gradio shows it to those who call)
+        negative_prompt: str = "",
+        steps: int = 30,
+        guidance_scale: float = 5.0,
+        width: int = 0,
+        height: int = 0,
+        conditioning_adapter_scale: float = 1.0,
+        hidden_states: str | None = None,
+        seed: int = 0,
+    ) -> list[gr.FileData]:
+        """PNG files of the columns in their order, each with its parameters inside; a width or height of 0 is the
+        model's own."""
+        own_width, own_height = self.comparison.size
+        size = (width or own_width, height or own_height)
+        values = (
+            prompt,
+            negative_prompt,
+            steps,
+            guidance_scale,
+            *size,
+            conditioning_adapter_scale,
+            hidden_states,
+            seed,
+        )
+        settings = self.settings(values)
+        _check_columns(columns)
+        files = []
+        for column in columns:
+            *_, picture = self._follow(column, settings, request)
+            files.append(gr.FileData(path=str(self._save(picture, request))))
+        return files
+
+    def _follow(self, column: str, settings: Settings, request: gr.Request) -> Iterator[Progress | Picture]:
+        flag = self.visitors.flag(request.session_hash)
+        try:
+            yield from follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
+        except (ValueError, TypeError, MemoryError) as error:
+            raise gr.Error(str(error), title="Not drawn") from error
+
+    def _describe(self, prompt: str) -> tuple[DescribedObject, ...]:
+        return parse_description(prompt) if self.comparison.is_miniature else ()
+
+    # Files
+
+    def _save(self, picture: Picture, request: gr.Request) -> Path:
+        file = self._new_file(request, f"finelip-sdxl-{picture.column}-{picture.settings.seed}.png")
+        save_png(picture.image, file, picture.parameters)
+        return file
+
+    def _new_file(self, request: gr.Request, name: str) -> Path:
+        folder = self._folder_of(request)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+    def _folder_of(self, request: gr.Request) -> Path:
+        # A session's name is the browser's: only what cannot leave the folder is taken of it.
+        return self.folder / "".join(filter(str.isalnum, str(request.session_hash)))[:64]
+
+
+# Drawing waits for its turn: there is one model, however many visitors.
+_ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "drawing"}
+
+
+def _start(button: gr.Button, ask: Callable, draw: Callable, inputs: list[Any], outputs: list[Any]) -> None:
+    """On a click, note at once that a run is wanted, so that it can be stopped while it waits; then run it."""
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    button.click(ask, queue=False, **private).then(draw, inputs, outputs, **private, **_ONE_AT_A_TIME)
+
+
+def _read_examples(folder: Path) -> dict[str, str]:
+    """Texts by their names for people."""
+    return {
+        file.stem.replace("-", " ").capitalize(): file.read_text(encoding="utf-8").strip()
+        for file in sorted(folder.glob("*.txt"))
+    }
+
+
+def _explained(function: Callable) -> Callable:
+    """A function whose mistakes in the input are shown on the page in their sentence."""
+
+    def explain(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, TypeError, MemoryError) as error:
+            raise gr.Error(str(error), title="This cannot be done") from error
+
+    return explain
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise gr.Error(f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it.")
+
+
+def _check_columns(columns: list[str]) -> None:
+    if not columns:
+        raise gr.Error("No column is chosen: choose at least one under Advanced.", title="Not drawn")
+
+
+def _with_seed(values: list[Any], is_random: bool) -> tuple[Any, ...]:
+    return (*values[:-1], random.randrange(MAX_SEED) if is_random else values[-1])
+
+
+def _steps_done(progress: Progress) -> str:
+    return status_line(
+        f"step {progress.step} of {progress.steps}, {progress.seconds:.1f} s", progress.step / progress.steps
+    )
+
+
+def _file_to_download(file: Path) -> Any:
+    return gr.update(value=str(file), interactive=True)
