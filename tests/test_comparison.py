@@ -128,6 +128,16 @@ def test_an_encoder_that_holds_no_stock_one_is_refused(components) -> None:
         make_comparison(components)
 
 
+def test_offloaded_models_draw_the_same(components) -> None:
+    expected = [make_comparison(components).draw(column, SETTINGS).image for column in COLUMNS]
+    offloaded = make_comparison(copy.deepcopy(components), offload=True)
+    # In another order: whatever ran before has to make room.
+    drawn = {column: offloaded.draw(column, SETTINGS).image for column in reversed(COLUMNS)}
+    assert all(difference(drawn[column], image) <= 1 for column, image in zip(COLUMNS, expected, strict=True))
+    pipe = offloaded._base.pipe
+    assert {hook.model for hook in pipe._all_hooks} >= {pipe.stock_text_encoder, pipe.text_encoder_2, pipe.unet}
+
+
 def test_an_unknown_column_is_refused(comparison) -> None:
     with pytest.raises(ValueError, match="`column` must be one of 'stock', 'compel', 'finelip', but is 'long'"):
         comparison.draw("long", SETTINGS)
