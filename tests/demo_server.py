@@ -5,43 +5,45 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import app
 
 
+@dataclass(frozen=True)
 class Demo:
     """A page that is open.
 
     Attributes:
-        url: its address.
-        comparison: what it draws with.
+        blocks: Gradio's object.
+        page: the project's own behind it, which answers its events.
         folder: where it writes.
     """
 
-    def __init__(self, page: Any, comparison: Any, folder: Path) -> None:
-        self.page, self.comparison, self.folder = page, comparison, folder
-        self.url = page.local_url
+    blocks: Any
+    page: Any
+    folder: Path
 
-    def files(self) -> list[Path]:
-        return [file for file in self.folder.rglob("*") if file.is_file()]
+    @property
+    def url(self) -> str:
+        return self.blocks.local_url
+
+    @property
+    def comparison(self) -> Any:
+        return self.page.comparison
 
 
 @contextmanager
-def served(comparison: Any, folder: Path) -> Iterator[Demo]:
-    """The page of the miniature, opened as `python demo/app.py` does, around a comparison that is loaded."""
-    from finelip_sdxl import comparison as module
-
-    environment, load = dict(os.environ), module.Comparison.load
-    module.Comparison.load = lambda *args, **kwargs: comparison
+def served(folder: Path) -> Iterator[Demo]:
+    """The page of the miniature, as `python demo/app.py` opens it."""
+    environment = dict(os.environ)
     try:
-        page = app.serve(app.parse([]), folder, wait=False)
+        blocks = app.serve(app.parse([]), folder, wait=False)
+        page = next(event.fn.__self__ for event in blocks.fns.values() if event.name == "compare")
+        yield Demo(blocks, page, folder)
+        blocks.close()
     finally:
-        module.Comparison.load = load
-    try:
-        yield Demo(page, comparison, folder)
-    finally:
-        page.close()
         os.environ.clear()
         os.environ.update(environment)

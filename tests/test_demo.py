@@ -18,7 +18,7 @@ from PIL import Image
 from progress import Progress, Stopped, Visitors, follow
 from verdict import judge
 
-from finelip_sdxl.comparison import Comparison, Settings
+from finelip_sdxl.comparison import Settings
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.parsing import parse_description
 from finelip_sdxl.miniature.world import make_scene
@@ -29,7 +29,7 @@ LONG = "A red star is in the top left. " * 12  # 110 tokens
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Demo:
-    with served(Comparison.load("miniature"), tmp_path_factory.mktemp("demo")) as demo:
+    with served(tmp_path_factory.mktemp("demo")) as demo:
         yield demo
 
 
@@ -203,7 +203,7 @@ def test_visitors_wait_their_turn(demo, client, monkeypatch) -> None:
 
 def call_by_number(demo: Demo, name: str, data: list) -> str:
     """What an event of the page answers to whoever calls it by its number, past what the client allows."""
-    number = next(n for n, fn in demo.page.fns.items() if fn.name == name)
+    number = next(n for n, fn in demo.blocks.fns.items() if fn.name == name)
     body = json.dumps({"data": data, "fn_index": number, "session_hash": "stranger"}).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{demo.url}gradio_api/queue/join", body, headers)
@@ -221,13 +221,11 @@ def test_a_path_that_was_not_uploaded_is_not_opened(demo, tmp_path) -> None:
     assert "is not a PNG" not in answer  # which it would say, had it looked
 
 
-def test_a_session_s_name_cannot_lead_out_of_the_folder(demo, client, tmp_path) -> None:
-    page = next(fn.fn for fn in demo.page.fns.values() if fn.name == "load_settings").__self__
-
+def test_a_session_s_name_cannot_lead_out_of_the_folder(demo) -> None:
     class Request:
         session_hash = "../../outside/"
 
-    assert page._folder_of(Request()) == demo.folder / "pictures" / "outside"
+    assert demo.page._folder_of(Request()) == demo.folder / "pictures" / "outside"
 
 
 def test_nothing_is_left_when_the_page_is_closed(monkeypatch) -> None:

@@ -15,7 +15,6 @@ import pytest
 from demo_server import Demo, served
 from PIL import Image
 
-from finelip_sdxl.comparison import Comparison
 from finelip_sdxl.pictures import read_parameters
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -36,7 +35,7 @@ LONG = (
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Demo:
-    with served(Comparison.load("miniature"), tmp_path_factory.mktemp("demo")) as demo:
+    with served(tmp_path_factory.mktemp("demo")) as demo:
         yield demo
 
 
