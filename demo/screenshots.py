@@ -52,6 +52,7 @@ def draw_columns(page: Any) -> None:
 
 def draw_seeds(page: Any) -> None:
     page.get_by_role("tab", name="Many seeds").click()
+    page.wait_for_timeout(1000)  # what was only just mounted takes its first value once more
     page.locator("#seeds input[type=number]").fill("2")
     page.locator("#seeds input[type=number]").blur()
     page.click("#draw-grid")

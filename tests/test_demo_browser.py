@@ -80,12 +80,20 @@ def meter_lines(page) -> list[str]:
     return [line.replace("\n", " ") for line in page.locator("#meter .meter-line").all_inner_texts()]
 
 
+def set_number(page, slider: str, value: int) -> None:
+    """Until it stays: what was only just mounted takes its first value again."""
+    box = page.locator(f"{slider} input[type=number]")
+    box.fill(str(value))
+    box.blur()
+    page.wait_for_timeout(300)
+    if box.input_value() != str(value):
+        set_number(page, slider, value)
+
+
 def set_steps(page, steps: int) -> None:
     if not page.locator("#steps input[type=number]").is_visible():
         page.get_by_text("Advanced").click()
-    box = page.locator("#steps input[type=number]")
-    box.fill(str(steps))
-    box.blur()
+    set_number(page, "#steps", steps)
 
 
 def load(page, file: Path | dict[str, Any]) -> None:
@@ -208,8 +216,7 @@ def test_many_seeds_make_one_picture(open_page, tmp_path) -> None:
     page = open_page()
     set_steps(page, 1)
     page.get_by_role("tab", name="Many seeds").click()
-    page.locator("#seeds input[type=number]").fill("2")
-    page.locator("#seeds input[type=number]").blur()
+    set_number(page, "#seeds", 2)
     page.click("#draw-grid")
     page.get_by_text("6 pictures").wait_for()
     with page.expect_download() as download:
