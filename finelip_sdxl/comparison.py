@@ -12,17 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
-from compel import Compel, CompelForSDXL, ReturnedEmbeddingsType
-from compel.convenience_wrappers import LabelledConditioning
-from compel.prompt_parser import FlattenedPrompt, Fragment
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from pyparsing import ParseBaseException
 
+from finelip_sdxl.compel_windows import open_compel, parsing, read_by_compel
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.export import in_stock_class
 from finelip_sdxl.miniature import miniature_path, resolve_base
@@ -36,11 +32,9 @@ from finelip_sdxl.prompts import (
     STOCK_POSITIONS,
     EncoderReading,
     PromptReader,
-    Window,
     check_choice,
     check_texts,
     read_prompts,
-    tokenize,
 )
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
 
@@ -48,7 +42,7 @@ from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, wi
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
-HAND_OVER = 0.8
+HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
 
 # Called after each step with its number and how many there are; what it raises ends the drawing.
 OnStep = Callable[[int, int], None]
@@ -268,7 +262,7 @@ class Comparison:
         check_texts("prompt", prompt)
         read: dict[str, Callable[[], EncoderReading]] = {
             "stock": lambda: _read_by_stock(self._base.stock, prompt),
-            "compel": lambda: _read_by_compel(self._base.compel, prompt),
+            "compel": lambda: read_by_compel(self._base.compel, prompt),
             "finelip": lambda: self._base.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
         }
         return {column: read[check_choice("column", column, tuple(COLUMNS))]() for column in columns}
@@ -311,6 +305,11 @@ class Comparison:
         }
         base = {"width": width, "height": height, "conditioning_adapter_scale": settings.conditioning_adapter_scale}
         first = _Steps(on_step, settings.steps)
+        if self._refiner is not None and settings.steps < MIN_REFINED_STEPS:
+            raise ValueError(
+                f"`steps` is {settings.steps}; with a refiner, which draws the last fifth of them, expected at least"
+                f" {MIN_REFINED_STEPS}."
+            )
         if self._refiner is None:
             return self._base.draw(column, settings, callback_on_step_end=first, **base, **common)[0]
         latents = self._base.draw(
@@ -359,7 +358,7 @@ class _Stage:
             pipe.enable_model_cpu_offload(device=device)
         else:
             pipe.to(device)
-        self.compel = _open_compel(self.stock, str(device))
+        self.compel = open_compel(self.stock, str(device))
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
         read = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._leave_unread}[column]
@@ -393,7 +392,7 @@ class _Stage:
     def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
         # Where SDXL takes zeros for an absent negative prompt, compel needs none.
         negative = settings.negative_prompt or (None if self.pipe.config.force_zeros_for_empty_prompt else "")
-        with torch.no_grad(), _parsing():
+        with torch.no_grad(), parsing():
             read = self.compel(settings.prompt, negative)
         self.free()
         return _embeddings(read.embeds, read.negative_embeds, read.pooled_embeds, read.negative_pooled_embeds)
@@ -430,64 +429,6 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
 def _read_by_stock(stock: Any, prompt: str) -> EncoderReading:
     reader = PromptReader("text_encoder", stock.tokenizer, STOCK_POSITIONS)
     return read_prompts([reader], [[prompt]], long_prompt="truncate", length_buckets=()).readings[0]
-
-
-# compel
-
-
-def _open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
-    if stock.text_encoder is not None:
-        return CompelForSDXL(stock, device=device)
-    # The refiner has but one text encoder, for which compel has no class.
-    compel = Compel(
-        stock.tokenizer_2,
-        stock.text_encoder_2,
-        truncate_long_prompts=False,
-        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
-        requires_pooled=True,
-        device=device,
-    )
-
-    def read(prompt: str, negative: str | None) -> LabelledConditioning:
-        states, pooled = compel([prompt, negative or ""])
-        return LabelledConditioning(states[:1], pooled[:1], states[1:], pooled[1:])
-
-    return read
-
-
-def _read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
-    """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left."""
-    with _parsing():
-        parsed = Compel.parse_prompt_string(prompt).prompts
-    is_plain = len(parsed) == 1 and isinstance(parsed[0], FlattenedPrompt)
-    fragments = [part.text for part in parsed[0].children if isinstance(part, Fragment)] if is_plain else [prompt]
-    provider = compel.compel_1.conditioning_provider
-    rows = provider.get_token_ids_and_expand_weights(fragments, [1.0] * len(fragments), "cpu")[0]
-    end = provider.tokenizer.eos_token_id
-    windows = [tuple(row[1 : row.index(end, 1)]) for row in rows.unflatten(0, (-1, STOCK_POSITIONS)).tolist()]
-    # compel makes one space of any white space; then the text is shown as it was written.
-    ids, _ = tokenize(provider.tokenizer, prompt)
-    text = prompt if ids == [token for window in windows for token in window] else " ".join(fragments)
-    _, offsets = tokenize(provider.tokenizer, text)
-    ends = [*accumulate(map(len, windows))]
-    starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
-    slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
-    read = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
-    return EncoderReading("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
-
-
-@contextmanager
-def _parsing() -> Iterator[None]:
-    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of."""
-    try:
-        yield
-    except (RecursionError, ParseBaseException, AttributeError) as error:  # the last is what its `.and()` ends in
-        reason = "brackets within brackets" if isinstance(error, RecursionError) else str(error)
-    else:
-        return
-    raise ValueError(
-        f"compel cannot read this prompt ({reason}): take out what it knows as syntax, or leave compel out."
-    )
 
 
 def _raise_out_of_memory(settings: Settings, size: tuple[int, int]) -> NoReturn:

@@ -223,6 +223,13 @@ def test_a_refiner_draws_the_last_fifth_as_stock_s_would(components, refiner, st
     assert difference(drawn.image, expected) <= 1
 
 
+def test_too_few_steps_for_a_refiner_are_named(components, refiner) -> None:
+    comparison = make_comparison(components, make_refiner(refiner))
+    with pytest.raises(ValueError, match=r"`steps` is 4; with a refiner, .* expected at least 5"):
+        comparison.draw("stock", Settings(LONG, steps=4))
+    comparison.draw("stock", Settings(LONG, steps=5))
+
+
 def test_the_refiner_too_reads_the_prompt_in_each_column_s_way(components, refiner) -> None:
     comparison = make_comparison(components, make_refiner(refiner))
     images = [comparison.draw(column, Settings(LONG, steps=10)).image for column in COLUMNS]

@@ -1,0 +1,85 @@
+"""compel as it is by default: the windows that it cuts a prompt into, and what it encodes of them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+from compel import Compel, CompelForSDXL, ReturnedEmbeddingsType
+from compel.convenience_wrappers import LabelledConditioning
+from compel.prompt_parser import FlattenedPrompt, Fragment
+from pyparsing import ParseBaseException
+
+from finelip_sdxl.prompts import PROMPT, STOCK_POSITIONS, EncoderReading, Window, tokenize
+
+
+def open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
+    """What encodes a prompt and a negative prompt as compel does by default, in windows of stock's 77 tokens.
+
+    Args:
+        stock: a stock SDXL pipeline, or its refiner.
+        device: where its encoders run.
+
+    Example:
+        >>> from diffusers import StableDiffusionXLPipeline
+        >>> from finelip_sdxl import miniature_path
+        >>> read = open_compel(StableDiffusionXLPipeline.from_pretrained(miniature_path()), "cpu")
+        >>> read("a red star", None).embeds.shape
+        torch.Size([1, 77, 288])
+    """
+    if stock.text_encoder is not None:
+        return CompelForSDXL(stock, device=device)
+    # The refiner has but one text encoder, for which compel has no class.
+    compel = Compel(
+        stock.tokenizer_2,
+        stock.text_encoder_2,
+        truncate_long_prompts=False,
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        requires_pooled=True,
+        device=device,
+    )
+
+    def read(prompt: str, negative: str | None) -> LabelledConditioning:
+        states, pooled = compel([prompt, negative or ""])
+        return LabelledConditioning(states[:1], pooled[:1], states[1:], pooled[1:])
+
+    return read
+
+
+def read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
+    """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left.
+
+    Raises:
+        ValueError: compel cannot parse the prompt.
+    """
+    with parsing():
+        parsed = Compel.parse_prompt_string(prompt).prompts
+    is_plain = len(parsed) == 1 and isinstance(parsed[0], FlattenedPrompt)
+    fragments = [part.text for part in parsed[0].children if isinstance(part, Fragment)] if is_plain else [prompt]
+    provider = compel.compel_1.conditioning_provider
+    rows = provider.get_token_ids_and_expand_weights(fragments, [1.0] * len(fragments), "cpu")[0]
+    end = provider.tokenizer.eos_token_id
+    windows = [tuple(row[1 : row.index(end, 1)]) for row in rows.unflatten(0, (-1, STOCK_POSITIONS)).tolist()]
+    # compel makes one space of any white space; then the text is shown as it was written.
+    ids, _ = tokenize(provider.tokenizer, prompt)
+    text = prompt if ids == [token for window in windows for token in window] else " ".join(fragments)
+    _, offsets = tokenize(provider.tokenizer, text)
+    ends = [*accumulate(map(len, windows))]
+    starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
+    slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+    read = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
+    return EncoderReading("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
+
+
+@contextmanager
+def parsing() -> Iterator[None]:
+    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of."""
+    try:
+        yield
+    except (RecursionError, ParseBaseException, AttributeError) as error:  # the last is what its `.and()` ends in
+        reason = "brackets within brackets" if isinstance(error, RecursionError) else str(error)
+    else:
+        return
+    raise ValueError(
+        f"compel cannot read this prompt ({reason}): take out what it knows as syntax, or leave compel out."
+    )
