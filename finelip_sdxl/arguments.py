@@ -4,6 +4,7 @@ Nothing heavy is imported before a function needs it, so that `--help` answers a
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -21,8 +22,14 @@ def add_pipeline(command: argparse.ArgumentParser) -> None:
 
 
 def add_base(command: argparse.ArgumentParser) -> None:
-    text = "hub id or directory of an SDXL (default: %(default)s, the small one that comes with the package)"
-    command.add_argument("--base", default="miniature", metavar="SDXL", help=text)
+    text = "hub id, directory or single file of an SDXL (default: %(default)s, the small one that comes with the"
+    command.add_argument("--base", default="miniature", metavar="SDXL", help=f"{text} package)")
+    add_config(command)
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    text = "hub id or directory of configs and tokenizers for a single file (default: Diffusers' choice on the hub)"
+    command.add_argument("--config", metavar="SDXL", help=text)
 
 
 def add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help: str) -> None:
@@ -56,10 +63,33 @@ def count(text: str) -> int:
 
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that were given; what was not is up to a saved folder, or the default."""
-    names = ("finelip", "finelip_2", "conditioning_adapter", "variant", "short_prompt", "long_prompt", "hidden_states")
+    """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default."""
+    loaded = ("config", "finelip", "finelip_2", "conditioning_adapter", "variant")
+    names = (*loaded, "short_prompt", "long_prompt", "hidden_states")
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     return {name: None if value == "none" else value for name, value in given.items()}
+
+
+def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **arguments: Any) -> Any:
+    """A pipeline of this class, with encoders of 248 positions.
+
+    Args:
+        pipeline_class: one of this package's.
+        base: hub id, directory or single file of an SDXL, or `"miniature"`.
+        config: for a single file, see `from_single_file`.
+        **arguments: of `from_pretrained` or `from_single_file`.
+
+    Raises:
+        ValueError: a config for what is no single file; and what these raise.
+    """
+    if Path(base).is_file():
+        given = {name: value for name, value in arguments.items() if name != "variant"}
+        return pipeline_class.from_single_file(base, **given, **({} if config is None else {"config": config}))
+    if config is not None:
+        raise ValueError(f"--config {config} goes with a single file, but {base} is none: leave it out.")
+    pipe = pipeline_class.from_pretrained(base, **arguments)
+    pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
+    return pipe
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from finelip_sdxl.arguments import (
     DTYPES,
     add_adapter,
     add_base,
+    add_config,
     add_loading,
     add_pipeline,
     add_refiner,
@@ -29,6 +30,7 @@ from finelip_sdxl.arguments import (
     device_and_dtype,
     loading_arguments,
     open_device,
+    open_pipeline,
     quiet_transformers,
 )
 from finelip_sdxl.files import written_whole
@@ -89,8 +91,7 @@ def generate(options: argparse.Namespace) -> None:
     from finelip_sdxl.pipelines import FineLIPSDXLPipeline
 
     device, dtype = device_and_dtype(options)
-    pipe = FineLIPSDXLPipeline.from_pretrained(options.base, **loading_arguments(options), dtype=dtype)
-    pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
+    pipe = open_pipeline(FineLIPSDXLPipeline, options.base, **loading_arguments(options), dtype=dtype)
     print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt))
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
@@ -224,7 +225,10 @@ def tokens(options: argparse.Namespace) -> None:
     """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
     prompt = check_texts("prompt", _prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
-    readers, saved = _readers(resolve_base(options.base))
+    is_file = Path(options.base).is_file()
+    if is_file and options.config is None:
+        raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
+    readers, saved = _readers(options.config if is_file else resolve_base(options.base))
     report = read_prompts(
         readers,
         [prompt] * len(readers),
@@ -315,14 +319,17 @@ def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
 
     from finelip_sdxl import pipelines
 
-    stock_name = str(DiffusionPipeline.load_config(resolve_base(options.base))["_class_name"])
+    described = options.config if Path(options.base).is_file() else resolve_base(options.base)
+    # A single file does not say what it is for; without configs it is the usual thing.
+    index = (
+        {"_class_name": "StableDiffusionXLPipeline"} if described is None else DiffusionPipeline.load_config(described)
+    )
+    stock_name = str(index["_class_name"])
     name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
     if name not in pipelines.__all__:
         raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported.")
     arguments = {**loading_arguments(options), **arguments}
-    pipe = getattr(pipelines, name).from_pretrained(options.base, dtype=getattr(torch, dtype), **arguments)
-    pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
-    return pipe
+    return open_pipeline(getattr(pipelines, name), options.base, dtype=getattr(torch, dtype), **arguments)
 
 
 def _free_folder(options: argparse.Namespace) -> Path:
@@ -473,7 +480,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading(command)
 
     command = _command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
-    command.add_argument("base", help="hub id or directory of an SDXL, or miniature")
+    command.add_argument("base", help="hub id, directory or single file of an SDXL, or miniature")
+    add_config(command)
     command.add_argument("out", help="directory to write")
     command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
     add_loading(command, dtype="float32", dtype_help="%(default)s")

@@ -18,6 +18,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
+from finelip_sdxl.arguments import open_pipeline
 from finelip_sdxl.compel_windows import open_compel, parsing, read_by_compel
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.export import in_stock_class
@@ -211,13 +212,13 @@ class Comparison:
         """Load what is compared.
 
         Args:
-            base: hub id or directory of an SDXL, or `"miniature"`.
+            base: hub id, directory or single file of an SDXL, or `"miniature"`.
             refiner: hub id or directory of SDXL's refiner.
             device, offload: see the class.
             dtype: of all weights.
             variant: of the files of weights, such as `"fp16"`.
-            **loading: further arguments of `FineLIPSDXLPipeline.from_pretrained`, such as `finelip` and
-                `conditioning_adapter`.
+            **loading: further arguments of `FineLIPSDXLPipeline.from_pretrained` or `from_single_file`, such as
+                `finelip`, `conditioning_adapter` and `config`.
 
         Raises:
             ValueError, OSError: what `from_pretrained` raises.
@@ -227,8 +228,7 @@ class Comparison:
             >>> comparison.read("a red star")["finelip"].tokens
             5
         """
-        pipe = FineLIPSDXLPipeline.from_pretrained(base, dtype=dtype, variant=variant, **loading)
-        pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
+        pipe = open_pipeline(FineLIPSDXLPipeline, base, dtype=dtype, variant=variant, **loading)
         refining = None
         if refiner is not None:
             refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant)

@@ -15,8 +15,10 @@ from typing import Any, get_type_hints
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import get_module_execution_device
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.checkpoints import load_finelip
@@ -186,18 +188,8 @@ class LongPromptMixin(_Parent):
             if finelip_2 is None and "text_encoder_2" in own:
                 finelip_2 = "miniature-finelip-2"
         base = resolve_base(base)
-        # Without a dtype every library falls back on its own, and half-precision repositories end in two.
-        torch_dtype = kwargs.pop("torch_dtype", None)
-        dtype = kwargs["dtype"] = kwargs.get("dtype") or torch_dtype or torch.float32
-        for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
-            if source is not None and kwargs.get(name) is not None:
-                raise ValueError(
-                    f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them."
-                )
-        # What is wrong in the arguments should be known before gigabytes are loaded.
-        for name in _OPTIONS.keys() & kwargs:
-            _OPTIONS[name](kwargs[name])
-        finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
+        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        dtype = kwargs["dtype"]
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(_HELD), **kwargs}
 
@@ -215,10 +207,48 @@ class LongPromptMixin(_Parent):
             pipe.swap_text_encoders(finelip, finelip_2)
         return pipe
 
+    @classmethod
+    def from_single_file(
+        cls, file: str | os.PathLike, finelip: Any = None, finelip_2: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
+        encoders 248 positions.
+
+        Args:
+            file: a `.safetensors` or `.ckpt` file, or its address on the hub.
+            finelip, finelip_2: see `from_pretrained`. Without them the checkpoint's own encoders are stretched, with
+                all that it has taught them; a FineLIP in their place knows none of it.
+            conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
+            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; a saved pipeline is
+                one. By default what Diffusers finds on the hub to go with the checkpoint.
+            **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
+                every component, float32 by default.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: a file that is no whole SDXL, or what `from_pretrained` refuses.
+            OSError: the file is not there, or there are no configs for it.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
+        """
+        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        adapter = kwargs.pop(_ADAPTER, None)
+        if isinstance(adapter, str | os.PathLike):
+            adapter = ConditioningAdapter.from_pretrained(adapter, dtype=kwargs["dtype"])
+        with _single_file_errors(file, kwargs.get("config")):
+            pipe = super().from_single_file(file, **kwargs)
+        pipe.register_modules(conditioning_adapter=adapter)
+        pipe.swap_text_encoders(finelip, finelip_2)
+        return pipe
+
     def swap_text_encoders(self, finelip: Any = None, finelip_2: Any = None) -> None:
         """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
 
-        For pipelines that were not made by `from_pretrained`, such as those of `from_pipe` and `from_single_file`.
+        For pipelines that `from_pretrained` and `from_single_file` did not make, such as those of `from_pipe`.
         Encoders that already read 248 are left as they are, and no encoder or tokenizer that was passed in is changed.
 
         Args:
@@ -643,6 +673,48 @@ def _sign(cls: type, name: str) -> None:
     method = vars(cls)[name]
     method.__signature__ = inspect.Signature(ordered)
     method.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}
+
+
+def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Arguments for loading, checked before gigabytes are loaded: both FineLIPs, and keyword arguments with a dtype."""
+    # Without a dtype every library falls back on its own, and half-precision repositories end in two.
+    torch_dtype = kwargs.pop("torch_dtype", None)
+    kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch_dtype or torch.float32}
+    for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+        if source is not None and kwargs.get(name) is not None:
+            raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
+    for name in _OPTIONS.keys() & kwargs:
+        _OPTIONS[name](kwargs[name])
+    finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
+    return finelip, finelip_2, kwargs
+
+
+@contextmanager
+def _single_file_errors(file: Any, config: Any) -> Iterator[None]:
+    """What Diffusers cannot load, in a sentence that says what to do."""
+    name = os.fspath(file)
+    if not os.path.isfile(name) and not name.startswith(("http://", "https://", "hf.co/")):
+        raise FileNotFoundError(f"{name} does not exist, or is no file: pass a .safetensors or .ckpt file.")
+    if config is not None and os.path.isdir(config) and not os.path.isfile(os.path.join(config, "model_index.json")):
+        raise FileNotFoundError(
+            f"config={config} has no model_index.json: pass the directory of an SDXL in Diffusers' layout."
+        )
+    try:
+        yield
+    except SingleFileComponentError as error:
+        what = str(error.message).strip().splitlines()[0]
+        raise ValueError(f"{name} is not a whole SDXL with the shapes that its config says ({what})") from error
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise OSError(
+            f"{name} holds weights alone, and configs and tokenizers to go with them could not be fetched from the hub:"
+            " pass config=, the directory of an SDXL in Diffusers' layout."
+        ) from error
+    except OSError as error:
+        if "Unable to load weights" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} cannot be read as a checkpoint: it is damaged, cut short, or no .safetensors or .ckpt file."
+        ) from error
 
 
 def _replacement(name: str, source: Any, encoder: Any) -> Any:

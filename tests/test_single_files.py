@@ -1,0 +1,186 @@
+"""SDXL as one file, in the original project's layout, offline: what fine-tunes are passed around as."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from single_file import save_single_file
+
+from finelip_sdxl import (
+    ConditioningAdapter,
+    FineLIPSDXLImg2ImgPipeline,
+    FineLIPSDXLInpaintPipeline,
+    FineLIPSDXLPipeline,
+)
+from finelip_sdxl.cli import main
+from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder
+
+SHORT = "a red fox above the blue square"
+LONG = " ".join([SHORT] * 20)  # 142 tokens
+ENDLESS = " ".join([SHORT] * 60)  # 422
+
+
+@pytest.fixture(scope="module")
+def stock(stock_folder) -> StableDiffusionXLPipeline:
+    pipe = StableDiffusionXLPipeline.from_pretrained(stock_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def file(stock, tmp_path_factory) -> str:
+    name = str(tmp_path_factory.mktemp("single") / "fine_tune.safetensors")
+    save_single_file(stock, name)
+    return name
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def embeddings(pipe, prompt: str) -> torch.Tensor:
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, device="cpu")[0]
+
+
+def draw(pipe, prompt: str) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(prompt, num_inference_steps=1, output_type="np", generator=torch.Generator().manual_seed(0)).images[0]
+
+
+def test_the_checkpoint_s_own_encoders_are_stretched(file, stock, stock_folder) -> None:
+    pipe = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        expected, found = stretch_text_encoder(getattr(stock, name)), getattr(pipe, name)
+        assert num_positions(found) == 248
+        for key, weight in expected.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[key], weight)
+    assert (pipe.tokenizer.model_max_length, pipe.tokenizer_2.model_max_length) == (248, 248)
+
+
+def test_prompts_of_every_length_are_read(file, stock, stock_folder) -> None:
+    pipe = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder)
+    torch.testing.assert_close(embeddings(pipe, SHORT), embeddings(stock, SHORT), atol=1e-5, rtol=1e-4)
+    assert [embeddings(pipe, prompt).shape[1] for prompt in (SHORT, LONG, ENDLESS)] == [77, 154, 2 * 248]
+    assert np.abs(draw(pipe, SHORT) - draw(stock, SHORT)).max() < 1e-3
+    assert np.abs(draw(pipe, LONG) - draw(stock, LONG)).max() > 1e-3
+
+
+@pytest.mark.parametrize("pipeline_class", [FineLIPSDXLImg2ImgPipeline, FineLIPSDXLInpaintPipeline])
+def test_other_pipelines_open_it_too(file, stock_folder, pipeline_class) -> None:
+    pipe = pipeline_class.from_single_file(file, config=stock_folder, dtype=torch.bfloat16)
+    assert num_positions(pipe.text_encoder) == 248
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.bfloat16
+
+
+def test_a_finelip_replaces_an_encoder_and_options_are_kept(file, stock, stock_folder, tmp_path) -> None:
+    other = copy.deepcopy(stretch_text_encoder(stock.text_encoder))  # whose weights are stock's
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(2)
+    other.save_pretrained(tmp_path / "finelip")
+    pipe = FineLIPSDXLPipeline.from_single_file(
+        file, finelip=str(tmp_path / "finelip"), config=stock_folder, long_prompt="error", length_buckets=()
+    )
+    assert (pipe.long_prompt, pipe.length_buckets) == ("error", ())
+    torch.testing.assert_close(
+        pipe.text_encoder.get_input_embeddings().weight, 2 * stock.text_encoder.get_input_embeddings().weight
+    )
+    assert num_positions(pipe.stock_text_encoder) == 77  # for short prompts
+    torch.testing.assert_close(embeddings(pipe, SHORT), embeddings(stock, SHORT), atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_comes_along(file, stock_folder, tmp_path) -> None:
+    ConditioningAdapter([32, 48], 24, 8).save_pretrained(tmp_path)
+    pipe = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder, conditioning_adapter=tmp_path)
+    assert isinstance(pipe.conditioning_adapter, ConditioningAdapter)
+
+
+def test_the_command_line_converts_it(file, stock_folder, tmp_path, capsys) -> None:
+    out = tmp_path / "converted"
+    assert main(["convert", file, str(out), "--config", stock_folder]) == 0
+    pipe = FineLIPSDXLPipeline.from_pretrained(str(out))
+    direct = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder)
+    torch.testing.assert_close(embeddings(pipe, LONG), embeddings(direct, LONG))
+
+
+def test_the_command_line_draws_and_counts_with_it(file, stock_folder, tmp_path, capsys) -> None:
+    base = ["--base", file, "--config", stock_folder]
+    assert main(["tokens", LONG, *base]) == 0
+    assert "142 tokens in 1 window of 154 positions" in capsys.readouterr().out
+    drawing = ["--steps", "1", "--device", "cpu", "--width", "64", "--height", "64"]
+    assert main(["generate", LONG, *base, *drawing, "--out", str(tmp_path / "a.png")]) == 0
+    assert main(["compare", LONG, *base, *drawing, "--out", str(tmp_path / "b.png")]) == 0
+
+
+# What goes wrong
+
+
+def refusal(file, **arguments) -> str:
+    with pytest.raises((ValueError, OSError)) as caught:
+        FineLIPSDXLPipeline.from_single_file(file, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_configs_it_is_said_what_to_pass(file) -> None:
+    assert "pass config=, the directory of an SDXL in Diffusers' layout" in refusal(file)
+
+
+def test_a_config_that_is_none_is_named(file, tmp_path) -> None:
+    assert f"config={tmp_path} has no model_index.json" in refusal(file, config=str(tmp_path))
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    assert "nowhere.safetensors does not exist" in refusal("nowhere.safetensors")
+
+
+def test_a_file_that_is_no_checkpoint_is_named(file, stock_folder, tmp_path) -> None:
+    (tmp_path / "junk.safetensors").write_bytes(b"no weights" * 100)
+    assert "junk.safetensors cannot be read as a checkpoint" in refusal(
+        tmp_path / "junk.safetensors", config=stock_folder
+    )
+    with open(file, "rb") as whole:
+        (tmp_path / "cut.safetensors").write_bytes(whole.read(10_000))
+    assert "cut.safetensors cannot be read as a checkpoint" in refusal(
+        tmp_path / "cut.safetensors", config=stock_folder
+    )
+
+
+def test_a_pickle_that_runs_code_is_not_opened(stock_folder, tmp_path) -> None:
+    torch.save({"state_dict": print}, tmp_path / "evil.ckpt")
+    assert "evil.ckpt cannot be read as a checkpoint" in refusal(tmp_path / "evil.ckpt", config=stock_folder)
+
+
+def test_a_checkpoint_without_text_encoders_is_no_whole_sdxl(file, stock_folder, tmp_path) -> None:
+    weights = {key: weight for key, weight in load_file(file).items() if not key.startswith("conditioner.")}
+    save_file(weights, tmp_path / "unet.safetensors")
+    assert "is not a whole SDXL" in refusal(tmp_path / "unet.safetensors", config=stock_folder)
+
+
+def test_wrong_options_are_told_before_anything_is_loaded(monkeypatch, file) -> None:
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert "`long_prompt` must be one of" in refusal(file, long_prompt="all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", LONG, "--config", "miniature"],
+            "--config miniature goes with a single file, but",
+        ),
+        (["tokens", LONG, "--base", "{file}"], "holds weights alone: pass --config"),
+    ],
+)
+def test_the_command_line_says_when_configs_do_not_fit(arguments, message, file, capsys, tmp_path) -> None:
+    arguments = [argument.format(file=file) for argument in arguments]
+    more = ["--out", str(tmp_path / "a.png")] if arguments[0] == "generate" else []
+    assert main([*arguments, *more]) == 2
+    assert message in capsys.readouterr().err
