@@ -1,7 +1,13 @@
-"""The four pipelines: Diffusers' own, reading prompts of any length."""
+"""The pipelines: Diffusers' own, reading prompts of any length."""
 
 from diffusers import (
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -31,3 +37,30 @@ class FineLIPSDXLInpaintPipeline(LongPromptMixin, StableDiffusionXLInpaintPipeli
 
 class FineLIPSDXLControlNetPipeline(LongPromptMixin, StableDiffusionXLControlNetPipeline):
     """Text to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetImg2ImgPipeline(LongPromptMixin, StableDiffusionXLControlNetImg2ImgPipeline):
+    """Image to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetInpaintPipeline(LongPromptMixin, StableDiffusionXLControlNetInpaintPipeline):
+    """Inpainting under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetUnionPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionPipeline):
+    """Text to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetUnionImg2ImgPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionImg2ImgPipeline):
+    """Image to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetUnionInpaintPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionInpaintPipeline):
+    """Inpainting under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLAdapterPipeline(LongPromptMixin, StableDiffusionXLAdapterPipeline):
+    """Text to image under a T2I-Adapter with prompts of any length; see `LongPromptMixin` for what it adds.
+
+    `adapter` is the T2I-Adapter, `conditioning_adapter` this package's.
+    """
