@@ -55,7 +55,8 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
         The stretched encoder, in evaluation mode, on the device and in the dtype of `encoder`.
 
     Raises:
-        ValueError: if the encoder is stretched already, carries adapters, or `keep` or `factor` is out of range.
+        ValueError: if the encoder is stretched already, quantized or carries adapters, or `keep` or `factor` is out of
+            range.
 
     Example:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
@@ -67,6 +68,11 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
         raise ValueError(
             f"This text encoder was stretched already, from {encoder.config.stretched_from} to "
             f"{num_positions(encoder)} positions: use it as it is."
+        )
+    if getattr(encoder, "is_quantized", False):
+        raise ValueError(
+            "This text encoder is quantized, so its weights cannot be taken over into a longer one: save the SDXL with"
+            " 248 positions by `finelip-sdxl convert` first, and load that quantized."
         )
     tensors = text_encoder_tensors(encoder)
     config = copy.deepcopy(encoder.config)
