@@ -1,0 +1,105 @@
+"""What a call of the pipeline may be given, on long prompts: callbacks, schedulers, guidance, seeds, batches."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from finelip_sdxl import FineLIPSDXLPipeline
+
+SHORT = "a red fox above the blue square"
+LONG = " ".join([SHORT] * 20)  # 142 tokens
+ENDLESS = " ".join([SHORT] * 60)  # 422
+PROMPTS = pytest.mark.parametrize("prompt", [SHORT, LONG, ENDLESS], ids=["77", "248", "past-248"])
+
+
+@pytest.fixture
+def pipe(components) -> FineLIPSDXLPipeline:
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def draw(pipe, prompt, **arguments) -> np.ndarray:
+    settings = {"num_inference_steps": 2, "generator": seeds(0)[0], "output_type": "np"}
+    return pipe(prompt, **{**settings, **arguments}).images
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_every_scheduler_draws(pipe, name) -> None:
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    one, other = draw(pipe, LONG, num_inference_steps=4), draw(pipe, ENDLESS, num_inference_steps=4)
+    assert np.isfinite(one).all()
+    assert not np.array_equal(one, other)
+
+
+@PROMPTS
+def test_a_callback_sees_and_changes_what_the_unet_gets(pipe, prompt) -> None:
+    shapes = []
+
+    def forget_the_prompt(pipe, step, timestep, tensors) -> dict:
+        shapes.append(tensors["prompt_embeds"].shape[1])
+        return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
+
+    names = ["prompt_embeds", "add_text_embeds", "latents"]
+    changed = draw(pipe, prompt, callback_on_step_end=forget_the_prompt, callback_on_step_end_tensor_inputs=names)
+    assert shapes == [pipe.encode_prompt(prompt, device="cpu")[0].shape[1]] * 2
+    assert not np.array_equal(changed, draw(pipe, prompt))
+
+
+@PROMPTS
+def test_guidance_may_be_off_or_rescaled(pipe, prompt) -> None:
+    usual = draw(pipe, prompt)
+    off = draw(pipe, prompt, guidance_scale=1.0)
+    rescaled = draw(pipe, prompt, guidance_rescale=0.7)
+    assert not np.array_equal(off, usual)
+    assert not np.array_equal(rescaled, usual)
+    # Without guidance a negative prompt is not read, be it as long as it may.
+    np.testing.assert_allclose(draw(pipe, prompt, guidance_scale=1.0, negative_prompt=ENDLESS), off, atol=1e-5)
+
+
+@PROMPTS
+def test_each_image_has_its_own_seed(pipe, prompt) -> None:
+    both = draw(pipe, [prompt, prompt], generator=seeds(1, 2))
+    again = draw(pipe, prompt, num_images_per_prompt=2, generator=seeds(1, 2))
+    np.testing.assert_allclose(both, again, atol=1e-3)
+    np.testing.assert_allclose(both[1], draw(pipe, prompt, generator=seeds(2)[0])[0], atol=1e-3)
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+
+
+def test_a_batch_may_hold_prompts_of_every_length(pipe) -> None:
+    # All are padded alike: a short prompt beside a long one is read in windows of the same length.
+    images = draw(pipe, [SHORT, LONG, ENDLESS], generator=seeds(0, 0, 0))
+    assert images.shape == (3, 16, 16, 3)
+    alone = draw(pipe, ENDLESS)[0]
+    np.testing.assert_allclose(images[2], alone, atol=1e-3)
+
+
+def test_a_long_negative_prompt_counts(pipe) -> None:
+    one = draw(pipe, SHORT, negative_prompt=f"{LONG} a small hare")
+    other = draw(pipe, SHORT, negative_prompt=f"{LONG} a large hare")
+    assert np.abs(one - other).max() > 1e-4
+
+
+def test_the_two_encoders_may_get_different_prompts(pipe) -> None:
+    one, other = draw(pipe, SHORT, prompt_2=LONG), draw(pipe, SHORT, prompt_2=f"{LONG} a quiet hare")
+    assert np.abs(one - other).max() > 1e-4
