@@ -305,6 +305,7 @@ import sys
 sys.modules["finelip_sdxl"] = None  # as on a machine without the package
 import logging, numpy, torch
 import diffusers
+diffusers.StableDiffusionXLPipeline  # what it says on import, of torchao for one, is not about a folder
 for folder in sys.argv[3:]:
     log = logging.FileHandler(f"{folder}/log.txt")
     logging.getLogger("diffusers").addHandler(log)
