@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from finelip_sdxl.prompts import FINELIP_MERGE
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -39,6 +41,10 @@ def add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help:
     text += "miniature, the one that comes with it)"
     command.add_argument("--finelip", metavar="CLIP", help=text % "first")
     command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
+    text = "what FineLIPs do: replace an encoder, or add what they have learned to what a fine-tune's has"
+    command.add_argument("--finelip-merge", choices=FINELIP_MERGE, help=f"{text} (default: replace)")
+    text = "for delta: hub id or directory of the SDXL that they were trained from (the miniature's need none)"
+    command.add_argument("--finelip-base", metavar="SDXL", help=text)
     command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")
     command.add_argument(
         "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
@@ -64,8 +70,8 @@ def count(text: str) -> int:
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default."""
-    loaded = ("config", "finelip", "finelip_2", "conditioning_adapter", "variant")
-    names = (*loaded, "short_prompt", "long_prompt", "hidden_states")
+    loaded = ("config", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter", "variant")
+    names = (*loaded, "short_prompt", "long_prompt", "hidden_states", "weighting")
     given = {name: value for name, value in vars(options).items() if name in names and value is not None}
     return {name: None if value == "none" else value for name, value in given.items()}
 

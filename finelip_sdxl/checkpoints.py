@@ -38,6 +38,7 @@ from transformers import (
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_finelip
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+from finelip_sdxl.model_card import MADE_FROM, public_name
 from finelip_sdxl.prompts import STOCK_POSITIONS
 from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
 from finelip_sdxl.text_encoders import POSITION_TABLE, TextEncoder, build_model, text_encoder_tensors
@@ -70,17 +71,19 @@ def load_finelip(
 
     `source` is one of
 
-    - a `.pt`, `.pth` or `.bin` file (loaded with `weights_only=True`) or a `.safetensors` file: a FineLIP or Long-CLIP
-      checkpoint, an OpenAI CLIP or open_clip state dict (ViT), also nested under `state_dict` or `model` and with
-      `module.` before its keys, or a bare transformers CLIP file;
-    - a directory or hub id of a transformers CLIP model, of a CLIP text encoder, or of what `FineLIPModel` saved;
+    - a `.pt`, `.pth` or `.bin` file (loaded with `weights_only=True`) or a `.safetensors` file: a FineLIP, Long-CLIP or
+      SmartCLIP checkpoint, an OpenAI CLIP or open_clip state dict (ViT), also nested under `state_dict` or `model` and
+      with `module.` before its keys, or a bare transformers CLIP file;
+    - a directory or hub id of a transformers CLIP model (also of Long-CLIP and FG-CLIP v1), of a CLIP text encoder, or
+      of what `FineLIPModel` saved;
     - `miniature-clip-1` or `-2`, `miniature-finelip-1` or `-2`: of the miniature that comes with this package;
     - a state dict in memory, or a loaded `FineLIPModel`, `CLIPModel`, `CLIPTextModel` or
       `CLIPTextModelWithProjection`, which is not modified; on the CPU, unchanged weights share its memory.
 
     The number of positions is that of the tensors, whatever a config says. Two tables (FineLIP and Long-CLIP train the
-    later rows in a second one) are merged: rows before `keep` from the first, the others from the second. 77 rows are
-    stretched, and the text config then records `stretched_from`, `stretch_keep` and `stretch_factor`; more rows stay.
+    later rows in a second one) are merged: rows before `keep` from the first, the others from the second. Of FG-CLIP,
+    which has parts for short and for long texts, those for long ones are taken. 77 rows are stretched, and the text
+    config then records `stretched_from`, `stretch_keep` and `stretch_factor`; more rows stay.
 
     A file without a config does not say all: heads are taken to be 64 wide (80, 88 and 104 in the image towers of
     open_clip's H, g and bigG). The activation is QuickGELU if the keys are those of a published checkpoint or of
@@ -120,6 +123,8 @@ def load_finelip(
     finelip_config, tensors = convert_weights(
         tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
     )
+    if isinstance(source, str | Path):
+        setattr(finelip_config.text_config, MADE_FROM, public_name(source))
     return build_model(FineLIPModel, finelip_config, tensors)
 
 
@@ -298,6 +303,7 @@ def _read_repository(
             raise ValueError(f"{place} is a whole pipeline: name the encoder in it, e.g. subfolder='text_encoder'.")
         raise FileNotFoundError(f"{place} holds no config.json: give a directory or repository of a CLIP model.")
     config = json.loads(config_file.read_text(encoding="utf-8"))
+    _check_model_type(config, place)  # before gigabytes are fetched
 
     infix = f".{variant}" if variant else ""
     for filename in (f"model{infix}.safetensors", f"pytorch_model{infix}.bin"):
@@ -337,6 +343,8 @@ def _find_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[str,
 
 
 _NO_WEIGHTS = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
+# What only training needs: SmartCLIP's networks that mask images, masks of Long-CLIP's two tables, FG-CLIP's scales.
+_TRAINING_ONLY = r"^\w*mask\w*\.|(^|\.)mask[12]$|^logit_scale_(finegraind|hardneg)$"
 _PUBLISHED_ONLY = r"position(al)?_embedding_res|^input_resolution$|^cross_net\."
 
 _CLIP_TEXT_KEY = r"^(?:text_model\.)*(?:embeddings\.)?token_embedding\.weight$"
@@ -364,6 +372,11 @@ _OPENAI_NAMES = (
     ("^cross_net.aggr_net.", "^image_refinement."),
     ("^cross_net.cap_aggr_net.", "^text_refinement."),
 )
+# FG-CLIP reads long texts with the parts on the left, and short ones with those on the right.
+_FOR_LONG_TEXTS = {
+    "text_model.embeddings.position_embedding_ori.weight": POSITION_TABLE,
+    "text_filip_projection.weight": "text_projection.weight",
+}
 _TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # OpenAI multiplies by them from the other side
 _TRANSFORMERS_PATTERNS = (
     (r"^(text_model|vision_model)\.(?:\1\.)+", r"\1."),  # wrappers that nest the tower once more
@@ -395,12 +408,13 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
         for key in [key for key in tensors if key.startswith(prefix)]:
             tensors[key.removeprefix(prefix)] = tensors.pop(key)
     is_published = any(re.search(_PUBLISHED_ONLY, key) for key in tensors)
-    for key in [key for key in tensors if key.split(".")[-1] in _NO_WEIGHTS]:
+    for key in [key for key in tensors if key.split(".")[-1] in _NO_WEIGHTS or re.search(_TRAINING_ONLY, key)]:
         del tensors[key]
 
     if _matches(tensors, _UNSUPPORTED_CLIPS) or not any(re.search(_CLIP_TEXT_KEY, key) for key in tensors):
         raise ValueError(
-            f"{name} is not a checkpoint of a CLIP with a text tower: it looks like {describe_weights(tensors)}."
+            f"{name} is not a checkpoint of a CLIP whose text tower can serve here: it looks like"
+            f" {describe_weights(tensors)}."
         )
 
     is_openai = "token_embedding.weight" in tensors
@@ -419,6 +433,9 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
                 renamed[key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
         else:
             renamed[key] = tensor.T.contiguous() if key in _TRANSPOSED else tensor
+    for key, ours in _FOR_LONG_TEXTS.items():
+        if key in renamed:
+            renamed[ours] = renamed.pop(key)
     return renamed, is_published
 
 
@@ -459,6 +476,7 @@ def _rename(key: str, names: Iterable[tuple[str, str]]) -> str:
 # What weights are by the keys that only they have; the first match names them. The first kind has CLIP's token table.
 _UNSUPPORTED_CLIPS = (
     (r"^logit_bias$|^vision_model\.head\.|^text_model\.head\.", "a SigLIP"),
+    (r"rotary|(^|\.)rope\.|inv_freq", "a CLIP with rotary positions (RoPE), and SDXL's encoders have a table of them"),
     (r"^visual\.(layer1|attnpool)\.", "a CLIP with a ResNet for images, and only ViT is supported"),
     (r"^visual\.trunk\.|^transformer\.(embeddings|encoder)\.", "an open_clip with a tower of another library"),
 )
@@ -470,10 +488,11 @@ _OTHER_WEIGHTS = (
     (r"^(encoder|decoder)\.(down_blocks|up_blocks|down|up|mid)\.|^quant_conv\.", "a VAE"),
     (r"\.SelfAttention\.|^shared\.weight$", "a T5"),
     (r"word_embeddings", "a BERT"),
+    (r"^text_adapter\.", "an LLM2CLIP, whose texts a language model reads"),
     (r"^clip_[lg]$|^emb_params$|^string_to_param", "a textual inversion"),
     (r"^vision_model\.|^visual\.|^text_model\.class_embedding", "the image tower of a CLIP, without its text tower"),
     (r"aggr_net\.", "a token refinement without its CLIP"),
-    (r"^model\.layers\.", "a language model"),
+    (r"^model\.layers\.|(^|\.)embed_tokens\.", "a language model"),
 )
 
 
@@ -514,7 +533,10 @@ def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, name: str) -> N
 def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: str) -> int | None:
     """Leave one positional table for the text, merged and stretched as it needs; the rows before a stretch, if any."""
     if POSITION_TABLE not in tensors:
-        raise ValueError(f"{name} lacks the positional table of its text tower: it is no whole checkpoint.")
+        raise ValueError(
+            f"{name} lacks the positional table of its text tower: it is no whole checkpoint, or has rotary positions"
+            " (RoPE), and SDXL's encoders have a table of them."
+        )
     table = tensors[POSITION_TABLE]
     second = tensors.pop(_SECOND_TABLE, None)
     if second is not None:
@@ -552,16 +574,31 @@ def _derive_config(
     return config
 
 
+# What a config may say, and which class of transformers knows its fields.
+_CONFIG_CLASSES = {
+    FineLIPConfig.model_type: FineLIPConfig,
+    CLIPConfig.model_type: CLIPConfig,
+    "longclip": CLIPConfig,
+    CLIPTextConfig.model_type: CLIPTextConfig,
+    "longclip_text_model": CLIPTextConfig,
+}
+
+
+def _check_model_type(config: dict[str, Any], name: str) -> None:
+    if (model_type := config.get("model_type")) not in _CONFIG_CLASSES:
+        raise ValueError(
+            f"{name} is not a CLIP with a text tower: its config says model_type {model_type!r}, and nothing else can"
+            " take the place of SDXL's text encoders."
+        )
+
+
 def _read_config(given: dict[str, Any], name: str) -> FineLIPConfig:
-    model_type = given.get("model_type")
-    if model_type == FineLIPConfig.model_type:
-        return FineLIPConfig.from_dict(given)
-    if model_type == CLIPConfig.model_type:
-        clip = CLIPConfig.from_dict(given)
-        return FineLIPConfig(text_config=clip.text_config, vision_config=clip.vision_config)
-    if model_type == CLIPTextConfig.model_type:
-        return FineLIPConfig(text_config=CLIPTextConfig.from_dict(given))
-    raise ValueError(f"{name} is not a CLIP: its config says model_type {model_type!r}.")
+    _check_model_type(given, name)
+    known: Any = _CONFIG_CLASSES[given["model_type"]]
+    config = known.from_dict({key: value for key, value in given.items() if key != "model_type"})
+    if known is CLIPConfig:
+        return FineLIPConfig(text_config=config.text_config, vision_config=config.vision_config)
+    return FineLIPConfig(text_config=config) if known is CLIPTextConfig else config
 
 
 def _infer_config(tensors: Mapping[str, Tensor], is_published: bool, name: str) -> FineLIPConfig:

@@ -46,6 +46,7 @@ from finelip_sdxl.prompts import (
     check_texts,
     read_prompts,
 )
+from finelip_sdxl.weighting import WEIGHTING
 
 FORMATS = ("diffusers", "comfyui")
 COLUMNS = ("stock", "compel", "finelip")  # the keys of finelip_sdxl.comparison.COLUMNS, whose import is heavy
@@ -236,6 +237,7 @@ def tokens(options: argparse.Namespace) -> None:
         short_prompt=options.short_prompt or saved.get("short_prompt", SHORT_PROMPT[0]),
         long_prompt=options.long_prompt or saved.get("long_prompt", LONG_PROMPT[0]),
         length_buckets=saved.get("length_buckets", LENGTH_BUCKETS) or (),
+        weighting=options.weighting or saved.get("weighting"),
     )
     print(report)
 
@@ -397,6 +399,8 @@ def _parameters(options: argparse.Namespace, prompt: str, dtype: Any) -> dict[st
         "base": str(options.base),
         "finelip": options.finelip,
         "finelip_2": options.finelip_2,
+        "finelip_merge": options.finelip_merge,
+        "finelip_base": options.finelip_base,
         "conditioning_adapter": options.conditioning_adapter,
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
         "dtype": str(dtype).removeprefix("torch."),
@@ -553,6 +557,10 @@ def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -
         help="up to 77 tokens are read as stock SDXL does, or stretched (default: as saved, or stock)",
     )
     command.add_argument("--long-prompt", choices=LONG_PROMPT, help="past 248 tokens (default: as saved, or window)")
+    text = (
+        "read weights in the prompt: compel's (word)1.3 and word++, or a1111's (word:1.3), ((word)), [word] and BREAK"
+    )
+    command.add_argument("--weighting", choices=WEIGHTING[1:], help=f"{text} (default: as saved, or none)")
     if hidden_states:
         text = "of the text encoders for the UNet (default: as saved, or penultimate)"
         command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)

@@ -4,11 +4,16 @@ Nothing here touches a model. `read_prompts` decides everything that happens to 
 so in a `PromptReport`; the pipelines encode exactly that report, so what `describe_prompt` prints is what was read.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+
+from finelip_sdxl.weighting import WeightedText, parse_weights
 
 MAX_CHARACTERS = 20_000
 """Longest text that is read, in characters. Longer ones are refused before any work is done on them."""
@@ -19,6 +24,7 @@ STOCK_POSITIONS = 77
 SHORT_PROMPT = ("stock", "stretched")
 LONG_PROMPT = ("window", "truncate", "error")
 HIDDEN_STATES = ("penultimate", "published")
+FINELIP_MERGE = ("replace", "delta")
 LENGTH_BUCKETS = (77, 154)
 
 # Scripts that write no spaces: their marks end a sentence or a clause by themselves, Latin ones only before a space.
@@ -49,10 +55,11 @@ class PromptReader:
 
 @dataclass(frozen=True)
 class Window:
-    """What an encoder reads at once: an exact slice of the text and its tokens without start and end token."""
+    """What an encoder reads at once: an exact slice of the text, and its tokens without start and end token."""
 
     text: str
     token_ids: tuple[int, ...] = field(default=(), repr=False)
+    weights: tuple[float, ...] = field(default=(), repr=False)  # of the tokens; empty if all are 1
 
     @property
     def tokens(self) -> int:
@@ -60,7 +67,8 @@ class Window:
         return len(self.token_ids) + 2
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens: {_quoted(self.text)}"
+        weighted = f", {sum(weight != 1 for weight in self.weights)} of them weighted" if self.weights else ""
+        return f"{self.tokens} tokens{weighted}: {_quoted(self.text)}"
 
 
 @dataclass(frozen=True)
@@ -148,13 +156,36 @@ class _Text:
     reader: PromptReader
     role: str
     index: int
-    text: str
+    weighted: WeightedText
     token_ids: list[int]
     offsets: list[tuple[int, int]]
+
+    @classmethod
+    def read(cls, reader: PromptReader, role: str, index: int, weighted: WeightedText) -> _Text:
+        return cls(reader, role, index, weighted, *tokenize(reader.tokenizer, weighted.text))
+
+    @property
+    def text(self) -> str:
+        return self.weighted.text
 
     @property
     def tokens(self) -> int:
         return len(self.token_ids) + 2
+
+    def spans(self, size: int) -> list[tuple[int, int]]:
+        """Windows as first and one past last token, none across a break."""
+        starts = [sum(start < place for start, _ in self.offsets) for place in self.weighted.breaks]
+        borders = [0, *starts, len(self.offsets)]
+        parts = [(first, last) for first, last in pairwise(borders) if last > first] or [(0, 0)]
+        return [
+            (first + start, first + stop)
+            for first, last in parts
+            for start, stop in split_windows(self.text, self.offsets[first:last], size)
+        ]
+
+    def weights(self, start: int, stop: int) -> tuple[float, ...]:
+        weights = tuple(self.weighted.weight_at(first) for first, _ in self.offsets[start:stop])
+        return weights if any(weight != 1 for weight in weights) else ()
 
     def after(self, token: int) -> str:
         """The text from a token on."""
@@ -169,6 +200,7 @@ def read_prompts(
     short_prompt: str = "stock",
     long_prompt: str = "window",
     length_buckets: Sequence[int] = LENGTH_BUCKETS,
+    weighting: str | None = None,
     shape: tuple[int, int] | None = None,
 ) -> PromptReport:
     """Decide how a batch of prompts and negative prompts is read.
@@ -183,6 +215,7 @@ def read_prompts(
         short_prompt: `"stock"` reads what fits stock's 77 positions there as stock does, where a reader has a stock.
         long_prompt: what happens to a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
         length_buckets: lengths to pad to; the encoders' own closes the list.
+        weighting: the syntax of weights in the texts, see `finelip_sdxl.weighting.parse_weights`.
         shape: (windows, positions) when embeddings that were passed in fix them.
 
     Raises:
@@ -197,7 +230,7 @@ def read_prompts(
     """
     capacity = shape[1] if shape else min(reader.positions for reader in readers)
     texts = [
-        _Text(reader, role, index, text, *tokenize(reader.tokenizer, text))
+        _Text.read(reader, role, index, parse_weights(text, weighting))
         for role, batches in ((PROMPT, prompts), (NEGATIVE_PROMPT, negative_prompts))
         for reader, batch in zip(readers, batches or (), strict=False)
         for index, text in enumerate(batch)
@@ -210,9 +243,7 @@ def read_prompts(
         )
 
     spans = [
-        split_windows(text.text, text.offsets, capacity - 2)
-        if long_prompt == "window"
-        else [(0, min(len(text.offsets), capacity - 2))]
+        text.spans(capacity - 2) if long_prompt == "window" else [(0, min(len(text.offsets), capacity - 2))]
         for text in texts
     ]
     windows = max(map(len, spans))
@@ -302,6 +333,25 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     return encoding["input_ids"], encoding["offset_mapping"]
 
 
+def empty_row(tokenizer: Any, positions: int) -> list[int]:
+    """Token ids of the empty prompt."""
+    return _row(Window(""), tokenizer, positions)
+
+
+def weight_rows(readings: Sequence[EncoderReading], windows: int) -> list[list[float]] | None:
+    """Weights of the tokens of `token_rows`, (batch, windows · positions); None if all are 1."""
+    if not any(window.weights for reading in readings for window in reading.windows):
+        return None
+    rows = []
+    for reading in readings:
+        row: list[float] = []
+        for window in (*reading.windows, *[Window("")] * (windows - len(reading.windows))):
+            weights = [1.0, *window.weights]
+            row += weights + [1.0] * (reading.positions - len(weights))
+        rows.append(row)
+    return rows
+
+
 def check_texts(name: str, value: Any) -> list[str]:
     """`value` as a list of texts.
 
@@ -325,7 +375,7 @@ def check_texts(name: str, value: Any) -> list[str]:
     return list(texts)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """`value` if it is one of `choices`, else a ValueError that names them."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
@@ -354,7 +404,7 @@ def _windows(text: _Text, spans: Sequence[tuple[int, int]]) -> tuple[Window, ...
     starts = [0] + [text.offsets[start][0] for start, _ in spans[1:]]
     ends = [*starts[1:], len(text.text) - len(text.after(spans[-1][1]))]
     return tuple(
-        Window(text.text[first:last], tuple(text.token_ids[start:stop]))
+        Window(text.text[first:last], tuple(text.token_ids[start:stop]), text.weights(start, stop))
         for (start, stop), first, last in zip(spans, starts, ends, strict=True)
     )
 

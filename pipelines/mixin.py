@@ -1,4 +1,4 @@
-"""What the four FineLIP-SDXL pipelines share: encoders of 248 positions, and prompts of any length.
+"""What the FineLIP-SDXL pipelines share: encoders of 248 positions, and prompts of any length.
 
 `encode_prompt` is the one seam. Every SDXL pipeline of Diffusers turns texts into embeddings there, and nothing behind
 it cares how long they are, so the denoising loops stay Diffusers' own.
@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,16 +16,21 @@ from typing import Any, get_type_hints
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import get_module_execution_device
+from huggingface_hub import file_exists
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.checkpoints import load_finelip
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
-from finelip_sdxl.miniature import miniature_path, resolve_base
+from finelip_sdxl.merging import add_difference
+from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
+from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name
 from finelip_sdxl.prompts import (
+    FINELIP_MERGE,
     HIDDEN_STATES,
     LENGTH_BUCKETS,
     LONG_PROMPT,
@@ -37,8 +43,10 @@ from finelip_sdxl.prompts import (
     check_choice,
     check_length_buckets,
     check_texts,
+    empty_row,
     read_prompts,
     token_rows,
+    weight_rows,
 )
 from finelip_sdxl.stretch import stretched_row_indices
 from finelip_sdxl.text_encoders import (
@@ -48,6 +56,7 @@ from finelip_sdxl.text_encoders import (
     text_encoder_tensors,
     with_max_length,
 )
+from finelip_sdxl.weighting import WEIGHTING, apply_weights
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +66,7 @@ _Parent: Any = object
 _ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _HELD = ("stock_text_encoder", "stock_text_encoder_2")
 _ADAPTER = "conditioning_adapter"
+_BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
 # Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
 _UNSWAPPED = "_finelip_sdxl_unswapped"
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
@@ -65,6 +75,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
     "long_prompt": partial(check_choice, "long_prompt", choices=LONG_PROMPT),
     "length_buckets": check_length_buckets,
+    "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
 }
 
 
@@ -98,6 +109,8 @@ class LongPromptMixin(_Parent):
             logs what is lost, `"error"` raises.
         length_buckets: lengths in tokens; prompts are padded to the smallest that holds them, or else to full length.
             Empty for always full length, as stock pipelines do.
+        weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; None reads all that is typed as text. See
+            `finelip_sdxl.weighting`.
     """
 
     def __init__(
@@ -110,6 +123,7 @@ class LongPromptMixin(_Parent):
         hidden_states: str = "penultimate",
         long_prompt: str = "window",
         length_buckets: list | tuple | None = LENGTH_BUCKETS,
+        weighting: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -122,6 +136,7 @@ class LongPromptMixin(_Parent):
         self.hidden_states = hidden_states
         self.long_prompt = long_prompt
         self.length_buckets = length_buckets
+        self.weighting = weighting
         self._conditioning_adapter_scale = 1.0
         self._said: set[str] = set()
 
@@ -139,6 +154,7 @@ class LongPromptMixin(_Parent):
     hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'published'.")
     long_prompt = _option("long_prompt", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
     length_buckets = _option("length_buckets", "Lengths in tokens that prompts are padded to, ascending.")
+    weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
 
     # Loading and saving
 
@@ -149,7 +165,15 @@ class LongPromptMixin(_Parent):
         return {name: part for name, part in super().components.items() if name not in own or part is not None}
 
     @classmethod
-    def from_pretrained(cls, base: str | os.PathLike, finelip: Any = None, finelip_2: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Load an SDXL pipeline and give its text encoders 248 positions.
 
         Args:
@@ -159,6 +183,11 @@ class LongPromptMixin(_Parent):
             finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
                 `FineLIPModel`.
             finelip_2: replaces the second (OpenCLIP bigG) in the same way.
+            finelip_merge: `"replace"`, or `"delta"`, for fine-tunes that have trained their text encoders: a FineLIP
+                does not replace an encoder then, but what it has learned is added to what the encoder has (the weights
+                are `own + finelip - base`, see `finelip_sdxl.merging`).
+            finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
+                trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's need none.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
                 `training/align_adapter.py` writes; None for none. By default the one that `base` comes with, unless a
                 FineLIP is passed, with which it was not trained.
@@ -170,7 +199,7 @@ class LongPromptMixin(_Parent):
             directly with 77 and saved so by this class: what was saved comes back.
 
         Raises:
-            ValueError: a FineLIP whose width is not the encoder's, or an unknown option.
+            ValueError: a FineLIP whose width is not the encoder's, one to add without a base, or an unknown option.
             OSError: `base` or a checkpoint is not there.
 
         Example:
@@ -187,7 +216,8 @@ class LongPromptMixin(_Parent):
                 finelip = "miniature-finelip-1"
             if finelip_2 is None and "text_encoder_2" in own:
                 finelip_2 = "miniature-finelip-2"
-        base = resolve_base(base)
+        origin, base = public_name(base), resolve_base(base)
+        merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
@@ -201,26 +231,34 @@ class LongPromptMixin(_Parent):
         elif isinstance(adapter, str | os.PathLike):
             adapter = ConditioningAdapter.from_pretrained(adapter, dtype=dtype, **hub_arguments)
         pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
+        pipe.register_to_config(**{BASE: index.get(BASE, origin)})
         if index.get(_UNSWAPPED) and finelip is None and finelip_2 is None:
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
-            pipe.swap_text_encoders(finelip, finelip_2)
+            pipe._swap_text_encoders(finelip, finelip_2, merge_base)
         return pipe
 
     @classmethod
     def from_single_file(
-        cls, file: str | os.PathLike, finelip: Any = None, finelip_2: Any = None, **kwargs: Any
+        cls,
+        file: str | os.PathLike,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
         encoders 248 positions.
 
         Args:
             file: a `.safetensors` or `.ckpt` file, or its address on the hub.
-            finelip, finelip_2: see `from_pretrained`. Without them the checkpoint's own encoders are stretched, with
-                all that it has taught them; a FineLIP in their place knows none of it.
+            finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the checkpoint's
+                own encoders are stretched, with all that it has taught them; a FineLIP in their place knows none of it,
+                and one that is added (`finelip_merge="delta"`) much.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
             config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; a saved pipeline is
-                one. By default what Diffusers finds on the hub to go with the checkpoint.
+                one, and so is `"miniature"`. By default what Diffusers finds on the hub to go with the checkpoint.
             **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
                 every component, float32 by default.
 
@@ -235,6 +273,12 @@ class LongPromptMixin(_Parent):
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
         """
+        if kwargs.get("config") is not None:
+            kwargs["config"] = resolve_base(kwargs["config"])
+        for name in _BESIDE:
+            if name in inspect.signature(cls.__init__).parameters and kwargs.get(name) is None:
+                raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
+        merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         adapter = kwargs.pop(_ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
@@ -242,10 +286,25 @@ class LongPromptMixin(_Parent):
         with _single_file_errors(file, kwargs.get("config")):
             pipe = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
-        pipe.swap_text_encoders(finelip, finelip_2)
+        pipe.register_to_config(**{BASE: public_name(file)})
+        pipe._swap_text_encoders(finelip, finelip_2, merge_base)
         return pipe
 
-    def swap_text_encoders(self, finelip: Any = None, finelip_2: Any = None) -> None:
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed. (Diffusers would cast what
+        both share to float32.)"""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    def swap_text_encoders(
+        self,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+    ) -> None:
         """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
 
         For pipelines that `from_pretrained` and `from_single_file` did not make, such as those of `from_pipe`.
@@ -254,16 +313,23 @@ class LongPromptMixin(_Parent):
         Args:
             finelip: replaces the first text encoder; see `from_pretrained`.
             finelip_2: replaces the second.
+            finelip_merge, finelip_base: see `from_pretrained`.
 
         Raises:
-            ValueError: a FineLIP for an encoder that the pipeline does not have, or of the wrong width.
+            ValueError: a FineLIP for an encoder that the pipeline does not have, of the wrong width, or to add to an
+                encoder that is none of 77 positions, stretched or not.
         """
-        sources = {"text_encoder": finelip, "text_encoder_2": finelip_2}
-        replacements = {
-            name: _replacement(name, source, getattr(self, name))
-            for name, source in sources.items()
-            if source is not None
-        }
+        self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
+
+    def _swap_text_encoders(self, finelip: Any, finelip_2: Any, merge_base: str | None) -> None:
+        replacements = {}
+        for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+            if source is not None:
+                encoder = getattr(self, name)
+                replacement = _replacement(name, source, encoder)
+                if merge_base is not None:
+                    replacement = _merged(name, replacement, self._stock_reader(name), merge_base)
+                replacements[name] = replacement.to(encoder.device, encoder.dtype)
         parts: dict[str, Any] = {}
         bare = []
         for name, tokenizer_name in _ENCODERS.items():
@@ -291,7 +357,9 @@ class LongPromptMixin(_Parent):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`.
 
-        Stock leaves out the conditioning adapter, if there is one, with a warning; so does this.
+        Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
+        `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, it is shared, with a card that says what it is
+        made of if the repository has no card yet.
         """
         if self.conditioning_adapter is not None:
             logger.warning(
@@ -300,7 +368,15 @@ class LongPromptMixin(_Parent):
                 save_directory,
             )
         with _prefixed_keys(self):
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+
+    def _upload_folder(
+        self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As the parent; in the repository's first upload Diffusers' card, which says nothing, gives way to ours."""
+        if subfolder is None and not file_exists(repo_id, "README.md", token=token):
+            model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
+        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write `model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
@@ -360,6 +436,25 @@ class LongPromptMixin(_Parent):
         finally:
             self._conditioning_adapter_scale = 1.0
 
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent. Encoders whose weights keep a fused LoRA note it in their configs: nothing else tells then."""
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            if encoder is not None and any(getattr(module, "merged_adapters", ()) for module in encoder.modules()):
+                encoder.config.has_fused_lora = True
+        super().unload_lora_weights(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent. On disk, held encoders have folders of their own: Diffusers names files by layers alone, and
+        theirs are named as those of the encoders that took their place."""
+        disk: Any = kwargs.get("offload_to_disk_path")
+        excluded = kwargs.pop("exclude_modules", None) or []
+        excluded = [excluded] if isinstance(excluded, str) else excluded
+        apart = [name for name in _HELD if disk and getattr(self, name) is not None and name not in excluded]
+        super().enable_group_offload(*args, exclude_modules=[*excluded, *apart], **kwargs)
+        for name in apart:
+            kwargs["offload_to_disk_path"] = os.path.join(disk, name)
+            apply_group_offloading(getattr(self, name), *args, **kwargs)
+
     # Prompts
 
     def describe_prompt(
@@ -414,6 +509,10 @@ class LongPromptMixin(_Parent):
             ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters, or one that
                 does not fit where `long_prompt="error"` or embeddings passed beside it fix the length.
         """
+        if self.weighting is not None and prompt_embeds is None and not self._reads_long_prompts():
+            raise ValueError(
+                f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
+            )
         if self._reads_long_prompts():
             prompts, negatives, shape = None, None, None
             if prompt_embeds is None:
@@ -534,6 +633,7 @@ class LongPromptMixin(_Parent):
             short_prompt=self.short_prompt,
             long_prompt=self.long_prompt,
             length_buckets=self.length_buckets,
+            weighting=self.weighting,
             shape=shape,
         )
 
@@ -556,6 +656,8 @@ class LongPromptMixin(_Parent):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
         states: list[torch.Tensor] = []
+        weights: list[torch.Tensor | None] = []
+        empties: list[Any] = []  # states of the empty prompt where there are weights
         as_stock: list[bool] = []
         pooled = None
         for name, tokenizer in self._encoders():
@@ -572,10 +674,23 @@ class LongPromptMixin(_Parent):
                     pooled = output[0]
                 window_states.append(self._states(output, as_stock[-1], clip_skip))
             states.append(torch.cat(window_states, dim=1))
+            rows = weight_rows(readings, report.windows)
+            weights.append(None if rows is None else torch.tensor(rows, device=device))
+            empties.append(None)
+            if rows is not None:
+                nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
+                output = encoder(nothing, position_ids=position_ids, output_hidden_states=True)
+                empties[-1] = self._states(output, as_stock[-1], clip_skip).repeat(1, report.windows, 1)
             self._free_held(encoder)
         if self.conditioning_adapter is not None and not all(as_stock):
             states, pooled = self._adapt(states, pooled, as_stock, clip_skip)
-        return torch.cat(states, dim=-1), pooled
+            # It knows states without weights, so these come last.
+            empties, _ = self._adapt(empties, None, as_stock, clip_skip)
+        weighted = [
+            part if of_tokens is None else apply_weights(part, empty, of_tokens)
+            for part, empty, of_tokens in zip(states, empties, weights, strict=True)
+        ]
+        return torch.cat(weighted, dim=-1), pooled
 
     def _adapt(
         self, states: list[torch.Tensor], pooled: torch.Tensor | None, as_stock: list[bool], clip_skip: int | None
@@ -607,7 +722,7 @@ class LongPromptMixin(_Parent):
         """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
         encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
         if held is not None and _is_stock(held):
-            if not self.num_fused_loras and not _was_extended(encoder, held):
+            if not _was_extended(encoder, held):
                 return held, _stock_position_ids(held)
             self._warn_once(
                 f"{name} has a LoRA or added tokens that stock_{name} lacks, so {name} reads short prompts as well."
@@ -647,7 +762,7 @@ def _sign(cls: type, name: str) -> None:
     """Give a method of `cls` an explicit signature: its own arguments and those of the parent's that it hands on to.
 
     Diffusers reads a pipeline's components and options from `__init__` and what a call takes from `__call__`, and
-    Python offers no other way to say them once for four parents that differ.
+    Python offers no other way to say them once for parents that differ.
     """
     if name not in vars(cls):
 
@@ -673,6 +788,26 @@ def _sign(cls: type, name: str) -> None:
     method = vars(cls)[name]
     method.__signature__ = inspect.Signature(ordered)
     method.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}
+
+
+def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: Any) -> str | None:
+    """The SDXL whose text encoders FineLIPs to add were trained from; None if they replace encoders."""
+    check_choice("finelip_merge", finelip_merge, FINELIP_MERGE)
+    sources = [source for source in (finelip, finelip_2) if source is not None]
+    if finelip_merge == "replace":
+        if finelip_base is not None:
+            raise ValueError(f"finelip_base={finelip_base} goes with finelip_merge='delta': pass both or neither.")
+        return None
+    if not sources:
+        raise ValueError("finelip_merge='delta' adds what a FineLIP has learned: pass finelip=, finelip_2= or both.")
+    if finelip_base is None and all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in sources):
+        finelip_base = "miniature"
+    if finelip_base is None:
+        raise ValueError(
+            "finelip_merge='delta' needs finelip_base=, the hub id or directory of the SDXL whose text encoders the"
+            " FineLIP was trained from, such as stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    return resolve_base(finelip_base)
 
 
 def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -702,8 +837,16 @@ def _single_file_errors(file: Any, config: Any) -> Iterator[None]:
     try:
         yield
     except SingleFileComponentError as error:
-        what = str(error.message).strip().splitlines()[0]
-        raise ValueError(f"{name} is not a whole SDXL with the shapes that its config says ({what})") from error
+        what = str(error.message).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"{name} is no whole SDXL ({what}): pass another file, or config= of its kind.") from error
+    except ValueError as error:
+        shapes = re.search(r"\S+ expected shape .*? but got .*?\)", str(error))
+        if shapes is None:
+            raise
+        raise ValueError(
+            f"{name} is no SDXL with the sizes that its config says ({shapes[0]}): pass another file, or config= of its"
+            " kind."
+        ) from error
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         raise OSError(
             f"{name} holds weights alone, and configs and tokenizers to go with them could not be fetched from the hub:"
@@ -721,8 +864,13 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
     """The text encoder of a FineLIP, to stand in the place of `encoder`."""
     if encoder is None:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
+    if getattr(encoder, "is_quantized", False):
+        raise ValueError(
+            f"`{name}` is quantized, and a FineLIP would take its place unquantized: save the SDXL with this FineLIP by"
+            " `finelip-sdxl convert` first, and load that quantized."
+        )
     has_projection = isinstance(encoder, CLIPTextModelWithProjection)
-    replacement: Any = load_finelip(source, dtype=encoder.dtype).to_text_encoder(projection=has_projection)
+    replacement: Any = load_finelip(source).to_text_encoder(projection=has_projection)
     for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
@@ -732,7 +880,22 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
             )
     # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
     vars(replacement.config).pop("stretched_from", None)
-    return replacement.to(encoder.device)
+    return replacement
+
+
+def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -> Any:
+    """What `_replacement` gave, added to the encoder that reads short prompts as stock does."""
+    if stock is None:
+        raise ValueError(
+            f"`{name}` was trained or replaced at 248 positions, and finelip_merge='delta' adds to encoders of 77: load"
+            " the fine-tune itself."
+        )
+    own = stock[0] if num_positions(stock[0]) > STOCK_POSITIONS else stretch_text_encoder(stock[0])
+    has_projection = isinstance(own, CLIPTextModelWithProjection)
+    before = load_finelip(base, subfolder=name, dtype=torch.float32).to_text_encoder(projection=has_projection)
+    merged = add_difference(own, finelip, before)
+    setattr(merged.config, MERGED_WITH, vars(finelip.config).get(MADE_FROM))
+    return merged
 
 
 def _is_stock(encoder: Any) -> bool:
@@ -752,6 +915,8 @@ def _stock_position_ids(encoder: Any) -> torch.Tensor | None:
 
 def _was_extended(encoder: Any, held: Any) -> bool:
     """Whether a LoRA or new tokens were loaded into `encoder` that `held` does not have."""
+    if getattr(encoder.config, "has_fused_lora", False):
+        return True
     if encoder.get_input_embeddings().num_embeddings != held.get_input_embeddings().num_embeddings:
         return True
     return any(hasattr(module, "base_layer") for module in encoder.modules())

@@ -47,9 +47,14 @@ def draw(pipe, prompt, **arguments) -> np.ndarray:
 )
 def test_every_scheduler_draws(pipe, name) -> None:
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    stock = diffusers.StableDiffusionXLPipeline.from_pipe(pipe)  # its encoders read 248
     one, other = draw(pipe, LONG, num_inference_steps=4), draw(pipe, ENDLESS, num_inference_steps=4)
     assert np.isfinite(one).all()
     assert not np.array_equal(one, other)
+    pipe.length_buckets = ()
+    np.testing.assert_allclose(
+        draw(pipe, LONG, num_inference_steps=4), draw(stock, LONG, num_inference_steps=4), atol=1e-3
+    )
 
 
 @PROMPTS
@@ -64,6 +69,25 @@ def test_a_callback_sees_and_changes_what_the_unet_gets(pipe, prompt) -> None:
     changed = draw(pipe, prompt, callback_on_step_end=forget_the_prompt, callback_on_step_end_tensor_inputs=names)
     assert shapes == [pipe.encode_prompt(prompt, device="cpu")[0].shape[1]] * 2
     assert not np.array_equal(changed, draw(pipe, prompt))
+
+
+@PROMPTS
+def test_a_callback_may_end_guidance_halfway(pipe, prompt) -> None:
+    """As Diffusers' documentation does it."""
+    shapes = []
+
+    def end_guidance(pipe, step, timestep, tensors) -> dict:
+        shapes.append(len(tensors["prompt_embeds"]))
+        if step == 0:
+            pipe._guidance_scale = 0.0
+            return {name: tensor.chunk(2)[-1] for name, tensor in tensors.items()}
+        return tensors
+
+    names = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
+    ended = draw(pipe, prompt, callback_on_step_end=end_guidance, callback_on_step_end_tensor_inputs=names)
+    assert shapes == [2, 1]
+    assert np.isfinite(ended).all()
+    assert not np.array_equal(ended, draw(pipe, prompt))
 
 
 @PROMPTS
@@ -92,6 +116,13 @@ def test_a_batch_may_hold_prompts_of_every_length(pipe) -> None:
     assert images.shape == (3, 16, 16, 3)
     alone = draw(pipe, ENDLESS)[0]
     np.testing.assert_allclose(images[2], alone, atol=1e-3)
+
+
+def test_each_prompt_of_a_batch_may_give_several_images(pipe) -> None:
+    found = draw(pipe, [SHORT, ENDLESS], num_images_per_prompt=2, generator=seeds(1, 2, 3, 4))
+    expected = draw(pipe, [SHORT, SHORT, ENDLESS, ENDLESS], generator=seeds(1, 2, 3, 4))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.abs(found[0] - found[2]).max() > 1e-3
 
 
 def test_a_long_negative_prompt_counts(pipe) -> None:

@@ -1,12 +1,15 @@
 """Loading a FineLIP: every layout gives the same model, and everything else is refused in one sentence."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import huggingface_hub.errors
 import pytest
 import torch
+from conftest import make_tokenizer
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from reference import REFERENCE, reference_tensors
 from safetensors.torch import load_file, save_file
@@ -16,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from finelip_sdxl import (
     FineLIPConfig,
     FineLIPModel,
+    FineLIPSDXLPipeline,
     load_finelip,
     miniature_clip,
     miniature_finelip,
@@ -23,7 +27,7 @@ from finelip_sdxl import (
     stretch_positions,
 )
 from finelip_sdxl.checkpoints import convert_weights
-from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder, text_encoder_tensors
+from finelip_sdxl.text_encoders import POSITION_TABLE, num_positions, stretch_text_encoder, text_encoder_tensors
 
 PUBLISHED = REFERENCE / "finelip_checkpoint.safetensors"
 TEXT_IDS = torch.tensor([[97, 5, 6, 7, 98]])
@@ -458,6 +462,179 @@ def test_a_bin_directory(tmp_path) -> None:
     assert same_weights(load_finelip(tmp_path), load_finelip(clip))
 
 
+# Other CLIPs of 248 positions, each in the layout that it is published in.
+
+
+def published_tables() -> tuple[CLIPModel, Tensor, Tensor]:
+    """A CLIP of 64 wide heads that knows the tokenizer's words, and two tables of 248 rows as Long-CLIP trains them."""
+    clip = tiny_clip(text_width=64)
+    tokenizer = make_tokenizer()
+    clip.config.text_config.update(
+        {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+    )
+    clip = CLIPModel(clip.config).eval()
+    generator = torch.Generator().manual_seed(5)
+    first, second = (torch.randn(248, 64, generator=generator) for _ in range(2))
+    return clip, first, second
+
+
+def reference_encoder(
+    clip: CLIPModel, first: Tensor, second: Tensor, projection: Tensor
+) -> CLIPTextModelWithProjection:
+    """What the published code of all of them computes: rows up to 20 from one table, the others from the second."""
+    config = CLIPTextConfig(**{**clip.config.text_config.to_dict(), "max_position_embeddings": 248})
+    config.projection_dim = projection.shape[0]
+    encoder = CLIPTextModelWithProjection(config).eval()
+    weights = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith("text_model.")}
+    weights[POSITION_TABLE] = torch.cat([first[:20], second[20:]])
+    encoder.load_state_dict({**weights, "text_projection.weight": projection})
+    return encoder
+
+
+def long_clip(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """As its authors publish it."""
+    clip, first, second = published_tables()
+    tensors = to_openai_layout(clip.state_dict())
+    tensors |= {"positional_embedding": first, "positional_embedding_res": second}
+    torch.save(tensors, folder / "longclip.pt")
+    return folder / "longclip.pt", reference_encoder(clip, first, second, clip.text_projection.weight)
+
+
+def smart_clip(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """A Long-CLIP, and the network that masks images by what a text says, which training alone needs."""
+    path, encoder = long_clip(folder)
+    mask_network = {
+        "mask_transformer.resblocks.0.ln_1.weight": torch.ones(64),
+        "mask_transformer.resblocks.0.attn.in_proj_weight": torch.zeros(192, 64),
+        "text_mask_net.proj.weight": torch.zeros(48, 64),
+        "mask1": torch.ones(248, 1),
+        "mask2": torch.zeros(248, 1),
+    }
+    torch.save({**torch.load(path), **mask_network}, folder / "smartclip.pt")
+    return folder / "smartclip.pt", encoder
+
+
+def long_clip_port(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """A Long-CLIP for transformers: both tables in the embeddings, and each tower within a model of its own."""
+    clip, first, second = published_tables()
+    nested = {"text_model.": "text_model.text_model.", "vision_model.": "vision_model.vision_model."}
+    tensors = {}
+    for key, tensor in clip.state_dict().items():
+        for tower, inner in nested.items():
+            key = inner + key.removeprefix(tower) if key.startswith(tower) else key
+        tensors[key] = tensor
+    embeddings = "text_model.text_model.embeddings.position_embedding"
+    tensors |= {f"{embeddings}.weight": first, f"{embeddings}_res": second}
+    config = clip.config.to_dict() | {"model_type": "longclip"}
+    config["text_config"] |= {"max_position_embeddings": 248, "interpolation_keep_length": 20}
+    config["text_config"]["model_type"] = "longclip_text_model"
+    config["vision_config"]["model_type"] = "longclip_vision_model"
+    return save_folder(folder, tensors, config), reference_encoder(clip, first, second, clip.text_projection.weight)
+
+
+def long_clip_text_port(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """The same, its text tower alone."""
+    clip, first, second = published_tables()
+    tensors = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith(("text_model.", "text_proj"))}
+    tensors |= {POSITION_TABLE: first, POSITION_TABLE.replace("embedding.weight", "embedding_res.weight"): second}
+    config = clip.config.text_config.to_dict() | {"model_type": "longclip_text_model", "max_position_embeddings": 248}
+    return save_folder(folder, tensors, config), reference_encoder(clip, first, second, clip.text_projection.weight)
+
+
+def fg_clip(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """FG-CLIP v1: beside what reads short texts (77 rows, `text_projection`), its own for long ones."""
+    clip, first, second = published_tables()
+    long_projection = torch.randn(48, 64, generator=torch.Generator().manual_seed(6))
+    embeddings = "text_model.embeddings.position_embedding"
+    tensors = clip.state_dict() | {
+        f"{embeddings}_ori.weight": first,
+        f"{embeddings}_res.weight": second,
+        "text_filip_projection.weight": long_projection,
+        "logit_scale_finegraind": torch.tensor(2.0),
+        "logit_scale_hardneg": torch.tensor(3.0),
+    }
+    return save_folder(folder, tensors, clip.config.to_dict()), reference_encoder(clip, first, second, long_projection)
+
+
+def save_folder(folder: Path, tensors: dict[str, Tensor], config: dict) -> Path:
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+OtherClip = Callable[[Path], tuple[Path, CLIPTextModelWithProjection]]
+other_clips = pytest.mark.parametrize("publish", [long_clip, smart_clip, long_clip_port, long_clip_text_port, fg_clip])
+
+
+@other_clips
+def test_other_clips_of_248_positions_give_the_outputs_of_their_published_code(publish: OtherClip, tmp_path) -> None:
+    source, expected = publish(tmp_path)
+    model = load_finelip(source)
+    config = model.config.text_config
+    assert (config.max_position_embeddings, config.num_hidden_layers) == (248, 2)
+    assert not hasattr(config, "stretched_from")
+    ids = torch.randint(3, 90, (1, 248), generator=torch.Generator().manual_seed(0))
+    ids[0, -1] = config.eos_token_id
+    with torch.no_grad():
+        found, wanted = model.encode_text(ids), expected(ids)
+    torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
+    torch.testing.assert_close(found.embeds, wanted.text_embeds)
+    assert (model.vision_model is None) == (publish is long_clip_text_port)
+
+
+@other_clips
+def test_other_clips_take_the_place_of_an_encoder_of_sdxl(publish: OtherClip, components, tmp_path) -> None:
+    source, expected = publish(tmp_path)
+    torch.manual_seed(0)
+    components["text_encoder"] = CLIPTextModel(published_tables()[0].config.text_config).eval()
+    components["unet"] = UNet2DConditionModel.from_config({**components["unet"].config, "cross_attention_dim": 64 + 48})
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders(finelip=source)
+    pipe.set_progress_bar_config(disable=True)
+    readers = {
+        "fox " * 20: (components["text_encoder"], 77),
+        "fox " * 200: (expected, 248),
+        "fox. " * 200: (expected, 496),
+    }
+    for prompt, (encoder, length) in readers.items():
+        states = pipe.encode_prompt(prompt)[0]
+        ids = pipe.tokenizer(prompt, truncation=True, max_length=min(length, 248), padding="max_length").input_ids
+        with torch.no_grad():
+            wanted = encoder(torch.tensor([ids]), output_hidden_states=True).hidden_states[-2]
+        assert states.shape[1] == length
+        # Of two windows, the first ends at a sentence's end and is padded from there.
+        rows = min(length, 240)
+        torch.testing.assert_close(states[:, :rows, :64], wanted[:, :rows], rtol=1e-4, atol=1e-4)
+    image = pipe("fox " * 200, num_inference_steps=1, output_type="np").images
+    assert image.shape == (1, 16, 16, 3)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert (
+        json.loads((tmp_path / "saved" / "text_encoder" / "config.json").read_text())["model_type"] == "clip_text_model"
+    )
+    assert same_weights(FineLIPSDXLPipeline.from_pretrained(tmp_path / "saved").text_encoder, pipe.text_encoder)
+
+
+def test_fg_clip_s_parts_for_short_texts_are_not_read(tmp_path) -> None:
+    source, _ = fg_clip(tmp_path)
+    tensors = load_file(source / "model.safetensors")
+    expected = load_finelip(source)
+    for key in ("text_model.embeddings.position_embedding.weight", "text_projection.weight"):
+        tensors[key] = torch.full_like(tensors[key], torch.nan)
+    assert same_weights(load_finelip(tensors, activation="quick_gelu"), expected)
+
+
+def test_what_is_no_mask_network_is_not_ignored(tmp_path) -> None:
+    path, _ = smart_clip(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no place in a FineLIPModel, among them 'text_model\.encoder\.layers\.0\.mask_me"
+    ):
+        load_finelip({**torch.load(path), "transformer.resblocks.0.mask_me.weight": torch.zeros(2)})
+
+
 # Full size, without weights.
 
 
@@ -524,6 +701,9 @@ def test_the_parts_of_a_fused_weight_do_not_keep_it_alive() -> None:
         (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "a LoRA"),
         (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "a T5"),
         (["text_model.embeddings.token_embedding.weight", "text_model.head.weight"], "a SigLIP"),
+        (["token_embedding.weight", "transformer.resblocks.0.attn.rotary_emb.freqs"], "a CLIP with rotary positions"),
+        (["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"], "a language model"),
+        (["text_adapter.linear.weight", "vision_model.embeddings.class_embedding"], "an LLM2CLIP"),
         (["token_embedding.weight", "visual.layer1.0.conv1.weight"], "a CLIP with a ResNet"),
         (
             ["text.token_embedding.weight", "visual.trunk.blocks.0.weight"],
@@ -556,7 +736,7 @@ def test_refuses_tables_it_cannot_merge_or_stretch() -> None:
     del short["positional_embedding_res"]
     assert "has 64 text positions" in refusal(short)
     del short["positional_embedding"]
-    assert "lacks the positional table" in refusal(short)
+    assert "lacks the positional table of its text tower: it is no whole checkpoint, or has rotary" in refusal(short)
 
 
 def test_refuses_incomplete_unknown_and_unfit_weights() -> None:
@@ -646,6 +826,13 @@ def test_directories_that_hold_no_clip(tmp_path) -> None:
     save_file(to_openai_layout(tiny_clip().state_dict()), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="its config says model_type 't5'"):
+        load_finelip(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["siglip", "t5", "qwen2", "jina_clip", "clip_vision_model", None])
+def test_other_models_are_refused_by_their_configs_before_their_weights_are_fetched(model_type, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=f"config says model_type {model_type!r}, and nothing else can take the place"):
         load_finelip(tmp_path)
 
 

@@ -1,16 +1,18 @@
 """SDXL as one file, in the original project's layout, offline: what fine-tunes are passed around as."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import ControlNetModel, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 
 from finelip_sdxl import (
     ConditioningAdapter,
+    FineLIPSDXLControlNetPipeline,
     FineLIPSDXLImg2ImgPipeline,
     FineLIPSDXLInpaintPipeline,
     FineLIPSDXLPipeline,
@@ -72,6 +74,19 @@ def test_prompts_of_every_length_are_read(file, stock, stock_folder) -> None:
     assert np.abs(draw(pipe, LONG) - draw(stock, LONG)).max() > 1e-3
 
 
+def test_a_config_may_be_a_path_and_a_file_a_pickle_of_weights(file, stock, stock_folder, tmp_path) -> None:
+    torch.save({"state_dict": load_file(file)}, tmp_path / "fine_tune.ckpt")
+    pipe = FineLIPSDXLPipeline.from_single_file(tmp_path / "fine_tune.ckpt", config=Path(stock_folder))
+    torch.testing.assert_close(embeddings(pipe, SHORT), embeddings(stock, SHORT), atol=1e-5, rtol=1e-4)
+
+
+def test_a_controlnet_is_passed_beside_it(file, stock, stock_folder) -> None:
+    controlnet = ControlNetModel.from_unet(stock.unet)
+    pipe = FineLIPSDXLControlNetPipeline.from_single_file(file, config=stock_folder, controlnet=controlnet)
+    assert num_positions(pipe.text_encoder) == 248
+    assert pipe.controlnet is controlnet
+
+
 @pytest.mark.parametrize("pipeline_class", [FineLIPSDXLImg2ImgPipeline, FineLIPSDXLInpaintPipeline])
 def test_other_pipelines_open_it_too(file, stock_folder, pipeline_class) -> None:
     pipe = pipeline_class.from_single_file(file, config=stock_folder, dtype=torch.bfloat16)
@@ -107,6 +122,16 @@ def test_the_command_line_converts_it(file, stock_folder, tmp_path, capsys) -> N
     pipe = FineLIPSDXLPipeline.from_pretrained(str(out))
     direct = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder)
     torch.testing.assert_close(embeddings(pipe, LONG), embeddings(direct, LONG))
+
+
+def test_the_command_line_exports_it_for_stock_diffusers(file, stock_folder, tmp_path, capsys) -> None:
+    out = tmp_path / "exported"
+    assert main(["export", str(out), "--base", file, "--config", stock_folder, "--dtype", "float32"]) == 0
+    plain = StableDiffusionXLPipeline.from_pretrained(out)
+    direct = FineLIPSDXLPipeline.from_single_file(
+        file, config=stock_folder, short_prompt="stretched", length_buckets=()
+    )
+    torch.testing.assert_close(embeddings(plain, LONG), embeddings(direct, LONG))
 
 
 def test_the_command_line_draws_and_counts_with_it(file, stock_folder, tmp_path, capsys) -> None:
@@ -161,7 +186,23 @@ def test_a_pickle_that_runs_code_is_not_opened(stock_folder, tmp_path) -> None:
 def test_a_checkpoint_without_text_encoders_is_no_whole_sdxl(file, stock_folder, tmp_path) -> None:
     weights = {key: weight for key, weight in load_file(file).items() if not key.startswith("conditioner.")}
     save_file(weights, tmp_path / "unet.safetensors")
-    assert "is not a whole SDXL" in refusal(tmp_path / "unet.safetensors", config=stock_folder)
+    assert "is no whole SDXL" in refusal(tmp_path / "unet.safetensors", config=stock_folder)
+
+
+def test_a_checkpoint_of_another_kind_is_named_with_what_does_not_fit(file, stock_folder, tmp_path) -> None:
+    second, first_of_sd_1 = "conditioner.embedders.1.", ("conditioner.embedders.0.", "cond_stage_model.")
+    weights = {
+        key.replace(*first_of_sd_1): weight for key, weight in load_file(file).items() if not key.startswith(second)
+    }
+    save_file(weights, tmp_path / "sd_1.safetensors")
+    message = refusal(tmp_path / "sd_1.safetensors", config=stock_folder)
+    assert "sd_1.safetensors is no SDXL with the sizes that its config says" in message
+    assert "expected shape torch.Size([77, 48]), but got torch.Size([77, 32])" in message
+
+
+def test_what_no_single_file_holds_is_asked_for(file, stock_folder) -> None:
+    with pytest.raises(ValueError, match="FineLIPSDXLControlNetPipeline needs a controlnet, which single files do not"):
+        FineLIPSDXLControlNetPipeline.from_single_file(file, config=stock_folder)
 
 
 def test_wrong_options_are_told_before_anything_is_loaded(monkeypatch, file) -> None:

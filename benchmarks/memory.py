@@ -1,0 +1,244 @@
+"""Memory of real SDXL's weights, of full size and random, by what is in a pipeline and how it is offloaded.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --device cuda
+
+On a GPU, each row is measured: the most that is allocated, activations included, while a prompt of two windows is
+encoded, while one step is denoised, and while a picture is decoded. Without one, weights are counted: a real pipeline
+is built and its encoders are swapped, but nothing runs, and its memory is never written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable, Collection, Iterable
+from datetime import date
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
+
+GIB = 2**30
+# As in the configs of stabilityai/stable-diffusion-xl-base-1.0.
+UNET = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+ADAPTER: dict[str, Any] = {}  # its defaults are SDXL's widths
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+PHASES = ("encoding", "denoising", "decoding")
+OFFLOADS = ("none", "model", "group, by blocks", "group, by layers", "sequential")
+LONG_PROMPT = "a red star above a blue ring. " * 60
+FULLEST = 'both replaced, `"stock"`, adapter'
+
+
+def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
+    """What can be in a pipeline; each is built when it is its turn, with weights that can be computed with if asked."""
+    return {
+        "stock SDXL": build_pipeline,
+        "both encoders stretched": build_swapped,
+        'CLIP-L replaced, `short_prompt="stock"`': partial(build_swapped, replaced=ENCODERS[:1]),
+        'CLIP-L replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS[:1], short_prompt="stretched"),
+        'both replaced, `"stock"`': partial(build_swapped, replaced=ENCODERS),
+        'both replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS, short_prompt="stretched"),
+        FULLEST: partial(build_swapped, replaced=ENCODERS, has_adapter=True),
+    }
+
+
+def build_pipeline(filled: bool, short_prompt: str = "stock") -> FineLIPSDXLPipeline:
+    """Stock SDXL's parts in our pipeline. The miniature's tokenizers do: SDXL's know more words."""
+    tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
+    special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
+    with torch.device("meta"):
+        parts = {
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L, **special)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G, **special)),
+            "unet": UNet2DConditionModel(**UNET),
+            "vae": AutoencoderKL(**VAE),
+        }
+    return FineLIPSDXLPipeline(
+        **{name: materialize(part, filled) for name, part in parts.items()},
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        short_prompt=short_prompt,
+    )
+
+
+def build_swapped(
+    filled: bool, replaced: Collection[str] = (), short_prompt: str = "stock", has_adapter: bool = False
+) -> FineLIPSDXLPipeline:
+    """With encoders in the place of those that are replaced, as FineLIPs would be, and the others stretched."""
+    pipe = build_pipeline(filled, short_prompt)
+    finelips = []
+    for name in ENCODERS:
+        stock = getattr(pipe, name)
+        with torch.device("meta"):
+            finelip = type(stock)(CLIPTextConfig(**{**stock.config.to_dict(), "max_position_embeddings": 248}))
+        finelips.append(materialize(finelip, filled) if name in replaced else None)
+    pipe.swap_text_encoders(*finelips)
+    if has_adapter:
+        with torch.device("meta"):
+            adapter = ConditioningAdapter(**ADAPTER)
+        pipe.register_modules(conditioning_adapter=materialize(adapter, filled))
+    return pipe
+
+
+def materialize(model: nn.Module, filled: bool) -> nn.Module:
+    """Memory for a model that was made on the meta device; unless it is filled, no page of it is touched."""
+    nn.Module.to(model, torch.bfloat16).requires_grad_(False).eval().to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "position_ids"):
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    if filled:
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
+def offload(pipe: FineLIPSDXLPipeline, how: str, device: str) -> None:
+    """Have a pipeline run on `device` with as much of it elsewhere as `how` says."""
+    if how == "none":
+        pipe.to(device)
+    elif how == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif how == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        kind = "block_level" if how == "group, by blocks" else "leaf_level"
+        blocks = 1 if kind == "block_level" else None
+        pipe.enable_group_offload(torch.device(device), offload_type=kind, num_blocks_per_group=blocks)
+
+
+# Counting
+
+
+def total(pipe: FineLIPSDXLPipeline) -> int:
+    """Bytes of all weights."""
+    return _size(part for part in pipe.components.values() if isinstance(part, nn.Module))
+
+
+def counted(pipe: FineLIPSDXLPipeline, how: str) -> list[int]:
+    """Bytes of weights that are on the accelerator at once, in each phase."""
+    encoding = [getattr(pipe, name) for name in (*ENCODERS, "conditioning_adapter")]
+    phases = [[part for part in encoding if part is not None], [pipe.unet], [pipe.vae]]
+    at_once: dict[str, Callable[[nn.Module], int]] = {
+        "model": lambda part: _size([part]),
+        "group, by blocks": _largest_block,
+        "group, by layers": _largest_layer,
+        "sequential": _largest_layer,
+    }
+    if how == "none":
+        return [total(pipe)] * len(phases)
+    return [max(map(at_once[how], parts)) for parts in phases]
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    weights = {id(weight): weight for module in modules for weight in module.parameters()}
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+def _largest_block(module: nn.Module) -> int:
+    """What Diffusers keeps of a model when it loads one block at a time: that, and all that is in no list of blocks."""
+    within = getattr(module, "_group_offload_block_modules", None) or ()
+    blocks, others = [0], sum(weight.numel() * weight.element_size() for weight in module.parameters(recurse=False))
+    for name, child in module.named_children():
+        if name in within:
+            blocks.append(_largest_block(child))
+        elif isinstance(child, nn.ModuleList | nn.Sequential):
+            blocks += [_size([block]) for block in child]
+        else:
+            others += _size([child])
+    return others + max(blocks)
+
+
+def _largest_layer(module: nn.Module) -> int:
+    return max(
+        sum(weight.numel() * weight.element_size() for weight in layer.parameters(recurse=False))
+        for layer in module.modules()
+    )
+
+
+# Measuring
+
+
+@torch.no_grad()
+def measured(pipe: FineLIPSDXLPipeline, how: str, device: str, resolution: int) -> list[int]:
+    """Bytes that a GPU has allocated at most, in each phase."""
+    pipe.set_progress_bar_config(disable=True)
+    offload(pipe, how, device)
+    peaks = []
+
+    def run(phase: Callable[[], Any]) -> Any:
+        torch.cuda.reset_peak_memory_stats()
+        result = phase()
+        peaks.append(torch.cuda.max_memory_allocated())
+        pipe.maybe_free_model_hooks()
+        return result
+
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    read = dict(zip(names, run(lambda: pipe.encode_prompt(LONG_PROMPT)), strict=True))
+    size = {"width": resolution, "height": resolution}
+    latents = run(lambda: pipe(**read, **size, num_inference_steps=1, output_type="latent").images)
+    run(lambda: pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor))
+    return peaks
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--resolution", type=int, default=1024, help="of pictures, in pixels (default %(default)s)")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    arguments = flags.parse_args()
+    is_measured = arguments.device == "cuda"
+    machine = torch.cuda.get_device_name() if is_measured else f"{os.cpu_count()} cores"
+    what = "measured, activations included" if is_measured else "weights alone, counted"
+    print(f"{date.today()}, {platform.machine()}, {machine}, torch {torch.__version__}; bfloat16, GiB, {what}\n")
+    print("| pipeline | offload | weights in all |", " | ".join(PHASES), "|\n|---|---|---|---|---|---|")
+    rows = [(name, "none") for name in contents()] + [(FULLEST, how) for how in OFFLOADS[1:]]
+    for name, how in rows:
+        pipe = contents()[name](is_measured)
+        weights = total(pipe)
+        size = arguments.resolution
+        peaks = measured(pipe, how, arguments.device, size) if is_measured else counted(pipe, how)
+        cells = [f"{count / GIB:.2f}" for count in (weights, *peaks)]
+        print(f"| {name} | {how} |", " | ".join(cells), "|", flush=True)
+        del pipe
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A fine-tune's text encoder and a FineLIP in one: what either has learned since the CLIP that both began as."""
+
+import copy
+
+import torch
+
+from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_encoder_tensors
+
+
+def add_difference(own: TextEncoder, finelip: TextEncoder, base: TextEncoder) -> TextEncoder:
+    """A new text encoder whose every weight is `own + finelip - base`, with the config and in the dtype of `own`.
+
+    All three read equally many positions: stretch those of 77 first, as FineLIP's training did.
+
+    Args:
+        own: what was fine-tuned from `base`.
+        finelip: what was trained from `base` on long texts.
+        base: the CLIP text encoder that both began as. With another one, the sum means nothing.
+
+    Raises:
+        ValueError: the three do not have the same weights, or carry adapters.
+
+    Example:
+        >>> from transformers import CLIPTextConfig, CLIPTextModel
+        >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+        >>> own, finelip, base = (CLIPTextModel(config) for _ in range(3))
+        >>> type(add_difference(own, finelip, base)).__name__
+        'CLIPTextModel'
+    """
+    tensors = text_encoder_tensors(own)
+    trained, before = text_encoder_tensors(finelip), text_encoder_tensors(base)
+    for name, others in (("FineLIP", trained), ("base that it was trained from", before)):
+        shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (tensors, others)]
+        if differing := sorted(
+            key for key in shapes[0].keys() | others.keys() if shapes[0].get(key) != shapes[1].get(key)
+        ):
+            key = differing[0]
+            raise ValueError(
+                f"This text encoder and the {name} differ in {len(differing)} weights, such as {key!r}:"
+                f" {shapes[0].get(key, 'absent')} and {shapes[1].get(key, 'absent')}. Only what began as the same CLIP"
+                " can be merged."
+            )
+    config = copy.deepcopy(own.config)
+    for name in ("stretched_from", "stretch_keep", "stretch_factor"):  # the weights are no longer stock's
+        vars(config).pop(name, None)
+    merged = {}
+    for key, tensor in tensors.items():
+        # In float32: what training changed is small beside the weights.
+        change = trained[key].to(tensor.device, torch.float32) - before[key].to(tensor.device, torch.float32)
+        merged[key] = (tensor.float() + change).to(tensor.dtype)
+    return build_text_encoder(config, merged)
