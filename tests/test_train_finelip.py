@@ -743,5 +743,7 @@ def test_the_script_exits_with_an_error(tmp_path) -> None:
     command = [sys.executable, SCRIPT, "--base", tmp_path / "nothing", "--data", "miniature:5"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"train_finelip.py: error: {tmp_path / 'nothing'} ")
-    assert len(done.stderr.splitlines()) == 1
+    # Before it may stand what libraries say on import, such as Diffusers of torchao.
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(f"train_finelip.py: error: {tmp_path / 'nothing'} ")
+    assert "Traceback" not in done.stderr
