@@ -116,6 +116,7 @@ def generate(options: argparse.Namespace) -> None:
         "short_prompt": pipe.short_prompt,
         "long_prompt": pipe.long_prompt,
         "hidden_states": pipe.hidden_states,
+        "weighting": pipe.weighting,
     }
     for number, (image, file) in enumerate(zip(images, files, strict=True)):
         size = {"width": image.width, "height": image.height}

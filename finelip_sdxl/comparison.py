@@ -392,7 +392,7 @@ class _Stage:
     def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
         # Where SDXL takes zeros for an absent negative prompt, compel needs none.
         negative = settings.negative_prompt or (None if self.pipe.config.force_zeros_for_empty_prompt else "")
-        with torch.no_grad(), parsing():
+        with torch.no_grad(), parsing(settings.prompt, negative or ""):
             read = self.compel(settings.prompt, negative)
         self.free()
         return _embeddings(read.embeds, read.negative_embeds, read.pooled_embeds, read.negative_pooled_embeds)

@@ -1,5 +1,6 @@
 """compel as it is by default: the windows that it cuts a prompt into, and what it encodes of them."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -11,6 +12,9 @@ from compel.prompt_parser import FlattenedPrompt, Fragment
 from pyparsing import ParseBaseException
 
 from finelip_sdxl.prompts import PROMPT, STOCK_POSITIONS, EncoderReading, Window, tokenize
+
+# Some two seconds.
+MAX_EXTRA_READINGS = 6000
 
 
 def open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
@@ -52,7 +56,7 @@ def read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
     Raises:
         ValueError: compel cannot parse the prompt.
     """
-    with parsing():
+    with parsing(prompt):
         parsed = Compel.parse_prompt_string(prompt).prompts
     is_plain = len(parsed) == 1 and isinstance(parsed[0], FlattenedPrompt)
     fragments = [part.text for part in parsed[0].children if isinstance(part, Fragment)] if is_plain else [prompt]
@@ -72,8 +76,26 @@ def read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
 
 
 @contextmanager
-def parsing() -> Iterator[None]:
-    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of."""
+def parsing(*texts: str) -> Iterator[None]:
+    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of.
+
+    Args:
+        *texts: what it is to parse. It reads everything in a bracket about four times, so that a few brackets within
+            one another would keep it busy for minutes: texts that would are refused before.
+
+    Raises:
+        ValueError: they nest too deep, or it gave up.
+
+    Example:
+        >>> with parsing("(" * 10 + "a fox"):
+        ...     pass
+        Traceback (most recent call last):
+        ValueError: compel would take minutes for so many brackets within one another: take some out, or leave it out.
+    """
+    if any(_extra_readings(text) > MAX_EXTRA_READINGS for text in texts):
+        raise ValueError(
+            "compel would take minutes for so many brackets within one another: take some out, or leave it out."
+        )
     try:
         yield
     except (RecursionError, ParseBaseException, AttributeError) as error:  # the last is what its `.and()` ends in
@@ -83,3 +105,12 @@ def parsing() -> Iterator[None]:
     raise ValueError(
         f"compel cannot read this prompt ({reason}): take out what it knows as syntax, or leave compel out."
     )
+
+
+def _extra_readings(text: str) -> int:
+    """How many characters compel's parser reads beyond those of the text, roughly."""
+    depth, extra = 0, 0
+    for match in re.finditer(r"\\.|.", text, re.DOTALL):
+        depth = max(0, depth + {"(": 1, ")": -1}.get(match[0], 0))
+        extra += len(match[0]) * (4 ** min(depth, 10) - 1)
+    return extra

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -45,12 +45,14 @@ class PromptReader:
         tokenizer: its `CLIPTokenizer`.
         positions: how many positions it reads at once, start and end token included.
         has_stock: whether a short prompt can be read as stock SDXL reads it.
+        expand: what is made of a text before it is read, such as all tokens of a textual inversion of its first.
     """
 
     encoder: str
     tokenizer: Any
     positions: int
     has_stock: bool = False
+    expand: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,7 @@ def read_prompts(
     """
     capacity = shape[1] if shape else min(reader.positions for reader in readers)
     texts = [
-        _Text.read(reader, role, index, parse_weights(text, weighting))
+        _Text.read(reader, role, index, parse_weights(text, weighting, reader.expand))
         for role, batches in ((PROMPT, prompts), (NEGATIVE_PROMPT, negative_prompts))
         for reader, batch in zip(readers, batches or (), strict=False)
         for index, text in enumerate(batch)
@@ -243,7 +245,7 @@ def read_prompts(
         )
 
     spans = [
-        text.spans(capacity - 2) if long_prompt == "window" else [(0, min(len(text.offsets), capacity - 2))]
+        [(0, min(len(text.offsets), capacity - 2))] if long_prompt == "truncate" else text.spans(capacity - 2)
         for text in texts
     ]
     windows = max(map(len, spans))

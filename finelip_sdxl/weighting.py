@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,14 +15,24 @@ if TYPE_CHECKING:
 # `None` leaves texts as they are.
 WEIGHTING = (None, "compel", "a1111")
 MAX_WEIGHT, MAX_DEPTH = 10.0, 50
-# compel's parser takes a second for so many.
-MAX_COMPEL_CHARACTERS = 4000
 
-_A1111 = re.compile(
-    r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<close>[)\]])"
-    r"|\s*\b(?P<break>BREAK)\b\s*|(?P<text>[^\\()\[\]:B]+|.)",
-    re.DOTALL,
-)
+# compel's own parser takes minutes for ten open brackets, and knows no `BREAK`: hence one scan for both syntaxes.
+_SYNTAX = {
+    "a1111": re.compile(
+        r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])"
+        r"|(?::\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?=\)))?(?P<close>[)\]])"
+        r"|\s*\b(?P<break>BREAK)\b\s*|[^\\()\[\]:B]+|.",
+        re.DOTALL,
+    ),
+    "compel": re.compile(
+        r"""\\(?P<escaped>[()"+-])|(?P<open>\()|(?P<close>[)"])(?P<weight>\++|-+|\d+\.\d*|\.?\d+)?"""
+        r"""|(?<![^\s(",])(?P<word>[^\s()"\\,.=+-]+(?:[+-][^\s()"\\,.=+-]+)*)(?P<signs>\+\++|--+|[+-](?![^\s()",.=+-]))"""
+        r"""|[^\s()"\\,]+|.""",
+        re.DOTALL,
+    ),
+}
+_BRACKETS = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
+_MORE_THAN_WEIGHTS = re.compile(r"\.(?:and|add|attend|blend|swap)\s*\(|(?:use|with)Lora\s*\(")
 
 
 @dataclass(frozen=True)
@@ -38,50 +50,63 @@ class WeightedText:
     breaks: tuple[int, ...] = ()
 
     def weight_at(self, character: int) -> float:
-        return next((weight for start, stop, weight in self.spans if start <= character < stop), 1.0)
+        before = bisect(self.spans, (character, inf, inf))
+        _, stop, weight = self.spans[before - 1] if before else (0, 0, 1.0)
+        return weight if character < stop else 1.0
 
 
-def parse_weights(text: str, syntax: str | None) -> WeightedText:
+def parse_weights(text: str, syntax: str | None, expand: Callable[[str], str] | None = None) -> WeightedText:
     """Take the weights out of a prompt.
+
+    Where parts of different weights touch, each is a word of its own, as both tools have it.
 
     Args:
         text: the prompt.
         syntax: `"a1111"`: `(word:1.3)`, `((word))` for 1.1 each, `[word]` for 1 / 1.1, a backslash before what is
-            meant as it stands, and `BREAK` where a new window has to begin. `"compel"`: `(word)1.3`, `word++` for 1.1
-            each, `word--` for 0.9. None: the text as it is.
+            meant as it stands, and `BREAK` where a new window has to begin; a bracket that is never closed reaches to
+            the end. `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9, quotes in place of
+            brackets, a backslash likewise; a bracket that is never closed is text. None: the text as it is.
+        expand: applied to the parts of the text, after their weights were taken out.
 
     Raises:
-        ValueError: a weight below 0 or above 10, more than 50 brackets within one another, what compel cannot parse, or
-            its `.and()`, `.blend()` and `.swap()`, which are more than weights.
+        ValueError: a weight below 0 or above 10, more than 50 brackets within one another, or compel's `.and()`,
+            `.attend()`, `.blend()`, `.swap()` and `withLora()`, which are more than weights.
 
     Example:
         >>> parse_weights("a (red:1.3) fox", "a1111")
         WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=())
+        >>> parse_weights("a (red)1.3 fox", "compel").spans
+        ((2, 5, 1.3),)
         >>> parse_weights("a fox BREAK a hare", "a1111").breaks
         (6,)
     """
+    expand = expand or str
     if syntax is None:
-        return WeightedText(text)
-    pieces = list(_parse_compel(text) if syntax == "compel" else _parse_a1111(text))
-    parts, spans, breaks, length = [], [], [], 0
-    for part, weight in pieces:
+        return WeightedText(expand(text))
+    if syntax == "compel" and _MORE_THAN_WEIGHTS.search(text):
+        raise ValueError(
+            "The prompt uses compel's .and(), .attend(), .blend(), .swap() or withLora(), which are more than weights:"
+            " pass the embeddings of CompelForSDXL(pipe) instead."
+        )
+    plain, spans, breaks = "", [], []
+    for part, weight in _runs(text, syntax):
         if weight is None:
-            breaks.append(length)
+            breaks.append(len(plain))
             continue
         if not 0 <= weight <= MAX_WEIGHT:
             raise ValueError(f"{part!r:.60} has weight {weight:g}; expected one from 0 to {MAX_WEIGHT:g}.")
+        start, plain = len(plain), plain + expand(part)
         if weight != 1:
-            spans.append((length, length + len(part), weight))
-        parts.append(part)
-        length += len(part)
-    return WeightedText("".join(parts), tuple(spans), tuple(breaks))
+            spans.append((start, len(plain), weight))
+    return WeightedText(plain, tuple(spans), tuple(breaks))
 
 
 def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """States drawn away from those of the empty prompt, or towards them: `empty + weight · (states − empty)`.
 
-    That is what compel does with weights above 1. Below 1 compel also blends in what the encoder reads without the
-    words; this does not.
+    That is what compel does with weights above 1 (`EmbeddingsProvider.build_weighted_embedding_tensor`). Below 1 it
+    also blends in what the encoder reads without the words, another run for each such part; this does not, so a weight
+    below 1 takes less away. (A1111 multiplies the states instead, and scales all of them so that their mean stays.)
 
     Args:
         states: (batch, tokens, dim).
@@ -97,61 +122,67 @@ def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     return (empty + factors * (states - empty)).where(factors != 1, states)  # 1 changes no bit
 
 
-def _parse_a1111(text: str) -> Iterator[tuple[str, float | None]]:
-    """Parts and their weights; None for a break."""
+def _runs(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
+    """Parts of one weight, each as long as it goes; None for a break."""
+    run, of_run = "", 1.0
+    for part, weight in _pieces(text, syntax):
+        # A1111 joins parts of one weight again, compel none that its syntax has parted.
+        apart = weight != of_run or syntax == "compel"
+        space = " " if apart and run[-1:].isalnum() and part[:1].isalnum() else ""
+        if weight == of_run:
+            run += space + part
+        elif part or weight is None:
+            if run:
+                yield run + (space if weight is not None else ""), of_run
+            if weight is None:
+                yield "", None
+            run, of_run = part, 1.0 if weight is None else weight
+    if run:
+        yield run, of_run
+
+
+def _pieces(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
+    """Parts as the syntax cuts them, and their weights."""
     pieces: list[list] = []
-    open_brackets: dict[str, list[int]] = {"(": [], "[": []}  # the pieces before which they stand
-    factors = {"(": 1.1, "[": 1 / 1.1}
+    brackets = _BRACKETS[syntax]
+    opened: dict[str, list[int]] = {bracket: [] for bracket in brackets.values()}  # the pieces that they are
 
     def close(bracket: str, factor: float) -> None:
-        for piece in pieces[open_brackets[bracket].pop() :]:
+        first = opened[bracket].pop()
+        pieces[first][0] = ""
+        for piece in pieces[first:]:
             if piece[1] is not None:
                 piece[1] *= factor
 
-    for match in _A1111.finditer(text):
-        bracket = match["open"] or {")": "(", "]": "["}.get(match["close"] or "", "")
-        if match["open"]:
-            if sum(map(len, open_brackets.values())) == MAX_DEPTH:
+    for match in _SYNTAX[syntax].finditer(text):
+        found = match.groupdict()
+        closes = brackets.get(found["close"])
+        if closes and opened[closes]:
+            close(closes, _factor(syntax, closes, found["weight"]))
+        elif found["open"] or closes == '"':
+            if sum(map(len, opened.values())) == MAX_DEPTH:
                 raise ValueError(f"The prompt has more than {MAX_DEPTH} brackets within one another: take some out.")
-            open_brackets[bracket].append(len(pieces))
-        elif match["weight"] and open_brackets["("]:
-            close("(", float(match["weight"]))
-        elif match["close"] and open_brackets[bracket]:
-            close(bracket, factors[bracket])
-        elif match["break"]:
+            bracket = found["open"] or '"'
+            opened[bracket].append(len(pieces))
+            pieces.append([bracket, 1.0])
+            pieces.append([match[0][1:], 1.0])  # a quote may stand before a number
+        elif found.get("break"):
             pieces.append(["", None])
+        elif found.get("signs"):
+            pieces.append([found["word"], _factor(syntax, "", found["signs"])])
         else:
-            pieces.append([match["escaped"] or match[0], 1.0])
-    for bracket, starts in open_brackets.items():  # what is never closed reaches to the end
-        while starts:
-            close(bracket, factors[bracket])
-    yield from ((part, weight) for part, weight in pieces)
+            pieces.append([found["escaped"] or match[0], 1.0])
+    if syntax == "a1111":
+        for bracket, starts in opened.items():
+            while starts:
+                close(bracket, _factor(syntax, bracket, None))
+    # Rounded, so that as many `(` as `[` come to 1.
+    yield from ((part, weight if weight is None else round(weight, 6)) for part, weight in pieces)
 
 
-def _parse_compel(text: str) -> Iterator[tuple[str, float | None]]:
-    from compel import Compel
-    from compel.prompt_parser import FlattenedPrompt, Fragment
-
-    from finelip_sdxl.compel_windows import parsing
-
-    if len(text) > MAX_COMPEL_CHARACTERS:
-        raise ValueError(
-            f"The prompt has {len(text):,} characters; with compel's syntax at most {MAX_COMPEL_CHARACTERS:,} are read:"
-            ' shorten it, or set weighting=None or "a1111".'
-        )
-    with parsing():
-        prompts = Compel.parse_prompt_string(text).prompts
-    is_plain = len(prompts) == 1 and isinstance(prompts[0], FlattenedPrompt)
-    parts = prompts[0].children if is_plain else []
-    if not is_plain or not all(isinstance(part, Fragment) for part in parts):
-        raise ValueError(
-            "The prompt uses compel's .and(), .blend() or .swap(), which are more than weights: pass the embeddings of"
-            " CompelForSDXL(pipe) instead."
-        )
-    if all(part.weight == 1 for part in parts) and " ".join(part.text for part in parts).split() == text.split():
-        yield text, 1.0  # as it was written: compel makes one space of any white space
-        return
-    for number, part in enumerate(parts):
-        if number:
-            yield " ", 1.0
-        yield part.text, part.weight
+def _factor(syntax: str, bracket: str, weight: str | None) -> float:
+    if weight is None:
+        return {"(": 1.1, "[": 1 / 1.1}[bracket] if syntax == "a1111" else 1.0
+    if weight[0] in "+-" and not weight.strip("+-"):
+        return (1.1 if weight[0] == "+" else 0.9) ** len(weight)
+    return float(weight)

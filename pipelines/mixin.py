@@ -499,6 +499,10 @@ class LongPromptMixin(_Parent):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Encode prompts of any length. The arguments are those of the parent's `encode_prompt`.
 
+        With `weighting`, states of weighted tokens are drawn away from those of the empty prompt, or towards them, in
+        each encoder by itself and last, behind the conditioning adapter, which knows states without weights. Pooled
+        vectors have no weights.
+
         Returns:
             Prompt and negative prompt as hidden states of both encoders, (batch · images, windows · positions, dim),
             and pooled, from the first window, (batch · images, pooled dim): prompt, negative, pooled prompt, pooled
@@ -506,13 +510,12 @@ class LongPromptMixin(_Parent):
 
         Raises:
             TypeError: a prompt that is not a string or a list of strings.
-            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters, or one that
-                does not fit where `long_prompt="error"` or embeddings passed beside it fix the length.
+            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters, one that does
+                not fit where `long_prompt="error"` or embeddings passed beside it fix the length, or weights that
+                `finelip_sdxl.weighting.parse_weights` refuses.
         """
-        if self.weighting is not None and prompt_embeds is None and not self._reads_long_prompts():
-            raise ValueError(
-                f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
-            )
+        if prompt_embeds is None:
+            self._check_weighting()
         if self._reads_long_prompts():
             prompts, negatives, shape = None, None, None
             if prompt_embeds is None:
@@ -579,12 +582,21 @@ class LongPromptMixin(_Parent):
                 tokenizer,
                 positions=min(num_positions(getattr(self, name)), tokenizer.model_max_length),
                 has_stock=self._stock_reader(name) is not None,
+                expand=partial(self.maybe_convert_prompt, tokenizer=tokenizer)
+                if _has_added_tokens(tokenizer)
+                else None,
             )
             for name, tokenizer in self._encoders()
         ]
 
     def _reads_long_prompts(self) -> bool:
         return any(reader.positions > STOCK_POSITIONS for reader in self._readers())
+
+    def _check_weighting(self) -> None:
+        if self.weighting is not None and not self._reads_long_prompts():
+            raise ValueError(
+                f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
+            )
 
     def _prompt_batches(self, prompt: Any, prompt_2: Any) -> list[list[str]]:
         return self._batches(check_texts("prompt", prompt), "prompt_2", prompt_2)
@@ -607,16 +619,13 @@ class LongPromptMixin(_Parent):
         return self._batches(texts, "negative_prompt_2", negative_prompt_2)
 
     def _batches(self, texts: list[str], name_2: str, value_2: Any) -> list[list[str]]:
-        """For each encoder its texts, with the tokens of textual inversions written out."""
+        """For each encoder its texts."""
         texts_2 = check_texts(name_2, value_2) if value_2 else texts
         if len(texts_2) != len(texts):
             raise ValueError(
                 f"`{name_2}` holds {len(texts_2)} texts and `{name_2[:-2]}` {len(texts)}: pass as many of both."
             )
-        return [
-            self.maybe_convert_prompt(batch, tokenizer) if _has_added_tokens(tokenizer) else batch
-            for batch, (_, tokenizer) in zip((texts, texts_2), self._encoders(), strict=False)
-        ]
+        return [batch for batch, _ in zip((texts, texts_2), self._encoders(), strict=False)]
 
     def _read(
         self,
@@ -624,6 +633,7 @@ class LongPromptMixin(_Parent):
         negatives: list[list[str]] | None,
         shape: tuple[int, int] | None = None,
     ) -> PromptReport:
+        self._check_weighting()
         if not self._reads_long_prompts():  # the parent encodes: one window, the rest cut
             return read_prompts(self._readers(), prompts, negatives, long_prompt="truncate", length_buckets=())
         return read_prompts(

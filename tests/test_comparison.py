@@ -270,13 +270,28 @@ def test_white_space_is_shown_as_it_was_written(comparison) -> None:
     assert window.text == "a red\n\n fox"
 
 
-@pytest.mark.parametrize("prompt", ["(" * 3000, '("a fox", "a hare").blend(0.5, 0.5) above'])
-def test_what_compel_cannot_parse_is_told_in_a_sentence(comparison, prompt) -> None:
-    with pytest.raises(ValueError, match=r"compel cannot read this prompt .*: take out what it knows as syntax"):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("(" * 3000, "compel would take minutes for so many brackets"),
+        ("(" * 10 + "a fox", "compel would take minutes for so many brackets"),
+        ("((((a fox, " + "a hare, " * 50, "compel would take minutes for so many brackets"),
+        ('("a fox", "a hare").blend(0.5, 0.5) above', "compel cannot read this prompt .*: take out what it knows"),
+    ],
+)
+def test_what_compel_cannot_parse_is_told_in_a_sentence(comparison, prompt, message) -> None:
+    with pytest.raises(ValueError, match=message):
         comparison.read(prompt)
-    with pytest.raises(ValueError, match="compel cannot read this prompt"):
+    with pytest.raises(ValueError, match=message):
         comparison.draw("compel", Settings(prompt, steps=1))
+    with pytest.raises(ValueError, match=message):
+        comparison.draw("compel", Settings("a fox", prompt, steps=1))
     assert comparison.read(prompt, ["stock", "finelip"])
+
+
+@pytest.mark.parametrize("prompt", ["((((a fox))))", r"\(" * 50, ":( " + "a fox, " * 200, ")" * 99, "(a fox) " * 50])
+def test_what_compel_parses_soon_is_not_refused(comparison, prompt) -> None:
+    assert comparison.read(prompt, ["compel"])["compel"].windows
 
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_read(comparison) -> None:

@@ -162,7 +162,7 @@ def test_the_api_counts_tokens(client) -> None:
         ("a star", {"seed": -1}, "`seed` is -1; expected a whole number"),
         ("a star", {"columns": ["other"]}, "`column` must be one of"),
         ("a star", {"columns": []}, "No column is chosen"),
-        ("(" * 500, {"columns": ["compel"]}, "compel cannot read this prompt"),
+        ("(" * 500, {"columns": ["compel"]}, "compel would take minutes"),
     ],
 )
 def test_the_api_explains_what_is_wrong_in_a_sentence(client, prompt, arguments, message) -> None:

@@ -193,7 +193,7 @@ def test_closing_the_page_ends_its_run_and_deletes_its_pictures(demo, open_page,
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"), [("   ", "The prompt is empty"), ("(" * 400 + "a star", "compel cannot read this prompt")]
+    ("prompt", "message"), [("   ", "The prompt is empty"), ("(" * 400 + "a star", "compel would take minutes")]
 )
 def test_a_prompt_that_cannot_be_drawn_is_explained(open_page, prompt, message) -> None:
     page = open_page()
