@@ -1,6 +1,6 @@
 """Weights in the prompt: two syntaxes, and what they do to states."""
 
-import time
+import sys
 from contextlib import suppress
 
 import numpy as np
@@ -109,14 +109,28 @@ def test_what_cannot_be_read_is_explained(syntax, text, message) -> None:
 
 @pytest.mark.parametrize("syntax", ["compel", "a1111"])
 @pytest.mark.parametrize("part", ["(a", "(" * 25 + "a" + ")" * 25 + " ", "((a)1.1)1.1 ", '"a" ', "a-", "a++ ", ":1 "])
-def test_no_text_takes_long(syntax, part) -> None:
-    text = "((((((((((" + (part * 20_000)[:19_980]  # of which compel's own parser takes minutes
-    start = time.perf_counter()
-    with suppress(ValueError):  # too deep, or too heavy
-        found = parse_weights(text, syntax)
-        for character in range(len(found.text)):
-            found.weight_at(character)
-    assert time.perf_counter() - start < 5
+def test_the_work_grows_as_the_text_does(syntax, part) -> None:
+    def lines_run(characters: int) -> int:
+        lines = 0
+
+        def trace(_frame, event, _arg):
+            nonlocal lines
+            lines += event == "line"
+            return trace
+
+        text = "((((((((((" + (part * characters)[:characters]  # of which compel's own parser takes minutes
+        tracing = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with suppress(ValueError):  # too deep, or too heavy
+                found = parse_weights(text, syntax)
+                for character in range(len(found.text)):
+                    found.weight_at(character)
+        finally:
+            sys.settrace(tracing)
+        return lines
+
+    assert 0 < lines_run(4000) < 2.2 * lines_run(2000)
 
 
 # What weights do
