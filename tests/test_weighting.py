@@ -1,6 +1,7 @@
 """Weights in the prompt: two syntaxes, and what they do to states."""
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -111,11 +112,10 @@ def test_what_cannot_be_read_is_explained(syntax, text, message) -> None:
 @pytest.mark.parametrize("part", ["(a", "(" * 25 + "a" + ")" * 25 + " ", "((a)1.1)1.1 ", '"a" ', "a-", "a++ ", ":1 "])
 def test_the_work_grows_as_the_text_does(syntax, part) -> None:
     def lines_run(characters: int) -> int:
-        lines = 0
+        events = []
 
-        def trace(_frame, event, _arg):
-            nonlocal lines
-            lines += event == "line"
+        def trace(_frame, event, _arg) -> Callable:
+            events.append(event)
             return trace
 
         text = "((((((((((" + (part * characters)[:characters]  # of which compel's own parser takes minutes
@@ -128,7 +128,7 @@ def test_the_work_grows_as_the_text_does(syntax, part) -> None:
                     found.weight_at(character)
         finally:
             sys.settrace(tracing)
-        return lines
+        return events.count("line")
 
     assert 0 < lines_run(4000) < 2.2 * lines_run(2000)
 
