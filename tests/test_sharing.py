@@ -56,7 +56,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
         monkeypatch.setattr(f"{module}.create_repo", hub.create_repo)
     monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", hub.upload_folder)
     monkeypatch.setattr("diffusers.utils.hub_utils.ModelCard.load", hub.load_card)
-    monkeypatch.setattr("finelip_sdxl.pipelines.mixin.file_exists", hub.file_exists)
+    monkeypatch.setattr("finelip_sdxl.pipelines.loading.file_exists", hub.file_exists)
     return hub
 
 

@@ -1,0 +1,409 @@
+"""How the pipelines are loaded, given encoders of 248 positions, and saved."""
+
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import file_exists
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl.checkpoints import load_finelip
+from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.merging import add_difference
+from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
+from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name
+from finelip_sdxl.pipelines.reading import ENCODERS
+from finelip_sdxl.prompts import (
+    FINELIP_MERGE,
+    HIDDEN_STATES,
+    LONG_PROMPT,
+    SHORT_PROMPT,
+    STOCK_POSITIONS,
+    check_choice,
+    check_length_buckets,
+)
+from finelip_sdxl.text_encoders import (
+    build_text_encoder,
+    num_positions,
+    stretch_text_encoder,
+    text_encoder_tensors,
+    with_max_length,
+)
+from finelip_sdxl.weighting import WEIGHTING
+
+logger = logging.getLogger(__name__)
+
+HELD = ("stock_text_encoder", "stock_text_encoder_2")
+ADAPTER = "conditioning_adapter"
+# Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
+UNSWAPPED = "_finelip_sdxl_unswapped"
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "short_prompt": partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
+    "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
+    "long_prompt": partial(check_choice, "long_prompt", choices=LONG_PROMPT),
+    "length_buckets": check_length_buckets,
+    "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
+}
+
+_BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+
+# To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
+_Parent: Any = object
+
+
+class LoadingMixin(_Parent):
+    """The part of `LongPromptMixin` that loads and saves."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an SDXL pipeline and give its text encoders 248 positions.
+
+        Args:
+            base: a hub id or directory of any SDXL, a directory that `save_pretrained` of this class wrote, or
+                `"miniature"` for the small SDXL that comes with this package, and its FineLIPs with it (pass
+                `"miniature-clip-1"` and `"miniature-clip-2"` to have its own encoders stretched instead).
+            finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
+                `FineLIPModel`.
+            finelip_2: replaces the second (OpenCLIP bigG) in the same way.
+            finelip_merge: `"replace"`, or `"delta"`, for fine-tunes that have trained their text encoders: a FineLIP
+                does not replace an encoder then, but what it has learned is added to what the encoder has (the weights
+                are `own + finelip - base`, see `finelip_sdxl.merging`).
+            finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
+                trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's need none.
+            conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
+                `training/align_adapter.py` writes; None for none. By default the one that `base` comes with, unless a
+                FineLIP is passed, with which it was not trained.
+            **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
+                that of every component, float32 by default.
+
+        Returns:
+            The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248, or were built
+            directly with 77 and saved so by this class: what was saved comes back.
+
+        Raises:
+            ValueError: a FineLIP whose width is not the encoder's, one to add without a base, or an unknown option.
+            OSError: `base` or a checkpoint is not there.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
+            >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
+        """
+        brings_finelip = finelip is not None or finelip_2 is not None
+        if base == "miniature":
+            own = [name for name in ENCODERS if kwargs.get(name) is None]
+            if len(own) == 2 and not brings_finelip:
+                kwargs.setdefault(ADAPTER, miniature_path().parent / ADAPTER)
+            if finelip is None and "text_encoder" in own:
+                finelip = "miniature-finelip-1"
+            if finelip_2 is None and "text_encoder_2" in own:
+                finelip_2 = "miniature-finelip-2"
+        origin, base = public_name(base), resolve_base(base)
+        merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
+        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        dtype = kwargs["dtype"]
+        if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
+            kwargs = {**dict.fromkeys(HELD), **kwargs}
+
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        index = cls.load_config(base, **hub_arguments)
+        adapter = kwargs.pop(ADAPTER, None if brings_finelip else ...)
+        if adapter is ... and index.get(ADAPTER):
+            adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, dtype=dtype, **hub_arguments)
+        elif isinstance(adapter, str | os.PathLike):
+            adapter = ConditioningAdapter.from_pretrained(adapter, dtype=dtype, **hub_arguments)
+        pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
+        pipe.register_to_config(**{BASE: index.get(BASE, origin)})
+        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None:
+            logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
+        else:
+            pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | os.PathLike,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
+        encoders 248 positions.
+
+        Args:
+            file: a `.safetensors` or `.ckpt` file, or its address on the hub.
+            finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the checkpoint's
+                own encoders are stretched, with all that it has taught them; a FineLIP in their place knows none of it,
+                and one that is added (`finelip_merge="delta"`) much.
+            conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
+            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; a saved pipeline is
+                one, and so is `"miniature"`. By default what Diffusers finds on the hub to go with the checkpoint.
+            **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
+                every component, float32 by default.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: a file that is no whole SDXL, or what `from_pretrained` refuses.
+            OSError: the file is not there, or there are no configs for it.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
+        """
+        if kwargs.get("config") is not None:
+            kwargs["config"] = resolve_base(kwargs["config"])
+        for name in _BESIDE:
+            if name in inspect.signature(cls.__init__).parameters and kwargs.get(name) is None:
+                raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
+        merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
+        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        adapter = kwargs.pop(ADAPTER, None)
+        if isinstance(adapter, str | os.PathLike):
+            adapter = ConditioningAdapter.from_pretrained(adapter, dtype=kwargs["dtype"])
+        with _single_file_errors(file, kwargs.get("config")):
+            pipe = super().from_single_file(file, **kwargs)
+        pipe.register_modules(conditioning_adapter=adapter)
+        pipe.register_to_config(**{BASE: public_name(file)})
+        pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed. (Diffusers would cast what
+        both share to float32.)"""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    def swap_text_encoders(
+        self,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+    ) -> None:
+        """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
+
+        For pipelines that `from_pretrained` and `from_single_file` did not make, such as those of `from_pipe`.
+        Encoders that already read 248 are left as they are, and no encoder or tokenizer that was passed in is changed.
+
+        Args:
+            finelip: replaces the first text encoder; see `from_pretrained`.
+            finelip_2: replaces the second.
+            finelip_merge, finelip_base: see `from_pretrained`.
+
+        Raises:
+            ValueError: a FineLIP for an encoder that the pipeline does not have, of the wrong width, or to add to an
+                encoder that is none of 77 positions, stretched or not.
+        """
+        self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
+
+    def _swap_text_encoders(self, finelip: Any, finelip_2: Any, merge_base: str | None) -> None:
+        replacements = {}
+        for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+            if source is not None:
+                encoder = getattr(self, name)
+                replacement = _replacement(name, source, encoder)
+                if merge_base is not None:
+                    replacement = _merged(name, replacement, self._stock_reader(name), merge_base)
+                replacements[name] = replacement.to(encoder.device, encoder.dtype)
+        parts: dict[str, Any] = {}
+        bare = []
+        for name, tokenizer_name in ENCODERS.items():
+            encoder, tokenizer = getattr(self, name), getattr(self, tokenizer_name)
+            if encoder is None:
+                continue
+            if name in replacements:
+                stock = self._stock_reader(name)
+                if self.short_prompt == "stock" and stock is not None:
+                    parts[f"stock_{name}"] = stock[0]
+                encoder = parts[name] = replacements[name]
+            elif num_positions(encoder) <= STOCK_POSITIONS:
+                encoder = parts[name] = stretch_text_encoder(encoder)
+                bare.append(name)
+            if tokenizer is not None and tokenizer.model_max_length != num_positions(encoder):
+                parts[tokenizer_name] = with_max_length(tokenizer, num_positions(encoder))
+        self.register_modules(**parts)
+        if bare and not replacements:
+            logger.warning(
+                "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
+                " worse than trained ones: pass a FineLIP or Long-CLIP as finelip= (finelip_2= for the second one).",
+                " and ".join(bare),
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`.
+
+        Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
+        `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, it is shared, with a card that says what it is
+        made of if the repository has no card yet.
+        """
+        if self.conditioning_adapter is not None:
+            logger.warning(
+                "Stock Diffusers opens %s without its conditioning adapter, which FineLIP-SDXL's pipelines load. For an"
+                " alignment inside the text encoders, train with `--method lora`, and use `finelip-sdxl export`.",
+                save_directory,
+            )
+        with _prefixed_keys(self):
+            super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+
+    def _upload_folder(
+        self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As the parent; in the repository's first upload Diffusers' card, which says nothing, gives way to ours."""
+        if subfolder is None and not file_exists(repo_id, "README.md", token=token):
+            model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
+        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+
+
+def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: Any) -> str | None:
+    """The SDXL whose text encoders FineLIPs to add were trained from; None if they replace encoders."""
+    check_choice("finelip_merge", finelip_merge, FINELIP_MERGE)
+    sources = [source for source in (finelip, finelip_2) if source is not None]
+    if finelip_merge == "replace":
+        if finelip_base is not None:
+            raise ValueError(f"finelip_base={finelip_base} goes with finelip_merge='delta': pass both or neither.")
+        return None
+    if not sources:
+        raise ValueError("finelip_merge='delta' adds what a FineLIP has learned: pass finelip=, finelip_2= or both.")
+    if finelip_base is None and all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in sources):
+        finelip_base = "miniature"
+    if finelip_base is None:
+        raise ValueError(
+            "finelip_merge='delta' needs finelip_base=, the hub id or directory of the SDXL whose text encoders the"
+            " FineLIP was trained from, such as stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    return resolve_base(finelip_base)
+
+
+def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Arguments for loading, checked before gigabytes are loaded: both FineLIPs, and keyword arguments with a dtype."""
+    # Without a dtype every library falls back on its own, and half-precision repositories end in two.
+    torch_dtype = kwargs.pop("torch_dtype", None)
+    kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch_dtype or torch.float32}
+    for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+        if source is not None and kwargs.get(name) is not None:
+            raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
+    for name in OPTIONS.keys() & kwargs:
+        OPTIONS[name](kwargs[name])
+    finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
+    return finelip, finelip_2, kwargs
+
+
+@contextmanager
+def _single_file_errors(file: Any, config: Any) -> Iterator[None]:
+    """What Diffusers cannot load, in a sentence that says what to do."""
+    name = os.fspath(file)
+    if not os.path.isfile(name) and not name.startswith(("http://", "https://", "hf.co/")):
+        raise FileNotFoundError(f"{name} does not exist, or is no file: pass a .safetensors or .ckpt file.")
+    if config is not None and os.path.isdir(config) and not os.path.isfile(os.path.join(config, "model_index.json")):
+        raise FileNotFoundError(
+            f"config={config} has no model_index.json: pass the directory of an SDXL in Diffusers' layout."
+        )
+    try:
+        yield
+    except SingleFileComponentError as error:
+        what = str(error.message).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"{name} is no whole SDXL ({what}): pass another file, or config= of its kind.") from error
+    except ValueError as error:
+        shapes = re.search(r"\S+ expected shape .*? but got .*?\)", str(error))
+        if shapes is None:
+            raise
+        raise ValueError(
+            f"{name} is no SDXL with the sizes that its config says ({shapes[0]}): pass another file, or config= of its"
+            " kind."
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise OSError(
+            f"{name} holds weights alone, and configs and tokenizers to go with them could not be fetched from the hub:"
+            " pass config=, the directory of an SDXL in Diffusers' layout."
+        ) from error
+    except OSError as error:
+        if "Unable to load weights" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} cannot be read as a checkpoint: it is damaged, cut short, or no .safetensors or .ckpt file."
+        ) from error
+
+
+def _replacement(name: str, source: Any, encoder: Any) -> Any:
+    """The text encoder of a FineLIP, to stand in the place of `encoder`."""
+    if encoder is None:
+        raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
+    if getattr(encoder, "is_quantized", False):
+        raise ValueError(
+            f"`{name}` is quantized, and a FineLIP would take its place unquantized: save the SDXL with this FineLIP by"
+            " `finelip-sdxl convert` first, and load that quantized."
+        )
+    has_projection = isinstance(encoder, CLIPTextModelWithProjection)
+    replacement: Any = load_finelip(source).to_text_encoder(projection=has_projection)
+    for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
+        found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
+        if found != expected:
+            raise ValueError(
+                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: `finelip` takes one"
+                " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
+            )
+    # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
+    vars(replacement.config).pop("stretched_from", None)
+    return replacement
+
+
+def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -> Any:
+    """What `_replacement` gave, added to the encoder that reads short prompts as stock does."""
+    if stock is None:
+        raise ValueError(
+            f"`{name}` was trained or replaced at 248 positions, and finelip_merge='delta' adds to encoders of 77: load"
+            " the fine-tune itself."
+        )
+    own = stock[0] if num_positions(stock[0]) > STOCK_POSITIONS else stretch_text_encoder(stock[0])
+    has_projection = isinstance(own, CLIPTextModelWithProjection)
+    before = load_finelip(base, subfolder=name, dtype=torch.float32).to_text_encoder(projection=has_projection)
+    merged = add_difference(own, finelip, before)
+    setattr(merged.config, MERGED_WITH, vars(finelip.config).get(MADE_FROM))
+    return merged
+
+
+@contextmanager
+def _prefixed_keys(pipe: Any) -> Iterator[None]:
+    """While saving, puts encoders in place whose files begin their keys with `text_model.`.
+
+    Recent `transformers` write other keys for a `CLIPTextModel` that was not loaded from such a file, and older ones
+    load those as random weights.
+    """
+    originals = {}
+    for name in ("text_encoder", "stock_text_encoder"):
+        encoder = getattr(pipe, name)
+        if isinstance(encoder, CLIPTextModel) and not any(
+            hasattr(module, "base_layer") for module in encoder.modules()
+        ):
+            originals[name] = encoder
+    try:
+        for name, encoder in originals.items():
+            setattr(pipe, name, build_text_encoder(encoder.config, text_encoder_tensors(encoder)))
+        yield
+    finally:
+        for name, encoder in originals.items():
+            setattr(pipe, name, encoder)
