@@ -137,15 +137,15 @@ class _Page:
                 adapter_scale = gr.Slider(
                     0,
                     1,
-                    1 if self.comparison.adapter is not None else 0,
+                    1 if self.comparison.pipe.conditioning_adapter is not None else 0,
                     step=0.05,
                     label="Conditioning adapter",
                     info="How much of it counts in FineLIP-SDXL's column",
-                    interactive=self.comparison.adapter is not None,
+                    interactive=self.comparison.pipe.conditioning_adapter is not None,
                 )
                 hidden_states = gr.Radio(
                     list(HIDDEN_STATES),
-                    value=self.comparison.hidden_states,
+                    value=self.comparison.pipe.hidden_states,
                     label="Hidden states",
                     info="Of FineLIP-SDXL's column",
                 )

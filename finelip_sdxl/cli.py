@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from finelip_sdxl.arguments import (
     DTYPES,
+    READING,
     add_adapter,
     add_base,
     add_config,
@@ -111,13 +112,7 @@ def generate(options: argparse.Namespace) -> None:
         generator=[torch.Generator().manual_seed(seed + number) for number in range(options.num_images)],
     ).images
 
-    parameters = {
-        **_parameters(options, prompt, dtype),
-        "short_prompt": pipe.short_prompt,
-        "long_prompt": pipe.long_prompt,
-        "hidden_states": pipe.hidden_states,
-        "weighting": pipe.weighting,
-    }
+    parameters = _parameters(options, prompt, dtype, pipe)
     for number, (image, file) in enumerate(zip(images, files, strict=True)):
         size = {"width": image.width, "height": image.height}
         save_png(image, file, {**parameters, **size, "seed": seed + number})
@@ -165,11 +160,8 @@ def compare(options: argparse.Namespace) -> None:
             print(f"{comparison.COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
-        **_parameters(options, prompt, dtype),
+        **_parameters(options, prompt, dtype, opened.pipe),
         "refiner": options.refiner,
-        "short_prompt": options.short_prompt,
-        "long_prompt": options.long_prompt,
-        "hidden_states": opened.hidden_states,
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,
         "columns": columns,
@@ -231,14 +223,15 @@ def tokens(options: argparse.Namespace) -> None:
     if is_file and options.config is None:
         raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
     readers, saved = _readers(options.config if is_file else resolve_base(options.base))
+    chosen = {**saved, **loading_arguments(options)}
     report = read_prompts(
         readers,
         [prompt] * len(readers),
         None if negative is None else [negative] * len(readers),
-        short_prompt=options.short_prompt or saved.get("short_prompt", SHORT_PROMPT[0]),
-        long_prompt=options.long_prompt or saved.get("long_prompt", LONG_PROMPT[0]),
-        length_buckets=saved.get("length_buckets", LENGTH_BUCKETS) or (),
-        weighting=options.weighting or saved.get("weighting"),
+        short_prompt=chosen.get("short_prompt", SHORT_PROMPT[0]),
+        long_prompt=chosen.get("long_prompt", LONG_PROMPT[0]),
+        length_buckets=chosen.get("length_buckets", LENGTH_BUCKETS) or (),
+        weighting=chosen.get("weighting"),
     )
     print(report)
 
@@ -390,7 +383,7 @@ def _image_files(out: str, count: int) -> list[Path]:
     return [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
 
 
-def _parameters(options: argparse.Namespace, prompt: str, dtype: Any) -> dict[str, Any]:
+def _parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any) -> dict[str, Any]:
     """What a drawn picture says of how it was made, whatever the command."""
     return {
         "prompt": prompt,
@@ -404,6 +397,7 @@ def _parameters(options: argparse.Namespace, prompt: str, dtype: Any) -> dict[st
         "finelip_base": options.finelip_base,
         "conditioning_adapter": options.conditioning_adapter,
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
+        **{name: getattr(pipe, name) for name in READING},
         "dtype": str(dtype).removeprefix("torch."),
         "finelip_sdxl": version("finelip-sdxl"),
     }
@@ -561,7 +555,7 @@ def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -
     text = (
         "read weights in the prompt: compel's (word)1.3 and word++, or a1111's (word:1.3), ((word)), [word] and BREAK"
     )
-    command.add_argument("--weighting", choices=WEIGHTING[1:], help=f"{text} (default: as saved, or none)")
+    command.add_argument("--weighting", choices=("none", *WEIGHTING[1:]), help=f"{text} (default: as saved, or none)")
     if hidden_states:
         text = "of the text encoders for the UNet (default: as saved, or penultimate)"
         command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)

@@ -20,7 +20,6 @@ from PIL import Image
 
 from finelip_sdxl.arguments import open_pipeline
 from finelip_sdxl.compel_windows import open_compel, parsing, read_by_compel
-from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.export import in_stock_class
 from finelip_sdxl.miniature import miniature_path, resolve_base
 from finelip_sdxl.miniature.parsing import DescribedObject
@@ -244,14 +243,9 @@ class Comparison:
         return side, side
 
     @property
-    def hidden_states(self) -> str:
-        """The states that FineLIP-SDXL's column takes by default."""
-        return self._base.pipe.hidden_states
-
-    @property
-    def adapter(self) -> ConditioningAdapter | None:
-        """The conditioning adapter of FineLIP-SDXL's column, if there is one."""
-        return self._base.pipe.conditioning_adapter
+    def pipe(self) -> Any:
+        """The pipeline of FineLIP-SDXL's column."""
+        return self._base.pipe
 
     def read(self, prompt: str, columns: Collection[str] = tuple(COLUMNS)) -> dict[str, EncoderReading]:
         """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder.
@@ -263,7 +257,7 @@ class Comparison:
         read: dict[str, Callable[[], EncoderReading]] = {
             "stock": lambda: _read_by_stock(self._base.stock, prompt),
             "compel": lambda: read_by_compel(self._base.compel, prompt),
-            "finelip": lambda: self._base.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
+            "finelip": lambda: self.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
         }
         return {column: read[check_choice("column", column, tuple(COLUMNS))]() for column in columns}
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ class FakeComparison:
     """Stands in for the real one: notes what it is told, and draws red."""
 
     is_miniature = False
-    hidden_states = "published"
+    pipe = SimpleNamespace(short_prompt="stock", long_prompt="window", hidden_states="published", weighting="a1111")
     loaded: dict
     drawn: list
 
@@ -155,6 +156,7 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     found = read_parameters(picture)
     assert (found["prompt"], found["columns"], found["seeds"]) == (LONG, ["stock", "finelip"], [7, 8])
     assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
+    assert (found["short_prompt"], found["long_prompt"], found["weighting"]) == ("stock", "window", "a1111")
     assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="published")
 
 

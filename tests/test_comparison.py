@@ -377,14 +377,14 @@ def test_the_miniature_is_known_as_such() -> None:
     comparison = Comparison.load()
     assert comparison.is_miniature
     assert comparison.size == (96, 96)
-    assert comparison.adapter is not None
+    assert comparison.pipe.conditioning_adapter is not None
     assert num_positions(comparison._base.stock.text_encoder) == 77
 
 
 def test_any_saved_sdxl_is_compared(stock_folder) -> None:
     comparison = Comparison.load(stock_folder)
     assert not comparison.is_miniature
-    assert comparison.adapter is None
+    assert comparison.pipe.conditioning_adapter is None
     assert comparison.draw("finelip", SETTINGS).image.size == (16, 16)
 
 

@@ -314,3 +314,12 @@ def test_an_unknown_syntax_is_named(pipe) -> None:
 def test_the_command_line_says_which_tokens_are_weighted(capsys) -> None:
     assert main(["tokens", "a (red:1.3) star", "--weighting", "a1111"]) == 0
     assert 'window 1, 5 tokens, 1 of them weighted: "a red star"' in capsys.readouterr().out
+
+
+def test_the_command_line_leaves_out_weights_that_are_saved(pipe, tmp_path, capsys) -> None:
+    pipe.weighting = "a1111"
+    pipe.save_pretrained(tmp_path)
+    assert main(["tokens", "a (red:1.3) star", "--base", str(tmp_path)]) == 0
+    assert "weighted" in capsys.readouterr().out
+    assert main(["tokens", "a (red:1.3) star", "--base", str(tmp_path), "--weighting", "none"]) == 0
+    assert "weighted" not in capsys.readouterr().out
