@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
+from itertools import groupby
+from math import inf, pi, tan
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 # `None` leaves texts as they are.
 WEIGHTING = (None, "compel", "a1111")
-MAX_WEIGHT, MAX_DEPTH = 10.0, 50
+MAX_WEIGHT, MAX_DEPTH, MAX_WEAK_PARTS = 10.0, 50, 50
 
 # compel's own parser takes minutes for ten open brackets, and knows no `BREAK`: hence one scan for both syntaxes.
 _SYNTAX = {
@@ -69,8 +70,9 @@ def parse_weights(text: str, syntax: str | None, expand: Callable[[str], str] | 
         expand: applied to the parts of the text, after their weights were taken out.
 
     Raises:
-        ValueError: a weight below 0 or above 10, more than 50 brackets within one another, or compel's `.and()`,
-            `.attend()`, `.blend()`, `.swap()` and `withLora()`, which are more than weights.
+        ValueError: a weight below 0 or above 10, more than 50 brackets within one another, more than 50 parts of
+            weights below 1, or compel's `.and()`, `.attend()`, `.blend()`, `.swap()` and `withLora()`, which are more
+            than weights.
 
     Example:
         >>> parse_weights("a (red:1.3) fox", "a1111")
@@ -98,15 +100,60 @@ def parse_weights(text: str, syntax: str | None, expand: Callable[[str], str] | 
         start, plain = len(plain), plain + expand(part)
         if weight != 1:
             spans.append((start, len(plain), weight))
+    weak = sum(weight < 1 for *_, weight in spans)
+    if weak > MAX_WEAK_PARTS:
+        raise ValueError(
+            f"The prompt has {weak} parts with weights below 1, and each takes another run of the encoders; expected at"
+            f" most {MAX_WEAK_PARTS}: take some out."
+        )
     return WeightedText(plain, tuple(spans), tuple(breaks))
+
+
+@dataclass(frozen=True)
+class WeakPart:
+    """Neighboring tokens of one weight below 1.
+
+    Attributes:
+        row, window: which text of the batch, and which of its windows.
+        first, stop: the first token and one past the last, counted from the window's start.
+        weight: theirs.
+    """
+
+    row: int
+    window: int
+    first: int
+    stop: int
+    weight: float
+
+
+def weak_parts(rows: Sequence[Sequence[float]], positions: int) -> list[WeakPart]:
+    """Parts with weights below 1, window by window.
+
+    Args:
+        rows: weights of all tokens, (batch, windows · positions).
+        positions: length of a window.
+
+    Example:
+        >>> weak_parts([[1.0, 0.5, 0.5, 1.0, 1.0, 2.0]], positions=3)
+        [WeakPart(row=0, window=0, first=1, stop=3, weight=0.5)]
+    """
+    found = []
+    for row, weights in enumerate(rows):
+        for window, start in enumerate(range(0, len(weights), positions)):
+            first = 0
+            for weight, tokens in groupby(weights[start : start + positions]):
+                stop = first + len(list(tokens))
+                if weight < 1:
+                    found.append(WeakPart(row, window, first, stop, weight))
+                first = stop
+    return found
 
 
 def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """States drawn away from those of the empty prompt, or towards them: `empty + weight · (states − empty)`.
 
-    That is what compel does with weights above 1 (`EmbeddingsProvider.build_weighted_embedding_tensor`). Below 1 it
-    also blends in what the encoder reads without the words, another run for each such part; this does not, so a weight
-    below 1 takes less away. (A1111 multiplies the states instead, and scales all of them so that their mean stays.)
+    That is what compel does (`EmbeddingsProvider.build_weighted_embedding_tensor`). (A1111 multiplies the states
+    instead, and scales all of them so that their mean stays.) With weights below 1, `blend_without` comes next.
 
     Args:
         states: (batch, tokens, dim).
@@ -120,6 +167,35 @@ def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """
     factors = weights[..., None].to(states.dtype)
     return (empty + factors * (states - empty)).where(factors != 1, states)  # 1 changes no bit
+
+
+def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) -> Tensor:
+    """Blend in what the encoder reads without a part: half of it at weight 0.5, all of it at 0.
+
+    As compel does for weights below 1 (`EmbeddingsProvider.get_embeddings_for_weighted_prompt_fragments`), but window
+    by window: there, weak parts of other windows thin the blend.
+
+    Args:
+        states: weighted, (batch, windows · positions, dim).
+        parts: those with weights below 1, in order.
+        without: for each part, weighted states of its window without it, (parts, positions, dim).
+
+    Example:
+        >>> import torch
+        >>> part = WeakPart(row=0, window=0, first=1, stop=2, weight=0.5)
+        >>> blend_without(torch.ones(1, 3, 1), [part], torch.zeros(1, 3, 1))[0, :, 0]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    blended, positions = states.clone(), without.shape[1]
+    for (row, window), numbered in groupby(enumerate(parts), key=lambda item: (item[1].row, item[1].window)):
+        # Weight 0 would be an infinite share.
+        shares = {number: tan((1 - max(part.weight, 1e-5)) * pi / 2) for number, part in numbered}
+        total = 1 + sum(shares.values())
+        place = blended[row, window * positions : (window + 1) * positions]
+        place /= total
+        for number, share in shares.items():
+            place += share / total * without[number]
+    return blended
 
 
 def _runs(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:

@@ -28,7 +28,7 @@ from finelip_sdxl.prompts import (
 )
 from finelip_sdxl.stretch import stretched_row_indices
 from finelip_sdxl.text_encoders import num_positions
-from finelip_sdxl.weighting import apply_weights
+from finelip_sdxl.weighting import WeakPart, apply_weights, blend_without, weak_parts
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ class ReadingMixin(_Parent):
         """Encode prompts of any length. The arguments are those of the parent's `encode_prompt`.
 
         With `weighting`, states of weighted tokens are drawn away from those of the empty prompt, or towards them, in
-        each encoder by itself and last, behind the conditioning adapter, which knows states without weights. Pooled
-        vectors have no weights.
+        each encoder by itself and last, behind the conditioning adapter, which knows states without weights; for a
+        weight below 1, what an encoder reads without the part is blended in. Pooled vectors have no weights.
 
         Returns:
             Prompt and negative prompt as hidden states of both encoders, (batch · images, windows · positions, dim),
@@ -251,7 +251,10 @@ class ReadingMixin(_Parent):
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
         states: list[torch.Tensor] = []
         weights: list[torch.Tensor | None] = []
-        empties: list[Any] = []  # states of the empty prompt where there are weights
+        parts: list[list[WeakPart]] = []
+        # Where there are weights: states of the empty prompt, and of windows without their weak parts.
+        empties: list[Any] = []
+        withouts: list[Any] = []
         as_stock: list[bool] = []
         pooled = None
         for name, tokenizer in self._encoders():
@@ -261,30 +264,41 @@ class ReadingMixin(_Parent):
             encoder, position_ids = stock or (getattr(self, name), None)
             device = get_module_execution_device(encoder)
             token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
+            encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
+            select = partial(self._states, as_stock=as_stock[-1], clip_skip=clip_skip)
             window_states = []
             for window in token_ids.unbind(dim=1):
-                output = encoder(window, position_ids=position_ids, output_hidden_states=True)
+                output = encode(window)
                 if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
                     pooled = output[0]
-                window_states.append(self._states(output, as_stock[-1], clip_skip))
+                window_states.append(select(output))
             states.append(torch.cat(window_states, dim=1))
+
             rows = weight_rows(readings, report.windows)
+            parts.append(weak_parts(rows or [], report.positions))
             weights.append(None if rows is None else torch.tensor(rows, device=device))
             empties.append(None)
+            withouts.append(None)
             if rows is not None:
                 nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
-                output = encoder(nothing, position_ids=position_ids, output_hidden_states=True)
-                empties[-1] = self._states(output, as_stock[-1], clip_skip).repeat(1, report.windows, 1)
+                empties[-1] = select(encode(nothing)).repeat(1, report.windows, 1)
+            if parts[-1]:
+                masks = torch.ones(len(parts[-1]), 1, report.positions, dtype=torch.long, device=device)
+                for mask, part in zip(masks, parts[-1], strict=True):
+                    mask[:, part.first : part.stop] = 0
+                withouts[-1] = torch.cat(
+                    [
+                        select(encode(token_ids[part.row, part.window][None], attention_mask=mask))
+                        for mask, part in zip(masks, parts[-1], strict=True)
+                    ]
+                )
             self._free_held(encoder)
         if self.conditioning_adapter is not None and not all(as_stock):
             states, pooled = self._adapt(states, pooled, as_stock, clip_skip)
             # It knows states without weights, so these come last.
             empties, _ = self._adapt(empties, None, as_stock, clip_skip)
-        weighted = [
-            part if of_tokens is None else apply_weights(part, empty, of_tokens)
-            for part, empty, of_tokens in zip(states, empties, weights, strict=True)
-        ]
-        return torch.cat(weighted, dim=-1), pooled
+            withouts, _ = self._adapt(withouts, None, as_stock, clip_skip)
+        return torch.cat(list(map(_weighted, states, weights, empties, parts, withouts)), dim=-1), pooled
 
     def _adapt(
         self, states: list[torch.Tensor], pooled: torch.Tensor | None, as_stock: list[bool], clip_skip: int | None
@@ -350,6 +364,20 @@ class ReadingMixin(_Parent):
         finally:
             for encoder in encoders:
                 unscale_lora_layers(encoder, scale)
+
+
+def _weighted(
+    states: torch.Tensor, weights: torch.Tensor | None, empty: Any, parts: list[WeakPart], without: Any
+) -> torch.Tensor:
+    """One encoder's states with their weights."""
+    if weights is None:
+        return states
+    states = apply_weights(states, empty, weights)
+    if not parts:
+        return states
+    positions = without.shape[1]
+    of_windows = weights.unflatten(1, (-1, positions))[[part.row for part in parts], [part.window for part in parts]]
+    return blend_without(states, parts, apply_weights(without, empty[:, :positions], of_windows))
 
 
 def _is_stock(encoder: Any) -> bool:

@@ -34,6 +34,11 @@ def embeddings(pipe, prompt: str | list[str], **arguments) -> torch.Tensor:
         return pipe.encode_prompt(prompt, device="cpu", **arguments)[0]
 
 
+def difference(states: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest, as a share of the largest state."""
+    return ((states - others).abs().max() / states.abs().max()).item()
+
+
 # The syntaxes
 
 
@@ -101,6 +106,7 @@ def test_compel_s_own_parser_finds_the_same_weights(text) -> None:
         ("compel", "(" * 2000, f"more than {MAX_DEPTH} brackets within one another"),
         ("compel", '("a fox", "a hare").blend(0.5, 0.5)', "more than weights"),
         ("compel", "a fox.swap(a hare)", "more than weights"),
+        ("a1111", "[a] fox " * 51, "51 parts with weights below 1.*expected at most 50"),
     ],
 )
 def test_what_cannot_be_read_is_explained(syntax, text, message) -> None:
@@ -162,8 +168,18 @@ def test_both_syntaxes_come_to_the_same(pipe) -> None:
     assert torch.equal(embeddings(pipe, "a (red)1.3 fox above the++ square"), expected)
 
 
-@pytest.mark.parametrize("prompt", [SHORT, "a (red)1.3 fox above the++ square", "(a fox)1.7, a (red hare)2"])
-def test_weights_above_one_are_compel_s(components, prompt) -> None:
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        SHORT,
+        "a (red)1.3 fox above the++ square",
+        "(a fox)1.7, a (red hare)2",
+        "a (red)0.5 fox above the-- square",
+        "a (red)0 fox, a (blue hare)1.4, (a square)0.3",
+        "(a fox)0.6 (a hare)0.6 and a (red (small)0.5 square)0.8",
+    ],
+)
+def test_weights_are_compel_s(components, prompt) -> None:
     compel = CompelForSDXL(StableDiffusionXLPipeline(**components))
     expected = compel(prompt).embeds
     pipe = FineLIPSDXLPipeline(**components, weighting="compel")
@@ -177,10 +193,19 @@ def test_weights_above_one_are_compel_s(components, prompt) -> None:
     torch.testing.assert_close(pooled / scale, plain / scale, atol=1e-5, rtol=1e-5)
 
 
-def test_no_weight_brings_a_token_to_the_empty_prompt(pipe) -> None:
+@LENGTHS
+def test_no_weight_takes_a_token_out(pipe, prompt) -> None:
     pipe.weighting = "a1111"
-    found, empty = embeddings(pipe, f"{SHORT} (fox:0)"), embeddings(pipe, "")
-    torch.testing.assert_close(found[:, 8], empty[:, 8])
+    found, other = embeddings(pipe, f"{prompt} (fox:0)"), embeddings(pipe, f"{prompt} (hare:0)")
+    assert difference(found, other) < 1e-4
+    assert difference(embeddings(pipe, f"{prompt} fox"), embeddings(pipe, f"{prompt} hare")) > 1e-2
+
+
+def test_a_weak_part_leaves_other_windows_as_they_are(pipe) -> None:
+    pipe.weighting = "a1111"
+    plain, weak = embeddings(pipe, "a fox BREAK a hare"), embeddings(pipe, "a fox BREAK a (hare:0.5)")
+    assert torch.equal(weak[:, :248], plain[:, :248])
+    assert not torch.equal(weak[:, 248:], plain[:, 248:])
 
 
 def test_each_text_of_a_batch_has_its_own_weights(pipe) -> None:
@@ -226,6 +251,24 @@ def test_weights_stand_as_given_behind_the_conditioning_adapter(pipe, prompt) ->
     torch.testing.assert_close(weighted[0, place], expected, atol=1e-3, rtol=1e-3)
 
 
+def test_what_is_read_without_a_weak_part_passes_the_conditioning_adapter_too(pipe) -> None:
+    torch.manual_seed(0)
+    adapter = ConditioningAdapter([32, 48], 24, 8)
+    for weight in adapter.parameters():
+        torch.nn.init.normal_(weight, std=2.0)
+    pipe.register_modules(conditioning_adapter=adapter.eval())
+    pipe.short_prompt, pipe.weighting = "stretched", "a1111"
+    found = embeddings(pipe, "a (red:0) fox")
+    tokens = pipe.tokenizer("a red fox", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    mask = torch.ones_like(tokens)
+    mask[0, 2] = 0
+    with torch.no_grad():
+        states = pipe.text_encoder(tokens, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        (adapted, _), _ = adapter([states, None], None)
+    assert difference(adapted[0, 3], found[0, 3, :32]) < 1e-4
+    assert difference(adapted[0, 3], states[0, 3]) > 1e-2
+
+
 def test_a_refiner_has_weights_for_its_one_encoder(components) -> None:
     parts = {**components, "text_encoder": None, "tokenizer": None}
     refiner = FineLIPSDXLImg2ImgPipeline(**parts, weighting="a1111")
@@ -253,9 +296,9 @@ def test_weights_draw_the_same_offloaded(pipe) -> None:
         return pipe(prompt, num_inference_steps=1, generator=generator, output_type="np").images
 
     pipe.weighting = "a1111"
-    prompt = f"{LONG} (fox:1.5)"
+    prompt = f"{LONG} (fox:1.5) (hare:0.5)"
     expected = image(prompt)
-    assert not np.array_equal(image(f"{LONG} fox"), expected)
+    assert not np.array_equal(image(f"{LONG} fox hare"), expected)
     pipe.enable_model_cpu_offload(device="cpu")
     np.testing.assert_allclose(image(prompt), expected, atol=1e-3)
 
