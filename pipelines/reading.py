@@ -5,8 +5,9 @@ it cares how long they are, so the denoising loops stay Diffusers' own.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -249,72 +250,69 @@ class ReadingMixin(_Parent):
         self, report: PromptReport, role: str, clip_skip: int | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
-        states: list[torch.Tensor] = []
-        weights: list[torch.Tensor | None] = []
-        parts: list[list[WeakPart]] = []
-        # Where there are weights: states of the empty prompt, and of windows without their weak parts.
-        empties: list[Any] = []
-        withouts: list[Any] = []
-        as_stock: list[bool] = []
-        pooled = None
-        for name, tokenizer in self._encoders():
-            readings = report.select(name, role)
-            as_stock.append(readings[0].as_stock)
-            stock = self._stock_reader(name) if as_stock[-1] else None
-            encoder, position_ids = stock or (getattr(self, name), None)
-            device = get_module_execution_device(encoder)
-            token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
-            encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
-            select = partial(self._states, as_stock=as_stock[-1], clip_skip=clip_skip)
-            window_states = []
-            for window in token_ids.unbind(dim=1):
-                output = encode(window)
-                if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
-                    pooled = output[0]
-                window_states.append(select(output))
-            states.append(torch.cat(window_states, dim=1))
+        encoded = [self._encode_by(*pair, report, role, clip_skip) for pair in self._encoders()]
+        pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
+        if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
+            pooled = self._adapt(encoded, pooled, clip_skip)
+        # The adapter knows states without weights, so these come last.
+        return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
 
-            rows = weight_rows(readings, report.windows)
-            parts.append(weak_parts(rows or [], report.positions))
-            weights.append(None if rows is None else torch.tensor(rows, device=device))
-            empties.append(None)
-            withouts.append(None)
-            if rows is not None:
-                nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
-                empties[-1] = select(encode(nothing)).repeat(1, report.windows, 1)
-            if parts[-1]:
-                masks = torch.ones(len(parts[-1]), 1, report.positions, dtype=torch.long, device=device)
-                for mask, part in zip(masks, parts[-1], strict=True):
-                    mask[:, part.first : part.stop] = 0
-                withouts[-1] = torch.cat(
-                    [
-                        select(encode(token_ids[part.row, part.window][None], attention_mask=mask))
-                        for mask, part in zip(masks, parts[-1], strict=True)
-                    ]
-                )
-            self._free_held(encoder)
-        if self.conditioning_adapter is not None and not all(as_stock):
-            states, pooled = self._adapt(states, pooled, as_stock, clip_skip)
-            # It knows states without weights, so these come last.
-            empties, _ = self._adapt(empties, None, as_stock, clip_skip)
-            withouts, _ = self._adapt(withouts, None, as_stock, clip_skip)
-        return torch.cat(list(map(_weighted, states, weights, empties, parts, withouts)), dim=-1), pooled
+    def _encode_by(
+        self, name: str, tokenizer: Any, report: PromptReport, role: str, clip_skip: int | None
+    ) -> "_Encoded":
+        """What one encoder gives for a batch."""
+        readings = report.select(name, role)
+        as_stock = readings[0].as_stock
+        stock = self._stock_reader(name) if as_stock else None
+        encoder, position_ids = stock or (getattr(self, name), None)
+        device = get_module_execution_device(encoder)
+        encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
+        token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
+        states, pooled = [], None
+        for window in token_ids.unbind(dim=1):
+            output = encode(window)
+            states.append(self._states(output, as_stock, clip_skip))
+            if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
+                pooled = output[0]
+        encoded = _Encoded(torch.cat(states, dim=1), as_stock, pooled)
+
+        rows = weight_rows(readings, report.windows)
+        if rows is not None:
+            encoded.weights = torch.tensor(rows, device=device)
+            nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
+            encoded.empty = self._states(encode(nothing), as_stock, clip_skip)
+            encoded.weak_parts = weak_parts(rows, report.positions)
+        without = []
+        for part in encoded.weak_parts:
+            mask = torch.ones(1, report.positions, dtype=torch.long, device=device)
+            mask[:, part.first : part.stop] = 0
+            output = encode(token_ids[part.row, part.window][None], attention_mask=mask)
+            without.append(self._states(output, as_stock, clip_skip))
+        encoded.without = torch.cat(without) if without else None
+        self._free_held(encoder)
+        return encoded
 
     def _adapt(
-        self, states: list[torch.Tensor], pooled: torch.Tensor | None, as_stock: list[bool], clip_skip: int | None
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """What the conditioning adapter makes of states and pooled vector; what was read as stock stays."""
+        self, encoded: "list[_Encoded]", pooled: torch.Tensor | None, clip_skip: int | None
+    ) -> torch.Tensor | None:
+        """Put what the conditioning adapter makes of states in their place, and give its pooled vector; what was read
+        as stock stays."""
         if self.hidden_states != "penultimate" or clip_skip is not None:
             self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
-            return states, pooled
+            return pooled
         scale = self._conditioning_adapter_scale
         if scale == 0:
-            return states, pooled
-        given = [None if stock else part for part, stock in zip(states, as_stock, strict=True)]
-        # The pooled vector is the last encoder's.
-        adapted, adapted_pooled = self.conditioning_adapter(given, None if as_stock[-1] else pooled, scale)
-        states = [old if new is None else new for old, new in zip(states, adapted, strict=True)]
-        return states, pooled if adapted_pooled is None else adapted_pooled
+            return pooled
+        for kind in ("states", "empty", "without"):
+            given = [None if part.as_stock else getattr(part, kind) for part in encoded]
+            # The pooled vector is the last encoder's.
+            has_pooled = kind == "states" and not encoded[-1].as_stock
+            adapted, adapted_pooled = self.conditioning_adapter(given, pooled if has_pooled else None, scale)
+            for part, new in zip(encoded, adapted, strict=True):
+                if new is not None:
+                    setattr(part, kind, new)
+            pooled = pooled if adapted_pooled is None else adapted_pooled
+        return pooled
 
     def _states(self, output: Any, as_stock: bool, clip_skip: int | None) -> torch.Tensor:
         if self.hidden_states == "penultimate" or as_stock:
@@ -366,18 +364,38 @@ class ReadingMixin(_Parent):
                 unscale_lora_layers(encoder, scale)
 
 
-def _weighted(
-    states: torch.Tensor, weights: torch.Tensor | None, empty: Any, parts: list[WeakPart], without: Any
-) -> torch.Tensor:
-    """One encoder's states with their weights."""
-    if weights is None:
-        return states
-    states = apply_weights(states, empty, weights)
-    if not parts:
-        return states
-    positions = without.shape[1]
-    of_windows = weights.unflatten(1, (-1, positions))[[part.row for part in parts], [part.window for part in parts]]
-    return blend_without(states, parts, apply_weights(without, empty[:, :positions], of_windows))
+@dataclass
+class _Encoded:
+    """What an encoder gives for a batch.
+
+    Attributes:
+        states: (batch, windows · positions, dim).
+        as_stock: whether they are what stock SDXL reads.
+        pooled: (batch, pooled dim); None from an encoder that has no projection.
+        weights: of the tokens, (batch, windows · positions); None if all are 1.
+        empty: where there are weights, states of the empty prompt, (1, positions, dim).
+        weak_parts: those with weights below 1.
+        without: for each of these, states of its window without it, (parts, positions, dim).
+    """
+
+    states: torch.Tensor
+    as_stock: bool
+    pooled: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    empty: torch.Tensor | None = None
+    weak_parts: Sequence[WeakPart] = ()
+    without: torch.Tensor | None = None
+
+    def weighted(self) -> torch.Tensor:
+        if self.weights is None or self.empty is None:
+            return self.states
+        positions = self.empty.shape[1]
+        of_windows = self.weights.unflatten(1, (-1, positions))
+        states = apply_weights(self.states, self.empty.repeat(1, of_windows.shape[1], 1), self.weights)
+        if self.without is None:
+            return states
+        of_parts = torch.stack([of_windows[part.row, part.window] for part in self.weak_parts])
+        return blend_without(states, self.weak_parts, apply_weights(self.without, self.empty, of_parts))
 
 
 def _is_stock(encoder: Any) -> bool:
