@@ -99,6 +99,22 @@ def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **a
     return pipe
 
 
+def open_text_to_image(base: str, **arguments: Any) -> Any:
+    """`open_pipeline` for an SDXL that draws from a prompt alone.
+
+    Raises:
+        ValueError: a refiner, which has one text encoder and draws on; and what `open_pipeline` raises.
+    """
+    from finelip_sdxl.pipelines import FineLIPSDXLPipeline
+
+    pipe = open_pipeline(FineLIPSDXLPipeline, base, **arguments)
+    if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"{base} has not SDXL's two text encoders, as a refiner has not: pass an SDXL that begins pictures."
+        )
+    return pipe
+
+
 def device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 

@@ -300,7 +300,10 @@ def _read_repository(
     config_file = find("config.json")
     if config_file is None:
         if find("model_index.json") is not None:
-            raise ValueError(f"{place} is a whole pipeline: name the encoder in it, e.g. subfolder='text_encoder'.")
+            raise ValueError(
+                f"{place} is a whole pipeline: pass an encoder in it, such as {place}/text_encoder (of a hub"
+                " repository, subfolder='text_encoder')."
+            )
         raise FileNotFoundError(f"{place} holds no config.json: give a directory or repository of a CLIP model.")
     config = json.loads(config_file.read_text(encoding="utf-8"))
     _check_model_type(config, place)  # before gigabytes are fetched

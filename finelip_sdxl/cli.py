@@ -32,6 +32,7 @@ from finelip_sdxl.arguments import (
     loading_arguments,
     open_device,
     open_pipeline,
+    open_text_to_image,
     quiet_transformers,
 )
 from finelip_sdxl.files import written_whole
@@ -84,16 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     """A prompt to one or more PNG files."""
     prompt, files = _prompt(options), _image_files(options.out, options.num_images)
+    for name, text in (("prompt", prompt), ("negative_prompt", options.negative_prompt or "")):
+        check_texts(name, text)
     seed = random.randrange(2**32) if options.seed is None else options.seed
 
     quiet_transformers()
     import torch
 
     from finelip_sdxl.pictures import save_png
-    from finelip_sdxl.pipelines import FineLIPSDXLPipeline
 
     device, dtype = device_and_dtype(options)
-    pipe = open_pipeline(FineLIPSDXLPipeline, options.base, **loading_arguments(options), dtype=dtype)
+    pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
     print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt))
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
@@ -149,6 +151,7 @@ def compare(options: argparse.Namespace) -> None:
         dtype=dtype,
         **loading_arguments(options),
     )
+    opened.read(options.negative_prompt or "", columns)  # what compel cannot parse is refused before anything is drawn
     for column, reading in opened.read(prompt, columns).items():
         print(f"{comparison.COLUMNS[column]} reads {_outline(reading)}")
 
@@ -391,6 +394,8 @@ def _parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any)
         "steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "base": str(options.base),
+        "config": options.config,
+        "variant": options.variant,
         "finelip": options.finelip,
         "finelip_2": options.finelip_2,
         "finelip_merge": options.finelip_merge,
@@ -434,8 +439,8 @@ def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
                 has_stock=is_stock or f"stock_{encoder}" in index,
             )
         )
-    if not readers:
-        raise ValueError(f"{base} has no CLIP text encoders: pass an SDXL.")
+    if not readers or "text_encoder_2" not in index:
+        raise ValueError(f"{base} has not the CLIP text encoders of an SDXL: pass another base.")
     return readers, index
 
 

@@ -12,20 +12,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from finelip_sdxl.arguments import open_pipeline
+from finelip_sdxl.arguments import open_text_to_image
 from finelip_sdxl.compel_windows import open_compel, parsing, read_by_compel
 from finelip_sdxl.export import in_stock_class
 from finelip_sdxl.miniature import miniature_path, resolve_base
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.pictures import label_grid
-from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
+from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
     PROMPT,
@@ -227,10 +228,18 @@ class Comparison:
             >>> comparison.read("a red star")["finelip"].tokens
             5
         """
-        pipe = open_pipeline(FineLIPSDXLPipeline, base, dtype=dtype, variant=variant, **loading)
+        # Stock's own encoders draw a column here, so they are kept even where nothing else reads with them.
+        short_prompt = loading.pop("short_prompt", None)
+        pipe = open_text_to_image(base, dtype=dtype, variant=variant, **loading)
+        pipe.short_prompt = short_prompt or pipe.short_prompt
         refining = None
         if refiner is not None:
-            refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant)
+            if Path(refiner).is_file():
+                raise ValueError(f"--refiner {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
+            reading = {name: getattr(pipe, name) for name in ("short_prompt", "long_prompt", "weighting")}
+            refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(
+                refiner, dtype=dtype, variant=variant, finelip_2=loading.get("finelip_2"), **reading
+            )
         comparison = cls(pipe, refining, device=device, offload=offload)
         comparison.is_miniature = resolve_base(base) == str(miniature_path())
         return comparison
@@ -297,27 +306,26 @@ class Comparison:
             "guidance_scale": settings.guidance_scale,
             "generator": torch.Generator().manual_seed(settings.seed),
         }
-        base = {"width": width, "height": height, "conditioning_adapter_scale": settings.conditioning_adapter_scale}
+        base: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "conditioning_adapter_scale": settings.conditioning_adapter_scale,
+        }
         first = _Steps(on_step, settings.steps)
         if self._refiner is not None and settings.steps < MIN_REFINED_STEPS:
             raise ValueError(
                 f"`steps` is {settings.steps}; with a refiner, which draws the last fifth of them, expected at least"
                 f" {MIN_REFINED_STEPS}."
             )
+        if self._refiner is not None:
+            base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
+        with _reading_states(self.pipe, settings.hidden_states):
+            drawn = self._base.draw(column, settings, callback_on_step_end=first, **base, **common)
         if self._refiner is None:
-            return self._base.draw(column, settings, callback_on_step_end=first, **base, **common)[0]
-        latents = self._base.draw(
-            column,
-            settings,
-            callback_on_step_end=first,
-            denoising_end=HAND_OVER,
-            output_type="latent",
-            **base,
-            **common,
-        )
+            return drawn[0]
         second = _Steps(on_step, settings.steps, already=first.done)
         return self._refiner.draw(
-            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=latents, **common
+            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
         )[0]
 
 
@@ -356,12 +364,7 @@ class _Stage:
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
         read = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._leave_unread}[column]
-        before = self.pipe.hidden_states
-        self.pipe.hidden_states = settings.hidden_states or before
-        try:
-            return self.pipe(**read(settings), **arguments).images
-        finally:
-            self.pipe.hidden_states = before
+        return self.pipe(**read(settings), **arguments).images
 
     def free(self) -> None:
         """Under offloading, take whatever ran last off the device."""
@@ -398,6 +401,17 @@ def _stock_encoder(pipe: Any, name: str) -> Any:
     if held is not None or encoder is None:
         return held
     return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
+
+
+@contextmanager
+def _reading_states(pipe: Any, hidden_states: str | None) -> Iterator[None]:
+    """With these hidden states in place of the pipeline's own; None for these."""
+    before = pipe.hidden_states
+    pipe.hidden_states = hidden_states or before
+    try:
+        yield
+    finally:
+        pipe.hidden_states = before
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import file_exists
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.checkpoints import load_finelip
@@ -98,7 +99,8 @@ class LoadingMixin(_Parent):
             directly with 77 and saved so by this class: what was saved comes back.
 
         Raises:
-            ValueError: a FineLIP whose width is not the encoder's, one to add without a base, or an unknown option.
+            ValueError: what is no SDXL, a file of weights that is damaged, a FineLIP or an adapter whose widths are
+                not the encoders', one to add without a base, or an unknown option.
             OSError: `base` or a checkpoint is not there.
 
         Example:
@@ -124,12 +126,16 @@ class LoadingMixin(_Parent):
 
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         index = cls.load_config(base, **hub_arguments)
+        if not {"unet", "text_encoder_2"} <= index.keys():
+            raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip else ...)
-        if adapter is ... and index.get(ADAPTER):
-            adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, dtype=dtype, **hub_arguments)
-        elif isinstance(adapter, str | os.PathLike):
-            adapter = ConditioningAdapter.from_pretrained(adapter, dtype=dtype, **hub_arguments)
-        pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
+        if isinstance(adapter, str | os.PathLike):
+            adapter = _open_adapter(adapter, dtype=dtype, **hub_arguments)
+        with loading_errors(base, kwargs.get("variant")):
+            if adapter is ... and index.get(ADAPTER):
+                adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, dtype=dtype, **hub_arguments)
+            pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
+        _check_adapter(pipe)
         pipe.register_to_config(**{BASE: index.get(BASE, origin)})
         if index.get(UNSWAPPED) and finelip is None and finelip_2 is None:
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
@@ -181,10 +187,11 @@ class LoadingMixin(_Parent):
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
-            adapter = ConditioningAdapter.from_pretrained(adapter, dtype=kwargs["dtype"])
-        with _single_file_errors(file, kwargs.get("config")):
+            adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
+        with single_file_errors(file, kwargs.get("config")):
             pipe = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
+        _check_adapter(pipe)
         pipe.register_to_config(**{BASE: public_name(file)})
         pipe._swap_text_encoders(finelip, finelip_2, merge_base)
         return pipe
@@ -262,9 +269,9 @@ class LoadingMixin(_Parent):
         """
         if self.conditioning_adapter is not None:
             logger.warning(
-                "Stock Diffusers opens %s without its conditioning adapter, which FineLIP-SDXL's pipelines load. For an"
-                " alignment inside the text encoders, train with `--method lora`, and use `finelip-sdxl export`.",
-                save_directory,
+                "Stock Diffusers opens what is saved here without its conditioning adapter, which FineLIP-SDXL's"
+                " pipelines load. For an alignment inside the text encoders, train with `--method lora`, and use"
+                " `finelip-sdxl export`."
             )
         with _prefixed_keys(self):
             super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
@@ -312,9 +319,62 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
     return finelip, finelip_2, kwargs
 
 
+def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAdapter:
+    source = os.fspath(source)
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        last = os.path.join(source, "last")
+        hint = f"pass {last}" if os.path.isdir(last) else "pass what training/align_adapter.py writes to OUT/last"
+        raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
+    config: Any = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
+    if config.get("_class_name") != ConditioningAdapter.__name__:
+        raise ValueError(
+            f"{source} is no conditioning adapter: pass what training/align_adapter.py writes to OUT/last (what"
+            " --method lora writes goes to finelip= and finelip_2=)."
+        )
+    with loading_errors(source):
+        return ConditioningAdapter.from_pretrained(source, **arguments)
+
+
+def _check_adapter(pipe: Any) -> None:
+    """That the conditioning adapter's widths are those of this SDXL."""
+    adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
+    if adapter is None or encoder_2 is None:
+        return
+    encoders = [encoder for encoder in (pipe.text_encoder, encoder_2) if encoder is not None]
+    found = [*(encoder.config.hidden_size for encoder in encoders), encoder_2.config.projection_dim]
+    expected = [*adapter.config["state_dims"], adapter.config["pooled_dim"]]
+    if found != expected:
+        raise ValueError(
+            f"The conditioning adapter was made for states and a pooled vector of widths"
+            f" {', '.join(map(str, expected))}, but this SDXL's are {', '.join(map(str, found))}: use it with the SDXL"
+            " that it was trained on."
+        )
+
+
 @contextmanager
-def _single_file_errors(file: Any, config: Any) -> Iterator[None]:
-    """What Diffusers cannot load, in a sentence that says what to do."""
+def loading_errors(source: str, variant: str | None = None) -> Iterator[None]:
+    """What Diffusers cannot load of a directory or hub repository, in a sentence that says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if "no such modeling files" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} has no weights of variant {variant}: leave the variant out, or pass one that its files are named"
+            " after, such as fp16 for model.fp16.safetensors."
+        ) from error
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, OSError) and "Unable to load weights" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} holds weights that cannot be read ({' '.join(str(error).split()):.200}): a file is damaged or"
+            " cut short, so fetch it again."
+        ) from error
+
+
+@contextmanager
+def single_file_errors(file: Any, config: Any) -> Iterator[None]:
+    """What Diffusers cannot load of a single file, in a sentence that says what to do."""
     name = os.fspath(file)
     if not os.path.isfile(name) and not name.startswith(("http://", "https://", "hf.co/")):
         raise FileNotFoundError(f"{name} does not exist, or is no file: pass a .safetensors or .ckpt file.")
@@ -328,7 +388,7 @@ def _single_file_errors(file: Any, config: Any) -> Iterator[None]:
         what = str(error.message).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"{name} is no whole SDXL ({what}): pass another file, or config= of its kind.") from error
     except ValueError as error:
-        shapes = re.search(r"\S+ expected shape .*? but got .*?\)", str(error))
+        shapes = re.search(r"\S+ expected shape .*? but got .*?\)|checkpoint does not seem to contain .*", str(error))
         if shapes is None:
             raise
         raise ValueError(
@@ -358,7 +418,13 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
             " `finelip-sdxl convert` first, and load that quantized."
         )
     has_projection = isinstance(encoder, CLIPTextModelWithProjection)
-    replacement: Any = load_finelip(source).to_text_encoder(projection=has_projection)
+    model = load_finelip(source)
+    if has_projection and model.text_projection is None:
+        raise ValueError(
+            f"The FineLIP for `{name}` has no text projection, so it was made from an encoder such as SDXL's first:"
+            " `finelip` takes it, and `finelip_2` one that was trained from the second (OpenCLIP bigG)."
+        )
+    replacement: Any = model.to_text_encoder(projection=has_projection)
     for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:

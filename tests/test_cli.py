@@ -1,6 +1,7 @@
 """The command line, run in this process on the tiny SDXL."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -373,6 +374,25 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["compare", "a", "--out", "{png}", "--device", "cpu", "--offload"], "the device is the CPU"),
         (["compare", "a", "--out", "{png}", "--device", "cpu", "--base", "{empty}"], "model_index.json"),
         (["convert", "{empty}", "{empty}/out"], "model_index.json"),
+        (["generate", "{endless}", "--base", "no/such/folder", "--device", "cpu", "--out", "{png}"], "at most 20,000"),
+        (["tokens", "a", "--base", "{sd}"], "has not the CLIP text encoders of an SDXL"),
+        *[
+            ([command, "a", "--out", "{png}", "--device", "cpu", *more], message)
+            for command in ("generate", "compare")
+            for more, message in (
+                (["--base", "{sd}"], "is a StableDiffusionPipeline; expected an SDXL"),
+                (["--base", "{one}"], "has not SDXL's two text encoders"),
+                (["--base", "{cut}"], "a file is damaged or cut short"),
+                (["--base", "{stock}", "--variant", "fp8"], "has no weights of variant fp8"),
+                (["--base", "{stock}", "--finelip", "{stock}"], "pass an encoder in it, such as {stock}/text_encoder"),
+                (["--base", "{stock}", "--finelip-2", "{stock}/text_encoder"], "has no text projection"),
+            )
+        ],
+        (["compare", "a", "--out", "{png}", "--device", "cpu", "--base", "{stock}", "--refiner", "{png}"], "is a file"),
+        (
+            ["compare", "a", "--out", "{png}", "--device", "cpu", "--base", "{stock}", "--negative-prompt", "(" * 10],
+            "compel would take minutes",
+        ),
     ],
 )
 def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, arguments, message) -> None:
@@ -380,13 +400,31 @@ def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, argumen
     binary.write_bytes(b"\xff\xfe\x00")
     empty.mkdir()
     names = {"stock": stock_folder, "binary": binary, "empty": empty, "png": tmp_path / "a.png"}
+    names["png"].touch()
+    names |= {name: make_odd(name, stock_folder, tmp_path) for name in ("sd", "one", "cut")}
     names |= {"endless": "a" * 100_000, "long": LONG * 4}
     assert main([argument.format(**names) for argument in arguments]) == 2
     captured = capsys.readouterr()
     line = captured.err.strip().splitlines()[-1]
     assert line.startswith(f"finelip-sdxl {arguments[0]}: error: ")
-    assert message in line
+    assert message.format(**names) in line
     assert "Traceback" not in captured.err
+
+
+def make_odd(name: str, stock_folder: str, tmp_path) -> str:
+    """A Stable Diffusion 1 by its index, an SDXL without its first text encoder, or one whose file is cut short."""
+    folder = shutil.copytree(stock_folder, tmp_path / name)
+    index = json.loads((folder / "model_index.json").read_text())
+    if name == "sd":
+        index["_class_name"] = "StableDiffusionPipeline"
+        del index["text_encoder_2"], index["tokenizer_2"]
+    elif name == "one":
+        index["text_encoder"] = index["tokenizer"] = [None, None]
+    else:
+        file = folder / "text_encoder" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,32 @@ def test_the_refiner_too_reads_the_prompt_in_each_column_s_way(components, refin
     assert read["pooled_prompt_embeds"].shape == read["negative_pooled_prompt_embeds"].shape == (1, 24)
 
 
+def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, tmp_path) -> None:
+    make_refiner(refiner).save_pretrained(tmp_path)
+    encoder = f"{stock_folder}/text_encoder_2"
+    options = {"weighting": "a1111", "long_prompt": "truncate", "hidden_states": "published"}
+    comparison = Comparison.load(stock_folder, refiner=str(tmp_path), finelip_2=encoder, **options)
+    base, refining = comparison._base.pipe, comparison._refiner.pipe
+    assert refining.weighting == base.weighting == "a1111"
+    assert refining.long_prompt == base.long_prompt == "truncate"
+    found, expected = refining.text_encoder_2.state_dict(), base.text_encoder_2.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # These are what an adapter or a FineLIP of the base was trained for.
+    assert (base.hidden_states, refining.hidden_states) == ("published", "penultimate")
+    spied = []
+    refining.encode_prompt = lambda *_, **__: spied.append(refining.hidden_states) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        comparison.draw("finelip", Settings("a fox", steps=5, hidden_states="published"))
+    assert spied == ["penultimate"]
+
+
+def test_stock_draws_though_short_prompts_are_stretched(stock_folder) -> None:
+    encoder = f"{stock_folder}/text_encoder"
+    comparison = Comparison.load(stock_folder, finelip=encoder, short_prompt="stretched")
+    assert comparison.pipe.short_prompt == "stretched"
+    assert comparison.draw("stock", SETTINGS).image.size == (16, 16)
+
+
 # Reading
 
 

@@ -197,9 +197,22 @@ def test_works_offloaded(pipe) -> None:
 
 
 def test_of_another_sdxl_is_refused_in_a_sentence(stock_folder) -> None:
-    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=make_adapter(state_dims=(32, 64)))
-    with pytest.raises(ValueError, match="made for states and a pooled vector of widths 32, 64, 24, but got 32, 48"):
+    sentence = "made for states and a pooled vector of widths 32, 64, 24, but"
+    with pytest.raises(ValueError, match=f"{sentence} this SDXL's are 32, 48, 24: use it with"):
+        FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=make_adapter(state_dims=(32, 64)))
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    pipe.register_modules(conditioning_adapter=make_adapter(state_dims=(32, 64)))
+    with pytest.raises(ValueError, match=f"{sentence} got 32, 48"):
         draw(pipe)
+
+
+def test_the_folder_above_an_adapter_leads_to_it(stock_folder, tmp_path) -> None:
+    make_adapter().save_pretrained(tmp_path / "last")
+    for folder, hint in ((tmp_path, "pass .*last"), (tmp_path.parent, "OUT/last")):
+        with pytest.raises(FileNotFoundError, match=f"holds no conditioning adapter: .*{hint}"):
+            FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=folder)
+    with pytest.raises(ValueError, match="text_encoder is no conditioning adapter: pass what"):
+        FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=f"{stock_folder}/text_encoder")
 
 
 # Loading and saving

@@ -2,7 +2,7 @@
 
     python training/align_adapter.py
     python training/align_adapter.py --method lora
-    python training/align_adapter.py --base stabilityai/stable-diffusion-xl-base-1.0 --finelip runs/finelip/last \
+    python training/align_adapter.py --base stabilityai/stable-diffusion-xl-base-1.0 --finelip runs/finelip/last \\
         --captions sharegpt4v:captions.json --images /data --mixed-precision bf16
 
 Stage 1 needs texts alone: states are drawn towards those of SDXL's own encoders, on short captions whole, on long ones
@@ -63,6 +63,7 @@ from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionedImages, EpochBatches, open_images
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_base
+from finelip_sdxl.pipelines.loading import loading_errors, single_file_errors
 from finelip_sdxl.prompts import STOCK_POSITIONS
 from finelip_sdxl.text_encoders import num_positions
 
@@ -287,6 +288,8 @@ def check(arguments: argparse.Namespace) -> None:
             f"--batch-size is {arguments.batch_size} and --short-share {arguments.short_share:g}: each batch needs long"
             " and short captions, so pass at least 2, and a share between 0 and 1."
         )
+    if arguments.resolution % 8:
+        raise ValueError(f"--resolution is {arguments.resolution}; expected a multiple of 8, such as 512.")
     if arguments.captions.startswith("txt:") and arguments.image_steps:
         raise ValueError(f"{arguments.captions} has no images: pass --image-steps 0 to align by texts alone.")
 
@@ -295,10 +298,12 @@ def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
     """SDXL as it is: the teacher, and the UNet to align with."""
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.mixed_precision]
     if Path(arguments.base).is_file():
-        stock = StableDiffusionXLPipeline.from_single_file(arguments.base, config=arguments.config, dtype=dtype)
+        with single_file_errors(arguments.base, arguments.config):
+            stock = StableDiffusionXLPipeline.from_single_file(arguments.base, config=arguments.config, dtype=dtype)
     else:
         base = resolve_base(arguments.base)
-        stock = StableDiffusionXLPipeline.from_pretrained(base, variant=arguments.variant, dtype=dtype)
+        with loading_errors(base, arguments.variant):
+            stock = StableDiffusionXLPipeline.from_pretrained(base, variant=arguments.variant, dtype=dtype)
     encoders = stock.text_encoder, stock.text_encoder_2
     if any(encoder is None or num_positions(encoder) != STOCK_POSITIONS for encoder in encoders):
         raise ValueError(
