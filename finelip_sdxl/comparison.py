@@ -7,10 +7,11 @@ embeddings where others than its own encoders have read the prompt.
 from __future__ import annotations
 
 import gc
+import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from finelip_sdxl.export import in_stock_class
 from finelip_sdxl.miniature import miniature_path, resolve_base
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
+from finelip_sdxl.model_card import public_name
 from finelip_sdxl.pictures import label_grid
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.prompts import (
@@ -44,6 +46,8 @@ COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
+# What is loaded beside base and refiner, and stands in a picture's parameters.
+SOURCES = ("config", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 
 # Called after each step with its number and how many there are; what it raises ends the drawing.
 OnStep = Callable[[int, int], None]
@@ -129,18 +133,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn column: its key in `COLUMNS`, the picture, what it was drawn from, and the seconds that it took."""
+    """A drawn column: its key in `COLUMNS`, the picture, what it was drawn from, the seconds that it took, and the
+    `sources` of its comparison."""
 
     column: str
     image: Image.Image
     settings: Settings
     seconds: float
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> dict[str, Any]:
         """What the picture was drawn from, to be written into its file."""
         size = {"width": self.image.width, "height": self.image.height}
-        return {**asdict(self.settings), **size, "column": self.column, "finelip_sdxl": version("finelip-sdxl")}
+        about = {"column": self.column, "finelip_sdxl": version("finelip-sdxl")}
+        return {**asdict(self.settings), **size, **self.sources, **about}
 
 
 def label_pictures(pictures: Sequence[Picture], described: Sequence[DescribedObject] = ()) -> Image.Image:
@@ -186,6 +193,10 @@ class Comparison:
         offload: keep on `device` only the model that is running.
         device: where pictures are drawn.
 
+    Attributes:
+        is_miniature: whether `load` was told to load the miniature.
+        sources: what `load` was told to load, as others may know it (of a path its last part alone), and the dtype.
+
     Raises:
         ValueError: if stock's encoders are neither in the pipeline nor within its own.
     """
@@ -196,6 +207,7 @@ class Comparison:
         self._base = _Stage(pipe, device, offload)
         self._refiner = None if refiner is None else _Stage(refiner, device, offload)
         self.is_miniature = False
+        self.sources: dict[str, str] = {}
 
     @classmethod
     def load(
@@ -242,6 +254,9 @@ class Comparison:
             )
         comparison = cls(pipe, refining, device=device, offload=offload)
         comparison.is_miniature = resolve_base(base) == str(miniature_path())
+        given = {"base": base, "refiner": refiner, **{name: loading.get(name) for name in SOURCES}}
+        names = {name: public_name(source) for name, source in given.items() if isinstance(source, str | os.PathLike)}
+        comparison.sources = {**names, "dtype": str(dtype).removeprefix("torch.")}
         return comparison
 
     @property
@@ -297,7 +312,7 @@ class Comparison:
                 self._refiner.free()
         if ran_out:  # outside of the handler, where the error no longer holds on to what filled the memory
             _raise_out_of_memory(settings, self.size)
-        return Picture(column, image, settings, time.perf_counter() - started)
+        return Picture(column, image, settings, time.perf_counter() - started, self.sources)
 
     def _draw(self, column: str, settings: Settings, on_step: OnStep) -> Image.Image:
         width, height = settings.width or self.size[0], settings.height or self.size[1]

@@ -1,6 +1,7 @@
 """One prompt in three columns: what each reads and draws, with one UNet."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,6 +246,12 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
     options = {"weighting": "a1111", "long_prompt": "truncate", "hidden_states": "published"}
     comparison = Comparison.load(stock_folder, refiner=str(tmp_path), finelip_2=encoder, **options)
     base, refining = comparison._base.pipe, comparison._refiner.pipe
+    assert comparison.sources == {
+        "base": Path(stock_folder).name,
+        "refiner": tmp_path.name,
+        "finelip_2": "text_encoder_2",
+        "dtype": "float32",
+    }
     assert refining.weighting == base.weighting == "a1111"
     assert refining.long_prompt == base.long_prompt == "truncate"
     found, expected = refining.text_encoder_2.state_dict(), base.text_encoder_2.state_dict()
@@ -360,6 +367,8 @@ def test_a_picture_says_what_it_was_drawn_from(comparison) -> None:
     assert (picture.parameters["width"], picture.parameters["height"]) == picture.image.size
     with pytest.raises(ValueError, match="`width` is 16"):  # smaller than anybody would ask for
         Settings.from_parameters(picture.parameters)
+    comparison.sources = {"base": "some/sdxl"}
+    assert comparison.draw("stock", SETTINGS).parameters["base"] == "some/sdxl"
     again = Settings.from_parameters({**picture.parameters, "width": None, "height": None})
     assert again == SETTINGS
 
