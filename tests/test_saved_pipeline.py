@@ -156,7 +156,7 @@ def test_a_held_original_does_not_replace_an_encoder_with_additions(stock_folder
         ("finelip", (48, None), "`text_encoder` has hidden_size 48, but this SDXL needs 32"),
         ("finelip_2", (32, 24), "`text_encoder_2` has hidden_size 32, but this SDXL needs 48"),
         ("finelip_2", (48, 16), "`text_encoder_2` has projection_dim 16, but this SDXL needs 24"),
-        ("finelip_2", (48, None), "without a projection"),
+        ("finelip_2", (48, None), "has no text projection"),
     ],
 )
 def test_a_finelip_of_the_wrong_width_is_refused(stock_folder, argument, encoder, message) -> None:
