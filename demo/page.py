@@ -12,12 +12,13 @@ from typing import Any
 import gradio as gr
 import meter
 import verdict
-from look import ABOUT_MINIATURE, INTRO, heading, status_line
+from look import ABOUT_MINIATURE, INTRO, heading, sources_line, status_line
 from progress import Progress, Stopped, Visitors, follow
 
 from finelip_sdxl.comparison import (
     COLUMNS,
     MAX_SEED,
+    MIN_REFINED_STEPS,
     MIN_SIDE,
     Comparison,
     Picture,
@@ -110,6 +111,7 @@ class _Page:
 
     def _build_options(self, prompt: gr.Textbox) -> tuple[list[Any], gr.Checkbox, gr.CheckboxGroup, gr.UploadButton]:
         width, height = self.comparison.size
+        has_adapter = self.comparison.pipe.conditioning_adapter is not None
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
             negative_prompt = gr.Textbox(
                 "",
@@ -123,10 +125,12 @@ class _Page:
                 [(title, column) for column, title in COLUMNS.items()], value=list(COLUMNS), label="Columns"
             )
             with gr.Row():
-                steps = gr.Slider(1, MAX_STEPS, self.defaults.steps, step=1, label="Steps", elem_id="steps")
+                least = MIN_REFINED_STEPS if "refiner" in self.comparison.sources else 1
+                steps = gr.Slider(least, MAX_STEPS, self.defaults.steps, step=1, label="Steps", elem_id="steps")
                 guidance_scale = gr.Slider(0, 20, self.defaults.guidance_scale, step=0.5, label="Guidance scale")
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
+                # Without bounds: Gradio would print a traceback where the settings have a sentence.
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                 random_seed = gr.Checkbox(False, label="Random seed", info="A new one for each run, shown in the box")
             with gr.Row():
                 sides = [
@@ -137,17 +141,19 @@ class _Page:
                 adapter_scale = gr.Slider(
                     0,
                     1,
-                    1 if self.comparison.pipe.conditioning_adapter is not None else 0,
+                    1 if has_adapter else 0,
                     step=0.05,
                     label="Conditioning adapter",
                     info="How much of it counts in FineLIP-SDXL's column",
-                    interactive=self.comparison.pipe.conditioning_adapter is not None,
+                    interactive=has_adapter,
+                    elem_id="adapter",
                 )
                 hidden_states = gr.Radio(
                     list(HIDDEN_STATES),
                     value=self.comparison.pipe.hidden_states,
                     label="Hidden states",
-                    info="Of FineLIP-SDXL's column",
+                    info="Of FineLIP-SDXL's column" + ("; published switches the adapter off" if has_adapter else ""),
+                    elem_id="hidden-states",
                 )
             upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
         fields = [prompt, negative_prompt, steps, guidance_scale, *sides, adapter_scale, hidden_states, seed]
@@ -171,6 +177,7 @@ class _Page:
                         interactive=False,
                         alt_text=f"What {title} drew",
                         height=360,
+                        elem_classes="picture",
                     )
                     status = gr.HTML(status_line("not drawn yet"))
                     download = gr.DownloadButton("Download PNG", size="sm", interactive=False)
@@ -190,7 +197,12 @@ class _Page:
             stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop-grid")
         status = gr.HTML(status_line("every column, from each seed, in one picture"), elem_classes="meter-finelip")
         grid = gr.Image(
-            format="png", show_label=False, buttons=["fullscreen"], interactive=False, alt_text="All pictures"
+            format="png",
+            show_label=False,
+            buttons=["fullscreen"],
+            interactive=False,
+            alt_text="All pictures",
+            elem_classes="picture",
         )
         download = gr.DownloadButton("Download PNG", size="sm", interactive=False, elem_id="download-grid")
         inputs = [*fields, random_seed, columns, seeds]
@@ -198,8 +210,9 @@ class _Page:
         stop.click(self.stop, queue=False, api_visibility="private")
 
     def _build_notes(self) -> None:
+        gr.HTML(sources_line(self.comparison.sources), elem_id="sources")
         if self.comparison.is_miniature:
-            gr.Markdown(ABOUT_MINIATURE)
+            gr.Markdown(ABOUT_MINIATURE, padding=True, elem_id="about-miniature")
 
     # Reading
 
@@ -234,15 +247,15 @@ class _Page:
             named[name] = named[name] or ""
             _check_length(named[name])
         if not named["prompt"].strip():
-            raise gr.Error("The prompt is empty: write one, or click on an example.", title="No prompt")
+            raise _refusal("The prompt is empty: write one, or click on an example.", title="No prompt")
         for name in ("steps", "seed", "width", "height"):
             if named[name] is None:
-                raise gr.Error(f"There is no {name}: enter a whole number.", title="Not drawn")
+                raise _refusal(f"There is no {name}: enter a whole number.")
             named[name] = int(named[name])
         if max(named["width"], named["height"]) > self.max_side:
-            raise gr.Error(f"Width and height are bounded to {self.max_side} pixels here.", title="Not drawn")
+            raise _refusal(f"Width and height are bounded to {self.max_side} pixels here.")
         if named["steps"] > MAX_STEPS:
-            raise gr.Error(f"Steps are bounded to {MAX_STEPS} here.", title="Not drawn")
+            raise _refusal(f"Steps are bounded to {MAX_STEPS} here.")
         return _explained(Settings)(**named)
 
     def load_settings(self, file: str) -> list[Any]:
@@ -301,20 +314,23 @@ class _Page:
                             details,
                         ]
                     yield shown
-            except Stopped:
+            except Exception as error:
+                stopped = isinstance(error, Stopped)
                 shown = [gr.skip()] * len(shown)
                 for other, name in enumerate(COLUMNS):
                     if name in columns and other >= number:
-                        shown[1 + OUTPUTS * other + 2] = status_line("stopped")
+                        shown[1 + OUTPUTS * other + 2] = status_line("stopped" if stopped else "not drawn")
                 yield shown
-                return
+                if stopped:
+                    return
+                raise
 
     def draw_grid(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Every column from each seed, then all of them in one picture."""
         *values, is_random, columns, seeds = values
         settings = self.settings(_with_seed(values, is_random))
         _check_columns(columns)
-        rows = settings.over_seeds(min(int(seeds), MAX_SEEDS))
+        rows = _explained(settings.over_seeds)(min(int(seeds), MAX_SEEDS))
         yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
         total, pictures = len(rows) * len(columns), []
         try:
@@ -327,9 +343,12 @@ class _Page:
                             yield [gr.skip(), gr.skip(), status_line(text, done), gr.skip()]
                         else:
                             pictures.append(event)
-        except Stopped:
-            yield [gr.skip(), gr.skip(), status_line("stopped"), gr.skip()]
-            return
+        except Exception as error:
+            stopped = isinstance(error, Stopped)
+            yield [gr.skip(), gr.skip(), status_line("stopped" if stopped else "not drawn"), gr.skip()]
+            if stopped:
+                return
+            raise
         grid = label_pictures(pictures, self._describe(settings.prompt))
         file = self._new_file(request, "finelip-sdxl-grid.png")
         save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
@@ -376,7 +395,7 @@ class _Page:
         try:
             yield from follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
         except (ValueError, TypeError, MemoryError) as error:
-            raise gr.Error(str(error), title="Not drawn") from error
+            raise _refusal(str(error)) from error
 
     def _describe(self, prompt: str) -> tuple[DescribedObject, ...]:
         return parse_description(prompt) if self.comparison.is_miniature else ()
@@ -416,6 +435,11 @@ def _read_examples(folder: Path) -> dict[str, str]:
     }
 
 
+def _refusal(sentence: str, title: str = "Not drawn") -> gr.Error:
+    """What the page shows of a mistake in the input; it is the visitor's, so no traceback is printed here."""
+    return gr.Error(sentence, title=title, print_exception=False)
+
+
 def _explained(function: Callable) -> Callable:
     """A function whose mistakes in the input are shown on the page in their sentence."""
 
@@ -423,19 +447,22 @@ def _explained(function: Callable) -> Callable:
         try:
             return function(*args, **kwargs)
         except (ValueError, TypeError, MemoryError) as error:
-            raise gr.Error(str(error), title="This cannot be done") from error
+            raise _refusal(str(error), title="This cannot be done") from error
 
     return explain
 
 
 def _check_length(text: str) -> None:
     if len(text) > MAX_CHARACTERS:
-        raise gr.Error(f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it.")
+        raise _refusal(
+            f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it.",
+            title="Too long",
+        )
 
 
 def _check_columns(columns: list[str]) -> None:
     if not columns:
-        raise gr.Error("No column is chosen: choose at least one under Advanced.", title="Not drawn")
+        raise _refusal("No column is chosen: choose at least one under Advanced.")
 
 
 def _with_seed(values: list[Any], is_random: bool) -> tuple[Any, ...]:

@@ -6,7 +6,9 @@ import json
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import app
 import gradio as gr
@@ -14,11 +16,13 @@ import pytest
 from demo_server import Demo, served
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from page import build_page
 from PIL import Image
 from progress import Progress, Stopped, Visitors, follow
 from verdict import judge
 
-from finelip_sdxl.comparison import Settings
+from finelip_sdxl.comparison import MAX_SEED, MIN_REFINED_STEPS, Picture, Settings
+from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.parsing import parse_description
 from finelip_sdxl.miniature.world import make_scene
@@ -165,9 +169,10 @@ def test_the_api_counts_tokens(client) -> None:
         ("(" * 500, {"columns": ["compel"]}, "compel would take minutes"),
     ],
 )
-def test_the_api_explains_what_is_wrong_in_a_sentence(client, prompt, arguments, message) -> None:
+def test_the_api_explains_what_is_wrong_in_a_sentence(client, prompt, arguments, message, capsys) -> None:
     with pytest.raises(AppError, match=message):
         client.predict(prompt, **{"steps": 1, **arguments}, api_name="/compare")
+    assert "Traceback" not in capsys.readouterr().err  # whoever serves the page has made no mistake
 
 
 def test_memory_that_runs_out_leaves_the_page_working(demo, client, monkeypatch) -> None:
@@ -196,6 +201,102 @@ def test_visitors_wait_their_turn(demo, client, monkeypatch) -> None:
     jobs = [client.submit(LONG, columns=["stock"], steps=2, seed=seed, api_name="/compare") for seed in range(3)]
     assert [read_parameters(job.result()[0])["seed"] for job in jobs] == [0, 1, 2]
     assert max(most) == 1
+
+
+# The page's columns
+
+
+class Visitor:
+    session_hash = "visitor"
+
+
+VALUES = [LONG, "", 2, 3.0, 96, 96, 1.0, "penultimate", 0, False]  # the page's fields, and no random seed
+
+
+def fail_at(column: str, error: Exception) -> Callable[..., Picture]:
+    def draw(drawn, settings, on_step) -> Picture:
+        on_step(1, settings.steps)
+        if drawn == column:
+            raise error
+        return Picture(drawn, Image.new("RGB", (96, 96)), settings, seconds=1.0)
+
+    return draw
+
+
+def events_until_error(run) -> tuple[list, Exception]:
+    """What a run shows before its error, and this."""
+    events = []
+    try:
+        for event in run:
+            events.append(event)
+    except Exception as error:
+        return events, error
+    pytest.fail("nothing went wrong")
+
+
+@pytest.mark.parametrize("error", [ValueError("brackets"), RuntimeError("a bug")])
+def test_columns_that_an_error_leaves_undrawn_say_so(demo, monkeypatch, error) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", fail_at("compel", error))
+    events, raised = events_until_error(demo.page.draw_columns(Visitor(), *VALUES, ["stock", "compel", "finelip"]))
+    statuses = events[-1][3::5]
+    assert [isinstance(status, str) and "not drawn" in status for status in statuses] == [False, True, True]
+    assert str(error) in str(raised)
+
+
+def test_columns_that_were_left_out_stay_so_after_an_error(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", fail_at("stock", ValueError("brackets")))
+    events, _ = events_until_error(demo.page.draw_columns(Visitor(), *VALUES, ["stock", "finelip"]))
+    statuses = events[-1][3::5]
+    assert [isinstance(status, str) and "not drawn" in status for status in statuses] == [True, False, True]
+
+
+def test_a_grid_that_an_error_leaves_undrawn_says_so(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", fail_at("compel", ValueError("brackets")))
+    events, raised = events_until_error(demo.page.draw_grid(Visitor(), *VALUES, ["stock", "compel"], 2))
+    assert "not drawn" in events[-1][2]
+    assert not raised.print_exception
+
+
+def test_seeds_past_the_last_are_explained(demo) -> None:
+    values = [*VALUES[:-2], MAX_SEED, False]
+    with pytest.raises(gr.Error, match=r"`seed` is \d+; expected a whole number"):
+        next(demo.page.draw_grid(Visitor(), *values, ["stock"], 2))
+
+
+# What stands on the page
+
+
+def component(blocks: gr.Blocks, name: str) -> Any:
+    return next(block for block in blocks.blocks.values() if getattr(block, "elem_id", None) == name)
+
+
+def test_the_page_names_what_draws(demo, monkeypatch, tmp_path) -> None:
+    names = {"base": "sdxl-base", "refiner": "small<refiner", "finelip": "longclip", "dtype": "float16"}
+    monkeypatch.setattr(demo.comparison, "sources", names)
+    page = build_page(demo.comparison, tmp_path, 1536)
+    said = "Draws with sdxl-base, FineLIP longclip, refiner small&lt;refiner."
+    assert component(page, "sources").value == said
+
+
+def test_the_page_names_no_path_of_this_machine(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **arguments: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = app.serve(app.parse(["--base", str(miniature_path())]), tmp_path)
+    assert component(page, "sources").value == f"Draws with {miniature_path().name}."
+
+
+def test_steps_begin_where_a_refiner_can_draw(demo, monkeypatch, tmp_path) -> None:
+    assert component(demo.blocks, "steps").minimum == 1
+    monkeypatch.setattr(demo.comparison, "sources", {"base": "sdxl", "refiner": "refiner"})
+    assert component(build_page(demo.comparison, tmp_path, 1536), "steps").minimum == MIN_REFINED_STEPS
+
+
+def test_hidden_states_say_that_published_ones_leave_the_adapter_out(demo, monkeypatch, tmp_path) -> None:
+    assert "published switches the adapter off" in component(demo.blocks, "hidden-states").info
+    monkeypatch.setattr(demo.comparison.pipe, "conditioning_adapter", None)
+    page = build_page(demo.comparison, tmp_path, 1536)
+    assert "adapter" not in component(page, "hidden-states").info
+    assert not component(page, "adapter").interactive
 
 
 # Files

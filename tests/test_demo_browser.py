@@ -202,6 +202,16 @@ def test_a_prompt_that_cannot_be_drawn_is_explained(open_page, prompt, message) 
     page.locator(".toast-body", has_text=message).first.wait_for()
 
 
+def test_columns_that_an_error_leaves_undrawn_say_so(open_page) -> None:
+    page = open_page()
+    set_steps(page, 2)
+    write(page, "(" * 400 + "a star")
+    page.click("#draw")
+    wait_for_status(page, "not drawn$", "compel")
+    wait_for_status(page, "not drawn$")
+    wait_for_status(page, "2 steps in", "stock")
+
+
 def test_a_png_of_another_program_is_explained(open_page) -> None:
     page = open_page()
     page.get_by_text("Advanced").click()
@@ -235,3 +245,56 @@ def test_the_page_fits_its_window(open_page, width, scheme) -> None:
     boxes = [page.locator(f"#column-{column}").bounding_box() for column in ("stock", "compel", "finelip")]
     beside = len({round(box["y"]) for box in boxes}) == 1
     assert beside == (width == 1280)
+
+
+def test_the_page_keeps_its_width_while_the_prompt_grows(open_page) -> None:
+    page = open_page()
+    # Its long lines would hold the page open; another SDXL's page has none.
+    page.locator("#about-miniature").evaluate("about => about.remove()")
+    widths = []
+    for prompt, said in (("a star", "Short enough"), (LONG, "Stock SDXL stops here")):
+        write(page, prompt)
+        page.locator("#meter", has_text=said).wait_for()
+        widths.append(page.locator(".gradio-container").bounding_box()["width"])
+    assert widths[0] == widths[1]
+
+
+# What stands out too little: text below a contrast of 4.5 to what is behind it, boxes to tick below one of 3. Colors
+# come in many notations, so a canvas reads them.
+FAINT = """() => {
+  const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d");
+  const rgba = (color) => {
+    context.clearRect(0, 0, 1, 1); context.fillStyle = color; context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data].map((value) => value / 255);
+  };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+  const behind = (element) => element
+    ? over(rgba(getComputedStyle(element).backgroundColor), behind(element.parentElement)) : [1, 1, 1];
+  const light = (color) => color.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0.05);
+  const contrast = (color, below) => {
+    const [a, b] = [light(over(rgba(color), below)), light(below)];
+    return Math.max(a, b) / Math.min(a, b);
+  };
+  const faint = [];
+  const note = (what, ratio, least) => ratio < least && faint.push(`${what}: ${ratio.toFixed(2)}`);
+  for (const element of document.querySelectorAll("body *")) {
+    if (!element.checkVisibility({visibilityProperty: true}) || element.matches(":disabled")) continue;
+    const style = getComputedStyle(element);
+    const text = [...element.childNodes].filter((node) => node.nodeType == 3 && node.data.trim());
+    if (text.length) note(text[0].data.trim(), contrast(style.color, behind(element)), 4.5);
+    if (element.matches("input[type=checkbox]:not(:checked), input[type=radio]:not(:checked), textarea, .picture"))
+      note(element.outerHTML.slice(0, 60), contrast(style.borderTopColor, behind(element.parentElement)), 3);
+  }
+  return faint;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_on_the_page_stands_out(open_page, scheme) -> None:
+    page = open_page(scheme=scheme)
+    page.get_by_text("Advanced").click()
+    page.get_by_role("checkbox", name="compel").uncheck()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)  # colors fade in
+    assert page.evaluate(FAINT) == []
