@@ -81,13 +81,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on; 0.0.0.0 lets other machines in (default: "
         "%(default)s)")  # fmt: skip
-    add("--port", type=int, metavar="N", help="to listen on (default: the first free one from 7860 on)")
+    add("--port", type=_port, metavar="N", help="to listen on (default: the first free one from 7860 on)")
     add("--share", action="store_true", help="also a public address, through Gradio's servers")
     add("--max-side", type=count, default=1536, metavar="PIXELS", help="largest width and height that can be asked for "
         "(default: %(default)s)")  # fmt: skip
     add("--max-waiting", type=count, default=20, metavar="N", help="runs that may wait for their turn (default: "
         "%(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to {2**16 - 1}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ class _Page:
         """The columns one after the other, each with its steps."""
         *values, is_random, columns = values
         settings = self.settings(_with_seed(values, is_random))
-        _check_columns(columns)
+        self._check_columns(columns, settings)
         described = self._describe(settings.prompt)
         shown: list[Any] = [settings.seed]
         for column in COLUMNS:
@@ -329,7 +329,7 @@ class _Page:
         """Every column from each seed, then all of them in one picture."""
         *values, is_random, columns, seeds = values
         settings = self.settings(_with_seed(values, is_random))
-        _check_columns(columns)
+        self._check_columns(columns, settings)
         rows = _explained(settings.over_seeds)(min(int(seeds), MAX_SEEDS))
         yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
         total, pictures = len(rows) * len(columns), []
@@ -383,7 +383,7 @@ class _Page:
             seed,
         )
         settings = self.settings(values)
-        _check_columns(columns)
+        self._check_columns(columns, settings)
         files = []
         for column in columns:
             *_, picture = self._follow(column, settings, request)
@@ -396,6 +396,13 @@ class _Page:
             yield from follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
         except (ValueError, TypeError, MemoryError) as error:
             raise _refusal(str(error)) from error
+
+    def _check_columns(self, columns: list[str], settings: Settings) -> None:
+        """That there are some, and that each can read what it gets, before the first is drawn."""
+        if not columns:
+            raise _refusal("No column is chosen: choose at least one under Advanced.")
+        for text in (settings.prompt, settings.negative_prompt):
+            _explained(self.comparison.read)(text, columns)
 
     def _describe(self, prompt: str) -> tuple[DescribedObject, ...]:
         return parse_description(prompt) if self.comparison.is_miniature else ()
@@ -458,11 +465,6 @@ def _check_length(text: str) -> None:
             f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it.",
             title="Too long",
         )
-
-
-def _check_columns(columns: list[str]) -> None:
-    if not columns:
-        raise _refusal("No column is chosen: choose at least one under Advanced.")
 
 
 def _with_seed(values: list[Any], is_random: bool) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from finelip_sdxl.arguments import (
     open_text_to_image,
     quiet_transformers,
 )
-from finelip_sdxl.files import written_whole
+from finelip_sdxl.files import check_writable, written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
@@ -88,6 +89,8 @@ def generate(options: argparse.Namespace) -> None:
     for name, text in (("prompt", prompt), ("negative_prompt", options.negative_prompt or "")):
         check_texts(name, text)
     seed = random.randrange(2**32) if options.seed is None else options.seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; expected a whole number from 0 to {2**63 - 1}.")
 
     quiet_transformers()
     import torch
@@ -211,6 +214,7 @@ def _export_comfyui(options: argparse.Namespace) -> None:
     out = Path(options.out)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: pass the name of a directory.")
+    check_writable(out)
     for file in COMFYUI_FILES.values():
         if (out / file).exists() and not options.overwrite:
             raise ValueError(f"{out / file} exists: pass --overwrite to replace it, or another directory.")
@@ -296,7 +300,7 @@ def _prompt(options: argparse.Namespace) -> str:
     given = [text for text in (options.text, options.prompt) if text is not None]
     if options.prompt_file is not None:
         try:
-            given.append(Path(options.prompt_file).read_text(encoding="utf-8").strip())
+            given.append(Path(options.prompt_file).read_text(encoding="utf-8-sig").strip())
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompt-file {options.prompt_file} is not text in UTF-8: {error}.") from error
         except OSError as error:
@@ -338,6 +342,7 @@ def _free_folder(options: argparse.Namespace) -> Path:
         raise ValueError(f"{out} exists: pass --overwrite to replace it, or another directory.")
     if out.exists() and not (out / "model_index.json").is_file():
         raise ValueError(f"{out} is not a saved pipeline (it has no model_index.json), so it is not overwritten.")
+    check_writable(out.parent)
     return out
 
 
@@ -348,8 +353,20 @@ def _whole_folder(out: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         yield f"{temporary}/new"
         if out.exists():
+            _copy_others(out, Path(temporary, "new"))
             out.rename(f"{temporary}/old")  # goes with the temporary directory
         os.rename(f"{temporary}/new", out)
+
+
+def _copy_others(saved: Path, new: Path) -> None:
+    """What somebody has put beside a saved pipeline, into the one that takes its place."""
+    known = {"model_index.json", *json.loads((saved / "model_index.json").read_text(encoding="utf-8"))}
+    for entry in saved.iterdir():
+        if entry.name not in known and not (new / entry.name).exists():
+            if entry.is_dir():
+                shutil.copytree(entry, new / entry.name, symlinks=True)
+            else:
+                shutil.copy2(entry, new / entry.name)
 
 
 def _circumstances(device: Any) -> dict[str, Any]:
@@ -374,6 +391,7 @@ def _output_file(option: str, name: str) -> Path:
     file = Path(name)
     if file.is_dir():
         raise ValueError(f"{option} {name} is a directory: pass the name of a file.")
+    check_writable(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
@@ -382,6 +400,7 @@ def _image_files(out: str, count: int) -> list[Path]:
     file = Path(out)
     if file.suffix.lower() != ".png" or file.is_dir():
         raise ValueError(f"--out {out} must be the name of a PNG file, such as picture.png.")
+    check_writable(file.parent)
     file.parent.mkdir(parents=True, exist_ok=True)
     return [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
 

@@ -1,9 +1,27 @@
 """Files that are whole whenever they are there."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def check_writable(folder: Path) -> None:
+    """See whether files can be written to a folder, or where it is to be made, before they cost work.
+
+    Raises:
+        OSError: they cannot.
+
+    Example:
+        >>> check_writable(Path("not/yet/there"))
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to ({error.strerror}): pass another place.") from error
 
 
 @contextmanager

@@ -55,6 +55,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 _BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
 # To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
@@ -125,7 +126,7 @@ class LoadingMixin(_Parent):
             kwargs = {**dict.fromkeys(HELD), **kwargs}
 
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        index = cls.load_config(base, **hub_arguments)
+        index = _load_index(cls, base, hub_arguments)
         if not {"unet", "text_encoder_2"} <= index.keys():
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip else ...)
@@ -317,6 +318,21 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
         OPTIONS[name](kwargs[name])
     finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
     return finelip, finelip_2, kwargs
+
+
+def _load_index(pipeline_class: Any, base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `model_index.json` of a base says."""
+    if not os.path.exists(base) and not _HUB_ID.fullmatch(base):
+        raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.")
+    try:
+        return pipeline_class.load_config(base, **hub_arguments)
+    except OSError as error:
+        if os.path.exists(base):
+            raise
+        raise OSError(
+            f"{base} is no directory here, and the hub gave no model_index.json of it: check the name, or whether the"
+            " hub can be reached."
+        ) from error
 
 
 def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAdapter:

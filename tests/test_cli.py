@@ -253,6 +253,28 @@ def test_convert_keeps_the_kind_of_pipeline(components, tmp_path) -> None:
     assert index["requires_aesthetics_score"] is True
 
 
+def test_convert_keeps_what_lies_beside_the_pipeline_that_it_overwrites(stock_folder, tmp_path) -> None:
+    out = tmp_path / "long"
+    assert main(["convert", stock_folder, str(out)]) == 0
+    (out / "notes.txt").write_text("mine")
+    (out / "loras").mkdir()
+    (out / "loras" / "a.txt").write_text("mine too")
+    (out / "vae" / "stale.bin").write_text("the pipeline's")
+    assert main(["convert", stock_folder, str(out), "--overwrite"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "loras" / "a.txt").read_text() == "mine too"
+    assert not (out / "vae" / "stale.bin").exists()
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_the_prompt(tmp_path, capsys) -> None:
+    outputs = []
+    for encoding in ("utf-8", "utf-8-sig"):  # the latter as some editors save
+        (tmp_path / "prompt.txt").write_text("a red star", encoding=encoding)
+        assert main(["tokens", "--prompt-file", str(tmp_path / "prompt.txt")]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
 def test_convert_overwrites_nothing_but_pipelines(stock_folder, tmp_path, capsys) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").write_text("dear")
@@ -367,6 +389,10 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         ),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--finelip", "x.pt", "--out", "{png}"], "x.pt"),
         (["generate", "a", "--base", "{empty}", "--device", "cpu", "--out", "{png}"], "model_index.json"),
+        (["generate", "a", "--device", "cpu", "--seed", "-1", "--out", "{png}"], "--seed is -1; expected"),
+        (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "is no directory here"),
+        *[([command, "a", "--out", "/proc/1/a.png"], "cannot be written to") for command in ("generate", "compare")],
+        (["convert", "{stock}", "/proc/none/long"], "cannot be written to"),
         (["compare"], "Pass one prompt"),
         (["compare", "a", "--out", "grid.jpg"], "must be the name of a PNG file"),
         (["compare", "a", "--out", "{png}", "--seed", "-1"], "`seed` is -1"),

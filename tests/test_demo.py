@@ -167,6 +167,7 @@ def test_the_api_counts_tokens(client) -> None:
         ("a star", {"columns": ["other"]}, "`column` must be one of"),
         ("a star", {"columns": []}, "No column is chosen"),
         ("(" * 500, {"columns": ["compel"]}, "compel would take minutes"),
+        ("a star", {"columns": ["compel"], "negative_prompt": "(" * 500}, "compel would take minutes"),
     ],
 )
 def test_the_api_explains_what_is_wrong_in_a_sentence(client, prompt, arguments, message, capsys) -> None:
@@ -358,6 +359,7 @@ def test_the_page_is_for_this_machine_alone_by_default(monkeypatch, tmp_path) ->
         (["--base", "./nowhere"], "nowhere"),
         (["--finelip", "./nowhere.safetensors"], "nowhere.safetensors"),
         (["--device", "cpu", "--offload"], "--offload moves models between the CPU and an accelerator"),
+        (["--base", "./nowhere", "--device", "cpu"], "./nowhere is no directory here"),
     ],
 )
 def test_a_start_that_fails_says_why_in_a_line(arguments, message, capsys) -> None:

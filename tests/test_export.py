@@ -302,5 +302,6 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_a_pipeline(stock_fol
     assert "letter.txt is a file" in capsys.readouterr().err
     (out / "model_index.json").write_text("{}")
     assert main([*command, "--overwrite"]) == 0
-    assert not (out / "letter.txt").exists()
+    assert (out / "unet").is_dir()
+    assert (out / "letter.txt").read_text() == "dear"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

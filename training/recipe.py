@@ -18,6 +18,8 @@ from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from finelip_sdxl.files import check_writable
+
 # Flags of every recipe that may change when a run goes on: what it learns from one batch is the same with any of them.
 FREE_RUN_FLAGS = {"out", "save_every", "keep", "gradient_checkpointing", "cpu", "report_to"}
 
@@ -111,6 +113,7 @@ def check_run(arguments: argparse.Namespace) -> None:
 
     Raises:
         ValueError: if fp16 is to train on the CPU, the tracker is not installed, or the folder is a file.
+        OSError: if the folder cannot be written to.
     """
     # Accelerate takes it, and trains nothing.
     if arguments.mixed_precision == "fp16" and uses_cpu(arguments):
@@ -120,6 +123,7 @@ def check_run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out} is a file: pass the name of a folder.")
+    check_writable(arguments.out)
 
 
 def uses_cpu(arguments: argparse.Namespace) -> bool:

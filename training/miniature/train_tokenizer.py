@@ -1,4 +1,6 @@
-"""Learns the merges of the miniature's tokenizer from the captions' words, and writes them into the package.
+"""Learns the merges of the miniature's tokenizer from the captions' words, and writes them to a file.
+
+    python training/miniature/train_tokenizer.py --out finelip_sdxl/miniature/merges.txt
 
 Only for a change of the captions' words, which no trained part survives: where two pairs are as frequent, their order,
 and with it some ids, is another each time.
@@ -6,8 +8,10 @@ and with it some ids, is another each time.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -19,6 +23,9 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"of the package: {MERGES.name}")
+    out = parser.parse_args().out
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -36,9 +43,9 @@ def main() -> None:
     )
     learner.train_from_iterator(vocabulary(), trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
-    temporary = MERGES.with_suffix(".tmp")
+    temporary = out.with_suffix(".tmp")
     temporary.write_text("".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8")
-    os.replace(temporary, MERGES)
+    os.replace(temporary, out)
 
 
 if __name__ == "__main__":
