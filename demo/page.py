@@ -80,7 +80,6 @@ class _Page:
                 placeholder="A long description",
                 lines=3,
                 max_lines=8,
-                max_length=MAX_CHARACTERS,
                 elem_id="prompt",
             )
             gr.Examples(
@@ -118,7 +117,6 @@ class _Page:
                 label="Negative prompt",
                 lines=1,
                 max_lines=4,
-                max_length=MAX_CHARACTERS,
                 elem_id="negative-prompt",
             )
             columns = gr.CheckboxGroup(
@@ -217,13 +215,14 @@ class _Page:
     # Reading
 
     def render_meter(self, prompt: str) -> str:
-        prompt = prompt[:MAX_CHARACTERS]
+        if len(prompt) > MAX_CHARACTERS:
+            return _hint(_too_long(prompt))
         readings, trouble = {}, ""
         for column in COLUMNS:
             try:
                 readings |= self.comparison.read(prompt, [column])
             except ValueError as error:  # such as brackets that compel cannot read, while they are typed
-                trouble += f'<div class="meter-hint">{escape(str(error))}</div>'
+                trouble += _hint(str(error))
         return meter.render_meter(prompt, readings, COLUMNS) + trouble
 
     def tokens(self, prompt: str) -> dict[str, Any]:
@@ -349,7 +348,7 @@ class _Page:
             if stopped:
                 return
             raise
-        grid = label_pictures(pictures, self._describe(settings.prompt))
+        grid = label_pictures(pictures, self._describe(settings.prompt) or ())
         file = self._new_file(request, "finelip-sdxl-grid.png")
         save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
         yield [gr.skip(), grid, status_line(f"{total} pictures"), _file_to_download(file)]
@@ -404,8 +403,8 @@ class _Page:
         for text in (settings.prompt, settings.negative_prompt):
             _explained(self.comparison.read)(text, columns)
 
-    def _describe(self, prompt: str) -> tuple[DescribedObject, ...]:
-        return parse_description(prompt) if self.comparison.is_miniature else ()
+    def _describe(self, prompt: str) -> tuple[DescribedObject, ...] | None:
+        return parse_description(prompt) if self.comparison.is_miniature else None
 
     # Files
 
@@ -461,10 +460,15 @@ def _explained(function: Callable) -> Callable:
 
 def _check_length(text: str) -> None:
     if len(text) > MAX_CHARACTERS:
-        raise _refusal(
-            f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it.",
-            title="Too long",
-        )
+        raise _refusal(_too_long(text), title="Too long")
+
+
+def _too_long(text: str) -> str:
+    return f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it."
+
+
+def _hint(sentence: str) -> str:
+    return f'<div class="meter-hint">{escape(sentence)}</div>'
 
 
 def _with_seed(values: list[Any], is_random: bool) -> tuple[Any, ...]:

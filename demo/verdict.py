@@ -22,19 +22,25 @@ STYLE = """
 """
 
 
-def judge(image: Image.Image, described: tuple[DescribedObject, ...]) -> tuple[Image.Image, str, str]:
+NOTHING_DESCRIBED = "The miniature knows no object of this prompt, so there is nothing to judge: click on an example."
+
+
+def judge(image: Image.Image, described: tuple[DescribedObject, ...] | None) -> tuple[Image.Image, str, str]:
     """What a picture has right of the objects that its prompt describes.
 
     Args:
-        image: a picture of the miniature.
-        described: from `finelip_sdxl.miniature.parsing.parse_description`.
+        image: a picture of the miniature, or of another model.
+        described: from `finelip_sdxl.miniature.parsing.parse_description`; None for another model, of which nothing is
+            known.
 
     Returns:
-        The picture enlarged and marked, how many objects are right, and a list of them as HTML for `STYLE`. If nothing
-        was described, the picture as it is and two empty texts.
+        The picture enlarged and marked, how many objects are right, and a list of them as HTML for `STYLE`; for another
+        model the picture as it is and two empty texts.
     """
-    if not described:
+    if described is None:
         return image, "", ""
+    if not described:
+        return mark_objects(image, (), ()), "", f'<div class="verdict">{NOTHING_DESCRIBED}</div>'
     scores = score_objects(image, described)
     share = f"{sum(score.right for score in scores)} of {len(described)} right"
     entries = "".join(map(_entry, range(1, len(described) + 1), described, scores))

@@ -124,7 +124,11 @@ def test_each_described_object_is_judged() -> None:
 
 def test_a_prompt_that_describes_nothing_is_not_judged() -> None:
     picture = Image.new("RGB", (96, 96))
-    assert judge(picture, parse_description("a photo of a fox")) == (picture, "", "")
+    enlarged, share, details = judge(picture, parse_description("a photo of a fox"))
+    assert enlarged.width > picture.width
+    assert share == ""
+    assert "knows no object of this prompt" in details
+    assert judge(picture, None) == (picture, "", "")  # of another model
 
 
 # The API

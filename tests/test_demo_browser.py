@@ -202,10 +202,25 @@ def test_a_prompt_that_cannot_be_drawn_is_explained(open_page, prompt, message) 
     page.locator(".toast-body", has_text=message).first.wait_for()
 
 
-def test_columns_that_an_error_leaves_undrawn_say_so(open_page) -> None:
+def test_a_long_text_is_not_cut_in_silence(open_page) -> None:
+    page = open_page()
+    write(page, "a star " * 1000)
+    page.locator("#meter", has_text="The text has 7,000 characters; at most 6,000 are read here").wait_for()
+    page.click("#draw")
+    page.locator(".toast-body", has_text="The text has 7,000 characters").first.wait_for()
+
+
+def test_columns_that_an_error_leaves_undrawn_say_so(open_page, demo, monkeypatch) -> None:
+    draw = demo.comparison.draw
+
+    def run_out(column: str, *rest) -> object:
+        if column == "compel":
+            raise MemoryError("The memory did not suffice.")
+        return draw(column, *rest)
+
+    monkeypatch.setattr(demo.comparison, "draw", run_out)
     page = open_page()
     set_steps(page, 2)
-    write(page, "(" * 400 + "a star")
     page.click("#draw")
     wait_for_status(page, "not drawn$", "compel")
     wait_for_status(page, "not drawn$")
