@@ -248,10 +248,12 @@ class Comparison:
         if refiner is not None:
             if Path(refiner).is_file():
                 raise ValueError(f"--refiner {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
-            reading = {name: getattr(pipe, name) for name in ("short_prompt", "long_prompt", "weighting")}
-            refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(
-                refiner, dtype=dtype, variant=variant, finelip_2=loading.get("finelip_2"), **reading
-            )
+            # It reads as the base does, by the second encoder.
+            same = {name: getattr(pipe, name) for name in ("short_prompt", "long_prompt", "weighting")}
+            if loading.get("finelip_2") is not None:
+                merge = ("finelip_2", "finelip_merge", "finelip_base")
+                same |= {name: loading[name] for name in merge if name in loading}
+            refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant, **same)
         comparison = cls(pipe, refining, device=device, offload=offload)
         comparison.is_miniature = resolve_base(base) == str(miniature_path())
         given = {"base": base, "refiner": refiner, **{name: loading.get(name) for name in SOURCES}}

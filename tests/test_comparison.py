@@ -265,6 +265,17 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
     assert spied == ["penultimate"]
 
 
+def test_a_finelip_is_added_to_the_refiner_s_encoder_as_to_the_base_s(stock_folder, refiner, tmp_path) -> None:
+    with torch.no_grad():
+        refiner["text_encoder_2"].text_projection.weight += 1
+    make_refiner(refiner).save_pretrained(tmp_path)
+    arguments = {"finelip_2": f"{stock_folder}/text_encoder_2", "finelip_merge": "delta", "finelip_base": stock_folder}
+    comparison = Comparison.load(stock_folder, refiner=str(tmp_path), **arguments)
+    # What the base's own encoder has changed against the base is nothing.
+    found = comparison._refiner.pipe.text_encoder_2.text_projection.weight
+    torch.testing.assert_close(found, refiner["text_encoder_2"].text_projection.weight)
+
+
 def test_stock_draws_though_short_prompts_are_stretched(stock_folder) -> None:
     encoder = f"{stock_folder}/text_encoder"
     comparison = Comparison.load(stock_folder, finelip=encoder, short_prompt="stretched")
