@@ -10,7 +10,9 @@ from typing import Any
 from finelip_sdxl.prompts import FINELIP_MERGE
 
 DTYPES = ("float32", "float16", "bfloat16")
-READING = ("short_prompt", "long_prompt", "hidden_states", "weighting")  # options of a pipeline
+# Arguments of a pipeline's loading: of what it is made, and how it reads.
+LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
+READING = ("short_prompt", "long_prompt", "hidden_states", "weighting")
 
 
 def add_pipeline(command: argparse.ArgumentParser) -> None:
@@ -71,9 +73,7 @@ def count(text: str) -> int:
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default."""
-    loaded = ("config", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter", "variant")
-    names = (*loaded, *READING)
-    given = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    given = {name: value for name, value in vars(options).items() if name in LOADED + READING and value is not None}
     return {name: None if value == "none" else value for name, value in given.items()}
 
 

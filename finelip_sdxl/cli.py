@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from finelip_sdxl.arguments import (
     DTYPES,
+    LOADED,
     READING,
     add_adapter,
     add_base,
@@ -413,13 +414,7 @@ def _parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any)
         "steps": options.steps,
         "guidance_scale": options.guidance_scale,
         "base": str(options.base),
-        "config": options.config,
-        "variant": options.variant,
-        "finelip": options.finelip,
-        "finelip_2": options.finelip_2,
-        "finelip_merge": options.finelip_merge,
-        "finelip_base": options.finelip_base,
-        "conditioning_adapter": options.conditioning_adapter,
+        **{name: getattr(options, name) for name in LOADED},
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
         **{name: getattr(pipe, name) for name in READING},
         "dtype": str(dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from finelip_sdxl.arguments import open_text_to_image
+from finelip_sdxl.arguments import LOADED, open_text_to_image
 from finelip_sdxl.compel_windows import open_compel, parsing, read_by_compel
 from finelip_sdxl.export import in_stock_class
 from finelip_sdxl.miniature import miniature_path, resolve_base
@@ -46,8 +46,6 @@ COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
-# What is loaded beside base and refiner, and stands in a picture's parameters.
-SOURCES = ("config", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 
 # Called after each step with its number and how many there are; what it raises ends the drawing.
 OnStep = Callable[[int, int], None]
@@ -256,7 +254,7 @@ class Comparison:
             refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant, **same)
         comparison = cls(pipe, refining, device=device, offload=offload)
         comparison.is_miniature = resolve_base(base) == str(miniature_path())
-        given = {"base": base, "refiner": refiner, **{name: loading.get(name) for name in SOURCES}}
+        given = {"base": base, "refiner": refiner, **{name: loading.get(name) for name in LOADED}}
         names = {name: public_name(source) for name, source in given.items() if isinstance(source, str | os.PathLike)}
         comparison.sources = {**names, "dtype": str(dtype).removeprefix("torch.")}
         return comparison
