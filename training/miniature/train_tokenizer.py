@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature.captions import vocabulary
 from finelip_sdxl.miniature.tokenizer import MERGES
 
@@ -43,9 +43,8 @@ def main() -> None:
     )
     learner.train_from_iterator(vocabulary(), trainer)
     merges = json.loads(learner.to_str())["model"]["merges"]
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text("".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8")
-    os.replace(temporary, out)
+    with written_whole(out) as temporary:
+        temporary.write_text("".join(f"{left} {right}\n" for left, right in merges), encoding="utf-8")
 
 
 if __name__ == "__main__":
