@@ -60,20 +60,28 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
             ValueError: if there are not as many states as text encoders, or of other widths.
         """
         parts, residuals = [*states, pooled], [*self.states, self.pooled]
-        expected = [*self.config["state_dims"], self.config["pooled_dim"]]
-        if len(parts) != len(expected) or any(
-            part is not None and part.shape[-1] != dim for part, dim in zip(parts, expected, strict=True)
+        if len(parts) != len(self.widths) or any(
+            part is not None and part.shape[-1] != dim for part, dim in zip(parts, self.widths, strict=True)
         ):
             found = ", ".join("–" if part is None else str(part.shape[-1]) for part in parts)
-            raise ValueError(
-                "The conditioning adapter was made for states and a pooled vector of widths "
-                f"{', '.join(map(str, expected))}, but got {found}: use it with the SDXL that it was trained on."
-            )
+            raise self.mismatch(f"got {found}")
         adapted = [
             None if part is None else part + scale * residual(part.to(self.dtype)).to(part.dtype)
             for part, residual in zip(parts, residuals, strict=True)
         ]
         return adapted[:-1], adapted[-1]
+
+    @property
+    def widths(self) -> list[int]:
+        """Those of each text encoder's states, and last that of the pooled vector."""
+        return [*self.config["state_dims"], self.config["pooled_dim"]]
+
+    def mismatch(self, found: str) -> ValueError:
+        """The error to raise where other widths were found than its own."""
+        return ValueError(
+            "The conditioning adapter was made for states and a pooled vector of widths "
+            f"{', '.join(map(str, self.widths))}, but {found}: use it with the SDXL that it was trained on."
+        )
 
 
 def _residual(dim: int, hidden_dim: int) -> nn.Sequential:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import file_exists
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -21,7 +22,7 @@ from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.merging import add_difference
 from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
 from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name
-from finelip_sdxl.pipelines.reading import ENCODERS
+from finelip_sdxl.pipelines.reading import ENCODERS, ReadingMixin
 from finelip_sdxl.prompts import (
     FINELIP_MERGE,
     HIDDEN_STATES,
@@ -55,15 +56,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 _BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
-# To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
-_Parent: Any = object
 
-
-class LoadingMixin(_Parent):
-    """The part of `LongPromptMixin` that loads and saves."""
+class LoadingMixin(ReadingMixin):
+    """The part of `LongPromptMixin` that loads and saves what reads prompts."""
 
     @classmethod
     def from_pretrained(
@@ -322,10 +319,12 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
 
 def _load_index(pipeline_class: Any, base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
     """What `model_index.json` of a base says."""
-    if not os.path.exists(base) and not _HUB_ID.fullmatch(base):
-        raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.")
     try:
+        if not os.path.exists(base):
+            validate_repo_id(base)
         return pipeline_class.load_config(base, **hub_arguments)
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.") from error
     except OSError as error:
         if os.path.exists(base):
             raise
@@ -358,13 +357,8 @@ def _check_adapter(pipe: Any) -> None:
         return
     encoders = [encoder for encoder in (pipe.text_encoder, encoder_2) if encoder is not None]
     found = [*(encoder.config.hidden_size for encoder in encoders), encoder_2.config.projection_dim]
-    expected = [*adapter.config["state_dims"], adapter.config["pooled_dim"]]
-    if found != expected:
-        raise ValueError(
-            f"The conditioning adapter was made for states and a pooled vector of widths"
-            f" {', '.join(map(str, expected))}, but this SDXL's are {', '.join(map(str, found))}: use it with the SDXL"
-            " that it was trained on."
-        )
+    if found != adapter.widths:
+        raise adapter.mismatch(f"this SDXL's are {', '.join(map(str, found))}")
 
 
 @contextmanager

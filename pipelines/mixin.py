@@ -11,7 +11,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.pipelines.loading import ADAPTER, HELD, OPTIONS, UNSWAPPED, LoadingMixin
-from finelip_sdxl.pipelines.reading import ReadingMixin
 from finelip_sdxl.prompts import LENGTH_BUCKETS
 
 
@@ -24,7 +23,7 @@ def _option(name: str, doc: str) -> property:
     )
 
 
-class LongPromptMixin(LoadingMixin, ReadingMixin):
+class LongPromptMixin(LoadingMixin):
     """Put before an SDXL pipeline of Diffusers, makes it read prompts of any length.
 
     A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.

@@ -305,6 +305,8 @@ class ReadingMixin(_Parent):
             return pooled
         for kind in ("states", "empty", "without"):
             given = [None if part.as_stock else getattr(part, kind) for part in encoded]
+            if all(part is None for part in given):  # nothing has weights
+                continue
             # The pooled vector is the last encoder's.
             has_pooled = kind == "states" and not encoded[-1].as_stock
             adapted, adapted_pooled = self.conditioning_adapter(given, pooled if has_pooled else None, scale)
