@@ -1,7 +1,12 @@
 """A tiny SDXL with random weights: the real classes, two text encoders of different widths, 77 positions."""
 
 import copy
+import os
+import random
+import zlib
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -13,6 +18,9 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+
+# Reasons for which a test may be skipped in CI.
+ALLOWED_SKIPS = ("needs a CUDA device",)
 
 WORDS = ["a", "the", "red", "blue", "square", "fox", "hare", "above", "of", "and", "in", "quiet", "small", "large"]
 
@@ -78,6 +86,40 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=32 + 48,
         norm_num_groups=8,
     ).eval()
+
+
+def _seed(name: str) -> None:
+    """Random numbers that depend on a name alone, not on what ran before."""
+    seed = zlib.crc32(name.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request) -> None:
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Fail CI where a test was skipped without leave: it would not exist there."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("CI") or reporter is None:
+        return
+    skipped = [(report.nodeid, report.longrepr[2]) for report in reporter.stats.get("skipped", ())]
+    refused = [f"{name}: {why}" for name, why in skipped if not any(allowed in why for allowed in ALLOWED_SKIPS)]
+    if refused:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter.write_line("CI fails, since these tests were skipped and may not be:", red=True)
+        for line in refused:
+            reporter.write_line(f"  {line}", red=True)
 
 
 @pytest.fixture(scope="session")
