@@ -248,7 +248,7 @@ def _locked(parent: Path) -> Iterator[None]:
     file = parent / f"{_WORKPLACE}{os.getuid() if hasattr(os, 'getuid') else ''}.lock"
     file.touch()  # fails where nothing can be written; a lock would wait there
     lock = FileLock(file)
-    lock.acquire()
+    lock.acquire(poll_interval=0.01)
     try:
         yield
     finally:
@@ -259,18 +259,11 @@ def _locked(parent: Path) -> Iterator[None]:
 
 def _clear_dead(parent: Path) -> None:
     for place in parent.glob(f"{_WORKPLACE}*"):
-        found = place.lstat()
-        if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
-            continue
-        lock = FileLock(place / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except OSError:  # its writer lives
-            continue
-        try:
-            _clear(place)
-        finally:
-            lock.release()
+        with suppress(OSError):  # its writer lives or has just removed it, or it is another user's
+            found = place.lstat()
+            if stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid()):
+                with FileLock(place / "lock").acquire(timeout=0):
+                    _clear(place)
 
 
 def _clear(place: Path) -> None:
