@@ -21,8 +21,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock
-
 logger = logging.getLogger(__name__)
 
 _WORKPLACE = ".finelip-sdxl-"
@@ -230,7 +228,7 @@ def _workplace(parent: Path) -> Iterator[Path]:
     with _locked(parent):  # else another one could take a workplace that is not locked yet for a dead one's
         _clear_dead(parent)
         place.mkdir(mode=0o700)
-        lock = FileLock(place / "lock")
+        lock = _lock(place / "lock")
         lock.acquire()
     try:
         yield place
@@ -247,7 +245,7 @@ def _locked(parent: Path) -> Iterator[None]:
     """One writer of this user's at a time, for as long as folders take each other's places."""
     file = parent / f"{_WORKPLACE}{os.getuid() if hasattr(os, 'getuid') else ''}.lock"
     file.touch()  # fails where nothing can be written; a lock would wait there
-    lock = FileLock(file)
+    lock = _lock(file)
     lock.acquire(poll_interval=0.01)
     try:
         yield
@@ -257,12 +255,18 @@ def _locked(parent: Path) -> Iterator[None]:
         lock.release()
 
 
+def _lock(file: Path) -> Any:
+    from filelock import FileLock  # as slow to import as all else that `--help` needs
+
+    return FileLock(file)
+
+
 def _clear_dead(parent: Path) -> None:
     for place in parent.glob(f"{_WORKPLACE}*"):
         with suppress(OSError):  # its writer lives or has just removed it, or it is another user's
             found = place.lstat()
             if stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid()):
-                with FileLock(place / "lock").acquire(timeout=0):
+                with _lock(place / "lock").acquire(timeout=0):
                     _clear(place)
 
 

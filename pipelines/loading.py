@@ -4,9 +4,11 @@ import inspect
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -263,7 +265,8 @@ class LoadingMixin(ReadingMixin):
 
         Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
         `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, it is shared, with a card that says what it is
-        made of if the repository has no card yet. Of paths on this machine, only the last part is saved.
+        made of if the repository has no card yet. Of paths on this machine, only the last part is saved. Weights
+        are as readable as `model_index.json`.
         """
         if self.conditioning_adapter is not None:
             logger.warning(
@@ -274,6 +277,10 @@ class LoadingMixin(ReadingMixin):
         without_paths(self)
         with _prefixed_keys(self):
             super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+        folder = Path(save_directory)
+        for name in self.components:
+            for file in folder.glob(f"{name}/*.safetensors"):  # which safetensors gives to their owner alone
+                shutil.copymode(folder / self.config_name, file)
 
     def _upload_folder(
         self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any
