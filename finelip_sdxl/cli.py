@@ -215,7 +215,7 @@ def _export_comfyui(options: argparse.Namespace) -> None:
     from finelip_sdxl.export import COMFYUI_FILES, save_comfyui
 
     out = _folder(options)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
-    if out.exists() and not out.is_dir():
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: pass the name of a directory.")
     check_writable(out)
     for file in COMFYUI_FILES.values():
@@ -355,7 +355,7 @@ def _free_folder(options: argparse.Namespace) -> Path:
     """The folder that a pipeline is to be written to, once it is sure that it may be."""
     out = _folder(options)
     place = Path(os.path.realpath(out))
-    if place.is_mount():
+    if os.path.ismount(place):
         raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced: pass a directory in it.")
     check_writable(place.parent)  # first: it also puts back what a killed run has left aside
     if not os.path.lexists(place):
@@ -405,7 +405,7 @@ def _circumstances(device: Any) -> dict[str, Any]:
 
 def _output_file(option: str, name: str) -> Path:
     file = Path(name)
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ValueError(f"{option} {name} is a directory: pass the name of a file.")
     check_file(file)
     return file
@@ -413,7 +413,7 @@ def _output_file(option: str, name: str) -> Path:
 
 def _image_files(out: str, count: int) -> list[Path]:
     file = Path(out)
-    if file.suffix.lower() != ".png" or file.is_dir():
+    if file.suffix.lower() != ".png" or os.path.isdir(file):
         raise ValueError(f"--out {out} must be the name of a PNG file, such as picture.png.")
     files = [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
     for file in files:

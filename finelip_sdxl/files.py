@@ -308,6 +308,8 @@ def _replace(target: Path, new: Path, place: Path, names: Collection[str]) -> No
 def _link(source: Path, copy: Path) -> None:
     """What somebody keeps in a folder, in another one as well: no copy where the disk can. What is there stays."""
     if source.is_dir() and not source.is_symlink():
+        if os.path.ismount(source):  # it would go with the old folder
+            raise FileExistsError(f"{source} is where a disk is mounted, so nothing can take its folder's place.")
         copy.mkdir(exist_ok=True)
         for name in os.listdir(source):
             _link(source / name, copy / name)
@@ -315,7 +317,7 @@ def _link(source: Path, copy: Path) -> None:
     elif not os.path.lexists(copy):
         try:
             os.link(source, copy, follow_symlinks=False)
-        except OSError:
+        except (OSError, NotImplementedError):
             shutil.copy2(source, copy, follow_symlinks=False)
 
 

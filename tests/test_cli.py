@@ -376,7 +376,7 @@ def make_place(kind: str, path: Path) -> str:
         ("/", "is where a disk is mounted"),
         ("", "has an empty name"),
         (" ", "has an empty name"),
-        ("a" * 256, "File name too long"),
+        ("a" * 256, "cannot be written to (File name too long)"),
     ],
 )
 @pytest.mark.parametrize("command", [["convert", "miniature"], ["export"]])
@@ -549,6 +549,8 @@ def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys
         (["--model", "miniature-clip-1", "--tokenizer", "{empty}"], "pass --tokenizer"),
         (["--model", "miniature-clip-1", "--max-tokens", "249"], "max_tokens is 249; expected from 3 to 248"),
         (["--json", "{empty}"], "is a directory"),
+        (["--json", "a" * 256], "cannot be written to (File name too long)"),
+        (["--json", ""], "is a directory"),
         (["--device", "nowhere"], "is no device"),
     ],
 )
@@ -584,6 +586,13 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "is no directory here"),
         *[([command, "a", "--out", "/proc/1/a.png"], "cannot be written to") for command in ("generate", "compare")],
         (["convert", "{stock}", "/proc/none/long"], "cannot be written to"),
+        *[
+            ([command, "a", "--out", f"{'a' * 252}.png"], "cannot be written to (File name too long)")
+            for command in ("generate", "compare")
+        ],
+        (["generate", "a", "--out", "{png}/a.png"], "cannot be written to (Not a directory)"),
+        (["export", "{png}", "--format", "comfyui"], "is a file: pass the name of a directory"),
+        (["export", "", "--format", "comfyui"], "has an empty name"),
         (["compare"], "Pass one prompt"),
         (["compare", "a", "--out", "grid.jpg"], "must be the name of a PNG file"),
         (["compare", "a", "--out", "{png}", "--seed", "-1"], "`seed` is -1"),

@@ -230,6 +230,20 @@ def test_a_name_in_the_way_is_refused_and_nothing_is_changed(tmp_path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_disk_that_is_mounted_in_a_folder_is_not_emptied(tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    (out / "loras" / "disk").mkdir(parents=True)
+    (out / "loras" / "disk" / "a").write_text("mine")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with (
+        pytest.raises(FileExistsError, match="disk is where a disk is mounted"),
+        written_folder(out, lambda folder: []),
+    ):
+        pass
+    assert (out / "loras" / "disk" / "a").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def test_a_folder_that_came_meanwhile_is_not_touched(tmp_path) -> None:
     def write() -> None:
         with written_folder(tmp_path / "out"):
