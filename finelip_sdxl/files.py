@@ -331,18 +331,14 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _finish(file: Path, mode: int) -> None:
     """All of a file on the disk, and readable to whom its mode says: safetensors gives files to their owner alone."""
-    descriptor = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(file)
     file.chmod(mode)
 
 
-def _sync(folder: Path) -> None:
-    """The names in a folder on the disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """All of a file, or the names in a folder, on the disk."""
+    if os.name == "posix":  # elsewhere folders cannot be opened, nor files synced that are only read
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
