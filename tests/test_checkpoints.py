@@ -451,8 +451,41 @@ def test_subfolder_variant_and_shards(tmp_path) -> None:
     clip.save_pretrained(tmp_path / "text_encoder", variant="fp16", max_shard_size="400KB")
     assert not (tmp_path / "text_encoder" / "model.fp16.safetensors").exists()
     assert same_weights(load_finelip(tmp_path, subfolder="text_encoder", variant="fp16"), load_finelip(clip))
-    with pytest.raises(FileNotFoundError, match="variant='fp16'"):
-        load_finelip(tmp_path, subfolder="text_encoder")
+
+
+def test_the_only_variant_is_taken_and_said(tmp_path, caplog) -> None:
+    clip = tiny_clip()
+    for folder, size in (("whole", "5GB"), ("shards", "400KB")):
+        clip.save_pretrained(tmp_path / folder, variant="bf16", max_shard_size=size)
+        caplog.clear()
+        assert same_weights(load_finelip(tmp_path / folder), load_finelip(clip))
+        assert [record.getMessage() for record in caplog.records if "variant" in record.getMessage()] == [
+            f"{tmp_path / folder} holds weights of variant bf16 alone, so these are loaded."
+        ]
+    clip.save_pretrained(tmp_path / "whole", variant="fp16")
+    with pytest.raises(ValueError, match="weights of variants bf16, fp16: pass one of these as variant="):
+        load_finelip(tmp_path / "whole")
+    clip.save_pretrained(tmp_path / "whole")
+    caplog.clear()
+    load_finelip(tmp_path / "whole")
+    assert "variant" not in caplog.text, "the plain ones are there"
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.ema\.safetensors"):
+        load_finelip(tmp_path / "whole", variant="ema")
+
+
+def test_the_only_variant_of_a_hub_repository_is_taken(monkeypatch, tmp_path) -> None:
+    clip = tiny_clip()
+    clip.save_pretrained(tmp_path / "text", variant="fp16")
+
+    def download(repo: str, filename: str, subfolder: str | None) -> str:
+        if not (path := tmp_path / subfolder / filename).exists():
+            raise hub_error("EntryNotFoundError")
+        return str(path)
+
+    monkeypatch.setattr("finelip_sdxl.checkpoints.hf_hub_download", download)
+    names = ["model.bf16.safetensors", *(f"text/{path.name}" for path in (tmp_path / "text").iterdir())]
+    monkeypatch.setattr("finelip_sdxl.checkpoints.list_repo_files", lambda repo: names)
+    assert same_weights(load_finelip("somebody/something", subfolder="text"), load_finelip(clip))
 
 
 def test_a_bin_directory(tmp_path) -> None:
