@@ -21,7 +21,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _LARGEST_JSON = 1 << 26  # bytes; tokenizers have the largest, of a few million
 _DEEPEST_JSON = 32
-_LARGEST_NUMBER = 1 << 31  # of a config; no size, count or token id comes near
+_LARGEST_NUMBER = 1 << 31  # of a model's config; no size, count or token id comes near
 _AGAIN = "copy or download it again"
 
 
@@ -121,8 +121,8 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
         )
 
 
-def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str) -> None:
-    """That no number or list of a model's config asks for more than the weights beside it could fill.
+def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str, largest: int = _LARGEST_NUMBER) -> None:
+    """That no number or list of a config asks for more than the weights beside it could fill.
 
     Building even an empty model takes time and memory for each layer, so that this comes before.
 
@@ -130,6 +130,7 @@ def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str) -> 
         config: content of the file.
         weights: how many tensors there are.
         file: of the config, for messages.
+        largest: whole number that may be in it; none may be negative.
 
     Raises:
         ValueError: the field by name, and what is wrong with it.
@@ -140,12 +141,14 @@ def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str) -> 
         ValueError: unet/config.json says layers_per_block 1000000, but there are only 400 weights beside it: ...
     """
     for field, value in _fields(config):
-        if isinstance(value, list) and len(value) > max(weights, 64):
+        if isinstance(value, list) and len(value) > max(weights, 1000):
             raise ValueError(f"{file} has {len(value)} entries in {field}, but {_only(weights)}.")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, float) and value != value:
+            raise ValueError(f"{file} says {field} NaN, which is no number: {_AGAIN}.")
+        if isinstance(value, bool) or not isinstance(value, int):
             continue
-        if value != value or abs(value) > _LARGEST_NUMBER:
-            raise ValueError(f"{file} says {field} {value!s:.20}, which is no number for a model: {_AGAIN}.")
+        if not 0 <= value <= largest:
+            raise ValueError(f"{file} says {field} {value!s:.20}; expected a number from 0 to {largest}.")
         if "layers" in field and value > weights:
             raise ValueError(f"{file} says {field} {value}, but {_only(weights)}.")
 
@@ -158,7 +161,7 @@ def config_errors(file: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(f"{file} does not describe a model ({one_line(error)}): {_AGAIN}.") from error

@@ -5,6 +5,7 @@ so nothing here defines a model class.
 """
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from finelip_sdxl.foreign_files import Shapes, config_errors
@@ -121,10 +129,40 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
 
 
 def with_max_length(tokenizer: Any, length: int) -> Any:
-    """A copy of a tokenizer that reads `length` tokens. (A deep copy of `CLIPTokenizer` decodes wrongly.)"""
+    """A copy of a tokenizer that reads `length` tokens, and neither cuts nor pads by itself.
+
+    A deep copy of `CLIPTokenizer` decodes wrongly; and how the last call has cut and padded is saved with a tokenizer,
+    where other programs take it for a rule.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return type(tokenizer).from_pretrained(folder, model_max_length=length)
+        copied = type(tokenizer).from_pretrained(folder, model_max_length=length)
+    copied.backend_tokenizer.no_truncation()
+    copied.backend_tokenizer.no_padding()
+    return copied
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
+    """That a tokenizer knows words. Without its files, transformers makes one that knows letters, or nothing, and says
+    nothing of it.
+
+    Args:
+        tokenizer: of a CLIP.
+        name: of where it comes from, for messages.
+
+    Raises:
+        ValueError: it does not.
+
+    Example:
+        >>> check_tokenizer(CLIPTokenizer(), "tokenizer")
+        Traceback (most recent call last):
+        ValueError: tokenizer knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or ...
+    """
+    if not json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges"):
+        raise ValueError(
+            f"{name} knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or empty, so"
+            " fetch them again."
+        )
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
@@ -185,7 +223,7 @@ def build_model(
     check_shapes(model_class, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
 
     sample = next(iter(tensors.values()))
-    with _without_progress_bar():
+    with _without_progress_bar(), config_errors(_config_of(model_class, name)):
         model = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
     return model.to(sample.device)  # type: ignore[arg-type]
 
@@ -198,7 +236,7 @@ def check_shapes(model_class: type, config: PreTrainedConfig, shapes: Shapes, na
     """
     kind, where = model_class.__name__, "" if name is None else f"{name}: "
     prefix = "text_model." if model_class is CLIPTextModel else ""
-    with config_errors(f"{where}the config of the {kind}"), torch.device("meta"):
+    with config_errors(_config_of(model_class, name)), torch.device("meta"):
         expected = {prefix + key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
     if unknown := sorted(shapes.keys() - expected.keys()):
         is_adapter = any("lora" in key or "base_layer" in key for key in unknown)
@@ -211,6 +249,10 @@ def check_shapes(model_class: type, config: PreTrainedConfig, shapes: Shapes, na
     for key, shape in expected.items():
         if shapes[key] != shape:
             raise ValueError(f"{where}{key!r} has shape {shapes[key]}, but the config of the {kind} says {shape}.")
+
+
+def _config_of(model_class: type, name: str | None) -> str:
+    return f"The config of {'a ' + model_class.__name__ if name is None else name}"
 
 
 def check_text_config(config: CLIPTextConfig, shapes: Shapes, name: str) -> None:
