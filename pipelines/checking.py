@@ -62,8 +62,13 @@ def check_folder(folder: str | os.PathLike, leave_out: Mapping[str, Any] | None 
             continue
         if not isinstance(entry, list | str):  # a conditioning adapter's is a string
             raise ValueError(f"{folder / 'model_index.json'} says {name} {entry!r}; expected its library and class.")
-        for file in (folder / name).glob("*config.json"):
-            _check_config(file, entry)
+        check_component(folder / name, entry)
+
+
+def check_component(folder: Path, entry: Any = None) -> None:
+    """As `check_folder`, of one component; `entry` is its library and class."""
+    for file in folder.glob("*config.json"):
+        _check_config(file, entry)
 
 
 def _check_config(file: Path, entry: Any) -> None:
@@ -112,6 +117,11 @@ def loading_errors(source: str | os.PathLike, variant: str | None = None) -> Ite
             raise ValueError(
                 f"{said}: {source} has no weights of variant {variant}, so leave the variant out, or pass one that its"
                 " files are named after, such as fp16 for model.fp16.safetensors."
+            ) from error
+        if "no file named" in said:
+            raise FileNotFoundError(
+                f"{place} lacks weights ({said}): fetch them, or pass variant= if they are named after one, such as"
+                " fp16 for model.fp16.safetensors."
             ) from error
         if isinstance(error, SafetensorError) or "Unable to load weights" in said:
             raise ValueError(

@@ -22,7 +22,13 @@ from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.merging import add_difference
 from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
 from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name
-from finelip_sdxl.pipelines.checking import check_folder, loading_errors, single_file_errors, write_configs
+from finelip_sdxl.pipelines.checking import (
+    check_component,
+    check_folder,
+    loading_errors,
+    single_file_errors,
+    write_configs,
+)
 from finelip_sdxl.pipelines.reading import ENCODERS, ReadingMixin
 from finelip_sdxl.prompts import (
     FINELIP_MERGE,
@@ -137,11 +143,11 @@ class LoadingMixin(ReadingMixin):
             if os.path.isdir(base):
                 check_folder(base, leave_out=kwargs)
             if adapter is ... and index.get(ADAPTER):
-                adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, dtype=dtype, **hub_arguments)
+                adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
             pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
         _check_parts(pipe, base)
         pipe.register_to_config(**{BASE: index.get(BASE, origin)})
-        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None:
+        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
             pipe._swap_text_encoders(finelip, finelip_2, merge_base)
@@ -373,7 +379,18 @@ def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAd
             " --method lora writes goes to finelip= and finelip_2=)."
         )
     with loading_errors(source):
+        check_component(Path(source))
         return ConditioningAdapter.from_pretrained(source, **arguments)
+
+
+def _own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
+    """That of a saved pipeline: of the variant if it was saved as one, as components are, or else plain."""
+    if variant is not None:
+        try:
+            return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, variant=variant, **arguments)
+        except OSError:
+            pass
+    return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, **arguments)
 
 
 def _check_parts(pipe: Any, source: str) -> None:
