@@ -5,17 +5,15 @@ transformers' `CLIPModel`, make one positional table of at least 248 rows, deriv
 `save_published` goes the way back, to a file in the layout of the published checkpoints.
 """
 
-import json
-import pickle
+import logging
 import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -23,8 +21,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -36,12 +33,33 @@ from transformers import (
 )
 
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.foreign_files import (
+    Shapes,
+    check_finite,
+    check_numbers,
+    config_errors,
+    read_json,
+    read_tensors,
+    shard_names,
+)
 from finelip_sdxl.miniature import resolve_finelip
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
 from finelip_sdxl.model_card import MADE_FROM, public_name
 from finelip_sdxl.prompts import STOCK_POSITIONS
-from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
-from finelip_sdxl.text_encoders import POSITION_TABLE, TextEncoder, build_model, text_encoder_tensors
+from finelip_sdxl.stretch import FACTOR, KEEP, check_stretch, stretch_positions
+from finelip_sdxl.text_encoders import (
+    POSITION_TABLE,
+    TOKEN_TABLE,
+    TextEncoder,
+    build_model,
+    check_text_config,
+    check_tower_config,
+    dims,
+    text_encoder_tensors,
+    tower_sizes,
+)
+
+logger = logging.getLogger(__name__)
 
 Source = str | Path | Mapping[str, Tensor] | FineLIPModel | CLIPModel | TextEncoder
 
@@ -52,7 +70,6 @@ _VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
 _OPEN_CLIP_TEXT_WIDTHS = (1024, 1280)
 
 _SECOND_TABLE = "text_model.embeddings.position_embedding_res.weight"
-_TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 _PATCHES = "vision_model.embeddings.patch_embedding.weight"
 
 
@@ -93,11 +110,12 @@ def load_finelip(
     Args:
         source: see above.
         keep: leading positions that a stretch leaves alone, and that a second table leaves to the first.
-        factor: positions that a stretch makes of each later one.
+        factor: positions that a stretch makes of each later one, from 1 to 1000.
         dtype: of the model; by default the widest in `source`, so that nothing is lost.
         activation: "quick_gelu" or "gelu", against what the source says or suggests.
         subfolder: of a directory or hub repository, e.g. "text_encoder" for an SDXL.
-        variant: of the weights in a directory or hub repository, e.g. "fp16" for `model.fp16.safetensors`.
+        variant: of the weights in a directory or hub repository, e.g. "fp16" for `model.fp16.safetensors`. Without it,
+            the plain ones, or those of the only variant that is there, which is then logged.
         **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as for `from_pretrained`.
 
     Returns:
@@ -107,8 +125,9 @@ def load_finelip(
     Raises:
         FileNotFoundError: if a path, or a file that must be in a directory, does not exist.
         OSError: if a hub repository or a file cannot be read.
-        ValueError: if the weights are not a CLIP's (the message says what they look like), incomplete, or an argument
-            is out of range.
+        ValueError: if the weights are not a CLIP's (the message says what they look like), incomplete, not finite or
+            not those that the config speaks of, if a file holds or leads to more than weights, or if an argument is out
+            of range.
 
     Example:
         >>> from transformers import CLIPTextConfig, CLIPTextModel
@@ -118,14 +137,16 @@ def load_finelip(
         (248, 77)
     """
     kind = "state dict" if isinstance(source, Mapping) else type(source).__name__
-    name = str(source) if isinstance(source, str | Path) else f"The given {kind}"
+    name = str(Path(source, subfolder)) if isinstance(source, str | Path) else f"The given {kind}"
     tensors, config = _read(source, subfolder, variant, hub_kwargs)
     finelip_config, tensors = convert_weights(
         tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
     )
     if isinstance(source, str | Path):
         setattr(finelip_config.text_config, MADE_FROM, public_name(source))
-    return build_model(FineLIPModel, finelip_config, tensors)
+    if not isinstance(source, FineLIPModel):  # which was loaded, and seen through, by this function
+        check_finite(tensors, name)
+    return build_model(FineLIPModel, finelip_config, tensors, name)
 
 
 def save_published(model: FineLIPModel, path: str | Path) -> None:
@@ -235,7 +256,7 @@ def _read(
         )
     path = Path(source)
     if path.is_file():
-        return _read_file(path), None
+        return _unnest(read_tensors(path)), None
     if not path.is_dir() and not _may_be_hub_id(source):
         raise FileNotFoundError(f"{source} does not exist: give a checkpoint file, a model directory or a hub id.")
     return _read_repository(str(source), subfolder, variant, hub_kwargs)
@@ -244,40 +265,6 @@ def _read(
 def _may_be_hub_id(source: str | Path) -> bool:
     is_file_name = Path(source).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
     return isinstance(source, str) and not is_file_name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        start = file.read(16)
-    if start.startswith(b"version https://"):
-        raise OSError(f"{path} is a Git LFS pointer, not the weights it points to: fetch them with `git lfs pull`.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise OSError(f"{path} is not a whole safetensors file ({error}): copy or download it again.") from error
-    if start[:2] != b"PK" and start[:1] != b"\x80":
-        raise OSError(f"{path} is neither a PyTorch file nor named .safetensors: it begins with {start[:8]!r}.")
-    return _unnest(_read_pickle(path))
-
-
-def _read_pickle(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.endswith("/constants.pkl") for entry in archive.namelist()):
-                raise ValueError(
-                    f"{path} is a TorchScript archive, which holds code as well: save its weights alone, "
-                    "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt'), and load those."
-                )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds Python objects besides tensors, and loading those could run code: "
-            "save its state dict alone, torch.save(model.state_dict(), 'weights.pt'), and load that."
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise OSError(f"{path} is not a whole PyTorch file: copy or download it again.") from error
 
 
 def _unnest(content: Any) -> dict[str, Tensor]:
@@ -304,24 +291,67 @@ def _read_repository(
                 f"{place} is a whole pipeline: pass an encoder in it, such as {place}/text_encoder (of a hub"
                 " repository, subfolder='text_encoder')."
             )
-        raise FileNotFoundError(f"{place} holds no config.json: give a directory or repository of a CLIP model.")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+        # What the recipes write: a model in `last`, or a text encoder in each folder of that.
+        inner = [Path(place, *parts) for parts in (("last",), ("last", "text_encoder"), ("text_encoder",))]
+        found = next((folder for folder in inner if (folder / "config.json").is_file()), None)
+        hint = "give a directory or repository of a CLIP model" if found is None else f"give {found}, which does"
+        raise FileNotFoundError(f"{place} holds no config.json: {hint}.")
+    config = read_json(config_file)
     _check_model_type(config, place)  # before gigabytes are fetched
 
+    files = _weight_files(find, variant)
+    if not files and not variant and (only := _only_variant(source, subfolder, hub_kwargs, place)):
+        logger.warning("%s holds weights of variant %s alone, so these are loaded.", place, only)
+        files = _weight_files(find, only)
+    if not files:
+        infix = f".{variant}" if variant else ""
+        raise FileNotFoundError(f"{place} holds no model{infix}.safetensors or pytorch_model{infix}.bin.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(_unnest(read_tensors(file)))
+    check_numbers(config, len(tensors), config_file)
+    return tensors, config
+
+
+def _weight_files(find: Callable[[str], Path | None], variant: str | None) -> list[Path]:
+    """The files of a model's weights, of a variant if one is given; none if they are not there."""
     infix = f".{variant}" if variant else ""
     for filename in (f"model{infix}.safetensors", f"pytorch_model{infix}.bin"):
         if (file := find(filename)) is not None:
-            return _read_file(file), config
+            return [file]
     for filename in (f"model.safetensors.index{infix}.json", f"pytorch_model.bin.index{infix}.json"):
-        if (file := find(filename)) is not None:
-            tensors: dict[str, Tensor] = {}
-            for shard_name in sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())):
-                if (shard := find(shard_name)) is None:
-                    raise FileNotFoundError(f"{place} lacks {shard_name}, which its {filename} names.")
-                tensors.update(_read_file(shard))
-            return tensors, config
-    hint = "" if variant else " (if they are named model.fp16.safetensors, pass variant='fp16')"
-    raise FileNotFoundError(f"{place} holds no model{infix}.safetensors or pytorch_model{infix}.bin{hint}.")
+        if (index := find(filename)) is not None:
+            shards = {name: find(name) for name in shard_names(index)}
+            if lacking := [name for name, shard in shards.items() if shard is None]:
+                raise FileNotFoundError(f"{index} names {lacking[0]}, which is not beside it: fetch it as well.")
+            return [shard for shard in shards.values() if shard is not None]
+    return []
+
+
+_VARIANT = r"(?:pytorch_)?model(?:\.safetensors\.index|\.bin\.index)?\.([^.-]+)\.(?:safetensors|bin|json)"
+
+
+def _only_variant(source: str, subfolder: str, hub_kwargs: dict[str, Any], place: str) -> str | None:
+    """The variant of the weights in a directory or hub repository, None if there are none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    folder = Path(source, subfolder)
+    if folder.is_dir():
+        names = [file.name for file in folder.iterdir()]
+    else:
+        try:
+            asked = {name: hub_kwargs[name] for name in ("revision", "token") if name in hub_kwargs}
+            paths = list_repo_files(source, **asked)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+            return None
+        names = [Path(path).name for path in paths if Path(path).parent == Path(subfolder)]
+    matches = [re.fullmatch(_VARIANT, name) for name in names]
+    variants = sorted({match[1] for match in matches if match})
+    if len(variants) > 1:
+        raise ValueError(f"{place} holds weights of variants {', '.join(variants)}: pass one of these as variant=.")
+    return variants[0] if variants else None
 
 
 def _find_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[str, Any]) -> Path | None:
@@ -354,7 +384,7 @@ _CLIP_TEXT_KEY = r"^(?:text_model\.)*(?:embeddings\.)?token_embedding\.weight$"
 
 # OpenAI's names and ours, either way; ^ and $ are the ends of a key.
 _OPENAI_NAMES = (
-    ("^token_embedding.weight$", f"^{_TOKEN_TABLE}$"),
+    ("^token_embedding.weight$", f"^{TOKEN_TABLE}$"),
     ("^positional_embedding$", f"^{POSITION_TABLE}$"),
     ("^positional_embedding_res$", f"^{_SECOND_TABLE}$"),
     ("^text_projection$", "^text_projection.weight$"),
@@ -481,6 +511,11 @@ _UNSUPPORTED_CLIPS = (
     (r"^logit_bias$|^vision_model\.head\.|^text_model\.head\.", "a SigLIP"),
     (r"rotary|(^|\.)rope\.|inv_freq", "a CLIP with rotary positions (RoPE), and SDXL's encoders have a table of them"),
     (r"^visual\.(layer1|attnpool)\.", "a CLIP with a ResNet for images, and only ViT is supported"),
+    (
+        r"\.theta$",
+        "a CLIP in geometric parametrization (GmP), each of its weights split into theta and r: give the file that its"
+        " author has converted back to plain weights",
+    ),
     (r"^visual\.trunk\.|^transformer\.(embeddings|encoder)\.", "an open_clip with a tower of another library"),
 )
 _OTHER_WEIGHTS = (
@@ -541,7 +576,9 @@ def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: 
             " (RoPE), and SDXL's encoders have a table of them."
         )
     table = tensors[POSITION_TABLE]
+    dims({POSITION_TABLE: tuple(table.shape)}, POSITION_TABLE, 2, name)
     second = tensors.pop(_SECOND_TABLE, None)
+    check_stretch(max(table.shape[0], STOCK_POSITIONS), keep, factor)
     if second is not None:
         if second.shape != table.shape:
             raise ValueError(
@@ -561,19 +598,22 @@ def _derive_config(
     tensors: Mapping[str, Tensor], given: dict[str, Any] | None, activation: str | None, is_published: bool, name: str
 ) -> FineLIPConfig:
     """The config of the model: what tensors tell from the tensors, the rest as given or, for a bare file, inferred."""
-    config = _infer_config(tensors, is_published, name) if given is None else _read_config(given, name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    config = _infer_config(shapes, is_published, name) if given is None else _read_config(given, name)
     text = config.text_config
-    text.vocab_size = tensors[_TOKEN_TABLE].shape[0]
-    text.max_position_embeddings = tensors[POSITION_TABLE].shape[0]
+    text.vocab_size, _ = dims(shapes, TOKEN_TABLE, 2, name)
+    text.max_position_embeddings, _ = dims(shapes, POSITION_TABLE, 2, name)
     if _PATCHES not in tensors:
         config.vision_config = None
-    projection = tensors.get("text_projection.weight")
-    config.projection_dim = None if projection is None else projection.shape[0]
+    config.projection_dim = _rows(shapes, "text_projection.weight", name)
     for tower in filter(None, (text, config.vision_config)):
         tower.hidden_act = activation or tower.hidden_act
         tower.projection_dim = config.projection_dim or tower.projection_dim
-    config.refined_image_tokens = _rows(tensors, "image_refinement.weight.3.weight")
-    config.refined_text_tokens = _rows(tensors, "text_refinement.weight.3.weight")
+    config.refined_image_tokens = _rows(shapes, "image_refinement.weight.3.weight", name)
+    config.refined_text_tokens = _rows(shapes, "text_refinement.weight.3.weight", name)
+    check_text_config(text, shapes, name)
+    if config.vision_config is not None:
+        check_tower_config(config.vision_config, shapes, "vision_model", name)
     return config
 
 
@@ -588,7 +628,8 @@ _CONFIG_CLASSES = {
 
 
 def _check_model_type(config: dict[str, Any], name: str) -> None:
-    if (model_type := config.get("model_type")) not in _CONFIG_CLASSES:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _CONFIG_CLASSES:
         raise ValueError(
             f"{name} is not a CLIP with a text tower: its config says model_type {model_type!r}, and nothing else can"
             " take the place of SDXL's text encoders."
@@ -598,52 +639,46 @@ def _check_model_type(config: dict[str, Any], name: str) -> None:
 def _read_config(given: dict[str, Any], name: str) -> FineLIPConfig:
     _check_model_type(given, name)
     known: Any = _CONFIG_CLASSES[given["model_type"]]
-    config = known.from_dict({key: value for key, value in given.items() if key != "model_type"})
+    with config_errors(f"The config of {name}"):
+        config = known.from_dict({key: value for key, value in given.items() if key != "model_type"})
     if known is CLIPConfig:
         return FineLIPConfig(text_config=config.text_config, vision_config=config.vision_config)
     return FineLIPConfig(text_config=config) if known is CLIPTextConfig else config
 
 
-def _infer_config(tensors: Mapping[str, Tensor], is_published: bool, name: str) -> FineLIPConfig:
-    vocab_size, width = tensors[_TOKEN_TABLE].shape
+def _infer_config(shapes: Shapes, is_published: bool, name: str) -> FineLIPConfig:
+    vocab_size, width = dims(shapes, TOKEN_TABLE, 2, name)
     is_open_clip = width in _OPEN_CLIP_TEXT_WIDTHS and not is_published
     hidden_act = "gelu" if is_open_clip else "quick_gelu"
     text_config = CLIPTextConfig(
         hidden_act=hidden_act,
         vocab_size=vocab_size,
         # CLIP's vocabularies end in the start and the end token, and its tokenizer pads with 0.
-        bos_token_id=vocab_size - 2,
+        bos_token_id=max(vocab_size - 2, 0),
         eos_token_id=vocab_size - 1,
         pad_token_id=0,
-        **_tower_sizes(tensors, "text_model", width, _HEAD_WIDTH, name),
+        **_tower_sizes(shapes, "text_model", _HEAD_WIDTH, name),
     )
-    if _PATCHES not in tensors:
+    if _PATCHES not in shapes:
         return FineLIPConfig(text_config=text_config)
-    width, channels, _, patch_size = tensors[_PATCHES].shape
-    patches = tensors["vision_model.embeddings.position_embedding.weight"].shape[0] - 1
+    width, channels, _, patch_size = dims(shapes, _PATCHES, 4, name)
+    patches = dims(shapes, "vision_model.embeddings.position_embedding.weight", 2, name)[0] - 1
     vision_config = CLIPVisionConfig(
         hidden_act=hidden_act,
         num_channels=channels,
         patch_size=patch_size,
         image_size=patch_size * round(patches**0.5),
-        **_tower_sizes(tensors, "vision_model", width, _VISION_HEAD_WIDTHS.get(width, _HEAD_WIDTH), name),
+        **_tower_sizes(shapes, "vision_model", _VISION_HEAD_WIDTHS.get(width, _HEAD_WIDTH), name),
     )
     return FineLIPConfig(text_config=text_config, vision_config=vision_config)
 
 
-def _tower_sizes(tensors: Mapping[str, Tensor], tower: str, width: int, head_width: int, name: str) -> dict[str, Any]:
+def _tower_sizes(shapes: Shapes, tower: str, head_width: int, name: str) -> dict[str, Any]:
+    sizes = tower_sizes(shapes, tower, name)
+    width = sizes["hidden_size"]
     if width % head_width:
         raise ValueError(f"{name} has a {tower} {width} wide, which does not split into heads of {head_width}.")
-    layers = {key.split(".")[3] for key in tensors if key.startswith(f"{tower}.encoder.layers.")}
-    intermediate = _rows(tensors, f"{tower}.encoder.layers.0.mlp.fc1.weight")
-    if intermediate is None:
-        raise ValueError(f"{name} lacks the first layer of its {tower}: it is no whole checkpoint.")
-    return {
-        "hidden_size": width,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": width // head_width,
-    }
+    return {**sizes, "num_attention_heads": width // head_width}
 
 
 # What an encoder computes with, and its file without a config leaves to be inferred.
@@ -673,5 +708,5 @@ def _check_published_layout_suffices(model: FineLIPModel, path: Path) -> None:
                 )
 
 
-def _rows(tensors: Mapping[str, Tensor], key: str) -> int | None:
-    return tensors[key].shape[0] if key in tensors else None
+def _rows(shapes: Shapes, key: str, name: str) -> int | None:
+    return dims(shapes, key, 2, name)[0] if key in shapes else None

@@ -22,7 +22,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         hidden_dim: width of the hidden layers.
 
     Raises:
-        ValueError: if a width is below 1.
+        ValueError: if a width is no whole number of at least 1, or there is none of states.
 
     Example:
         >>> import torch
@@ -35,10 +35,11 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, state_dims: Sequence[int] = (768, 1280), pooled_dim: int = 1280, hidden_dim: int = 512) -> None:
         super().__init__()
-        if min(*state_dims, pooled_dim, hidden_dim) < 1:
+        widths = [*state_dims, pooled_dim, hidden_dim] if isinstance(state_dims, list | tuple) and state_dims else [0]
+        if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 1 for width in widths):
             raise ValueError(
-                f"ConditioningAdapter got state_dims={tuple(state_dims)}, pooled_dim={pooled_dim} and "
-                f"hidden_dim={hidden_dim}: all widths must be at least 1."
+                f"ConditioningAdapter got state_dims={state_dims!r}, pooled_dim={pooled_dim!r} and "
+                f"hidden_dim={hidden_dim!r}: all widths must be at least 1, in whole numbers, and one or more of states."
             )
         self.states = nn.ModuleList(_residual(dim, hidden_dim) for dim in state_dims)
         self.pooled = _residual(pooled_dim, hidden_dim)

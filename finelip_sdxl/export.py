@@ -8,11 +8,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.model_card import without_paths
-from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors
+from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors, with_max_length
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,13 @@ def stock_pipeline(pipe: Any) -> Any:
     _check_plain(pipe.components)
     _say_what_is_lost(pipe)
     without_paths(pipe)
-    encoder = pipe.text_encoder
-    if not isinstance(encoder, CLIPTextModel):
-        return in_stock_class(pipe)
-    # So that it is saved under keys that all versions read.
-    return in_stock_class(pipe, text_encoder=build_text_encoder(encoder.config, text_encoder_tensors(encoder)))
+    parts: dict[str, Any] = {}
+    for name in ("tokenizer", "tokenizer_2"):  # as copies that do not remember how they were last called
+        if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
+            parts[name] = with_max_length(tokenizer, tokenizer.model_max_length)
+    if isinstance(encoder := pipe.text_encoder, CLIPTextModel):  # so that it is saved under keys that all versions read
+        parts["text_encoder"] = build_text_encoder(encoder.config, text_encoder_tensors(encoder))
+    return in_stock_class(pipe, **parts)
 
 
 def in_stock_class(pipe: Any, **parts: Any) -> Any:

@@ -1,11 +1,13 @@
 """FineLIP: CLIP with a text encoder of 248 positions, token refinement and late interaction."""
 
 import copy
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     CLIPPreTrainedModel,
@@ -24,11 +26,14 @@ from finelip_sdxl.losses import triplet_margin_loss
 from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_encoder_tensors
 from finelip_sdxl.token_refinement import TokenRefinement
 
+logger = logging.getLogger(__name__)
+
 GLOBAL_WEIGHT = 0.8  # of the cosine of embeddings in the fused similarity; the rest is late interaction's
 
 
+@strict
 class FineLIPConfig(PreTrainedConfig):
-    """What a `FineLIPModel` is made of.
+    """What a `FineLIPModel` is made of. Fields that nobody knows are left out, with a warning.
 
     Args:
         text_config: of the text tower, a `CLIPTextConfig` or a dict of its fields.
@@ -62,6 +67,15 @@ class FineLIPConfig(PreTrainedConfig):
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0
     initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # What is neither a field nor transformers' own has become an attribute, and would be saved for ever.
+        own = vars(PreTrainedConfig()).keys() | {"model_type"}
+        if unknown := sorted(kwargs.keys() & vars(self).keys() - own - {field.name for field in fields(self)}):
+            logger.warning("A FineLIP's config has no fields %s: they are left out.", ", ".join(unknown))
+            for name in unknown:
+                delattr(self, name)
 
 
 @dataclass

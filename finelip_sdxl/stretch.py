@@ -1,10 +1,13 @@
 """Knowledge-preserved stretching of a positional table: 77 rows become 248."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
 KEEP = 20
 FACTOR = 4
+_LARGEST_FACTOR = 1000  # 57,020 positions of 77: more than any prompt has
 
 
 def stretch_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> Tensor:
@@ -19,7 +22,7 @@ def stretch_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> 
     Args:
         table: (positions, dim), of a floating dtype. Half precision is computed in float32 and cast back.
         keep: leading rows that stay, from 0 to positions - 1.
-        factor: rows made of each later row.
+        factor: rows made of each later row, from 1 to 1000.
 
     Returns:
         (keep + factor * (positions - keep), dim), in the dtype of `table`. 77 rows give 248.
@@ -38,7 +41,7 @@ def stretch_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> 
             f"A positional table must be a floating (positions, dim) tensor, got {table.dtype} of shape "
             f"{tuple(table.shape)}."
         )
-    _check_stretch(table.shape[0], keep, factor)
+    check_stretch(table.shape[0], keep, factor)
 
     exact = table.float() if table.dtype in (torch.float16, torch.bfloat16) else table
     rows = exact[keep:]
@@ -71,14 +74,31 @@ def stretched_row_indices(num_positions: int, keep: int = KEEP, factor: int = FA
         >>> stretched_row_indices(5, keep=2, factor=4).tolist()
         [0, 1, 2, 6, 10]
     """
-    _check_stretch(num_positions, keep, factor)
+    check_stretch(num_positions, keep, factor)
     return torch.cat([torch.arange(keep), keep + factor * torch.arange(num_positions - keep)])
 
 
-def _check_stretch(num_positions: int, keep: int, factor: int) -> None:
-    if num_positions < 2:
-        raise ValueError(f"A positional table needs at least 2 rows to be stretched, got {num_positions}.")
-    if not 0 <= keep < num_positions:
-        raise ValueError(f"keep={keep} is out of range for {num_positions} positions: give 0 to {num_positions - 1}.")
-    if factor < 1:
-        raise ValueError(f"factor={factor} is out of range: give a whole number of at least 1.")
+def check_stretch(num_positions: int, keep: int, factor: int) -> None:
+    """That a table of `num_positions` rows can be stretched so.
+
+    Raises:
+        ValueError: an argument is no whole number, or out of range.
+
+    Example:
+        >>> check_stretch(77, keep=20, factor=0)
+        Traceback (most recent call last):
+        ValueError: factor=0 is out of range: give a whole number from 1 to 1000.
+    """
+    if not _is_whole(num_positions) or num_positions < 2:
+        raise ValueError(f"A positional table needs at least 2 rows to be stretched, got {num_positions!r}.")
+    if not _is_whole(keep) or not 0 <= keep < num_positions:
+        raise ValueError(
+            f"keep={keep!r} is out of range for {num_positions} positions: give a whole number from 0 to"
+            f" {num_positions - 1}."
+        )
+    if not _is_whole(factor) or not 1 <= factor <= _LARGEST_FACTOR:
+        raise ValueError(f"factor={factor!r} is out of range: give a whole number from 1 to {_LARGEST_FACTOR}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

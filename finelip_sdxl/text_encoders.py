@@ -5,6 +5,7 @@ so nothing here defines a model class.
 """
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +13,26 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
-from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions, stretched_row_indices
+from finelip_sdxl.foreign_files import Shapes, config_errors
+from finelip_sdxl.stretch import FACTOR, KEEP, check_stretch, stretch_positions, stretched_row_indices
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 POSITION_TABLE = "text_model.embeddings.position_embedding.weight"
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
+# What a config notes of a table that `stretch_text_encoder` has stretched.
+STRETCH = ("stretched_from", "stretch_keep", "stretch_factor")
 
 
 def num_positions(encoder: TextEncoder) -> int:
@@ -110,17 +122,47 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
     embeddings.position_embedding = torch.nn.Embedding.from_pretrained(table)
     embeddings.position_ids = embeddings.position_ids[:, : config.stretched_from]
     config.max_position_embeddings = config.stretched_from
-    for name in ("stretched_from", "stretch_keep", "stretch_factor"):
+    for name in STRETCH:
         delattr(config, name)
     twin.config = config
     return twin
 
 
 def with_max_length(tokenizer: Any, length: int) -> Any:
-    """A copy of a tokenizer that reads `length` tokens. (A deep copy of `CLIPTokenizer` decodes wrongly.)"""
+    """A copy of a tokenizer that reads `length` tokens, and neither cuts nor pads by itself.
+
+    A deep copy of `CLIPTokenizer` decodes wrongly; and how the last call has cut and padded is saved with a tokenizer,
+    where other programs take it for a rule.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return type(tokenizer).from_pretrained(folder, model_max_length=length)
+        copied = type(tokenizer).from_pretrained(folder, model_max_length=length)
+    copied.backend_tokenizer.no_truncation()
+    copied.backend_tokenizer.no_padding()
+    return copied
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
+    """That a tokenizer knows words. Without its files, transformers makes one that knows letters, or nothing, and says
+    nothing of it.
+
+    Args:
+        tokenizer: of a CLIP.
+        name: of where it comes from, for messages.
+
+    Raises:
+        ValueError: it does not.
+
+    Example:
+        >>> check_tokenizer(CLIPTokenizer(), "tokenizer")
+        Traceback (most recent call last):
+        ValueError: tokenizer knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or ...
+    """
+    if not json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges"):
+        raise ValueError(
+            f"{name} knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or empty, so"
+            " fetch them again."
+        )
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
@@ -164,36 +206,146 @@ def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, Tensor]) ->
     return build_model(CLIPTextModel, config, tensors)
 
 
-def build_model(model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> ModelT:
+def build_model(
+    model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor], name: str | None = None
+) -> ModelT:
     """`model_class` with exactly the given weights: none missing, none left over, none copied on the CPU.
 
+    Args:
+        model_class: of transformers, or a `FineLIPModel`.
+        config: its own.
+        tensors: all on one device, of one dtype.
+        name: of what they come from, for messages.
+
     Raises:
-        ValueError: if a tensor is missing, unknown or of another shape than `config` says.
+        ValueError: if a tensor is missing, unknown or of another shape than `config` says, or `config` is broken.
     """
-    prefix = "text_model." if model_class is CLIPTextModel else ""
-    with torch.device("meta"):
-        expected = {prefix + key: tensor.shape for key, tensor in model_class(config).state_dict().items()}
-    _check_tensors(model_class.__name__, expected, tensors)
+    check_shapes(model_class, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
 
     sample = next(iter(tensors.values()))
-    with _without_progress_bar():
+    with _without_progress_bar(), config_errors(_config_of(model_class, name)):
         model = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
     return model.to(sample.device)  # type: ignore[arg-type]
 
 
-def _check_tensors(name: str, expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> None:
-    if unknown := sorted(tensors.keys() - expected.keys()):
+def check_shapes(model_class: type, config: PreTrainedConfig, shapes: Shapes, name: str | None = None) -> None:
+    """That a model of this config has exactly weights of these shapes. Arguments are as for `build_model`.
+
+    Raises:
+        ValueError: one is missing, unknown or of another shape; or the config makes no model.
+    """
+    kind, where = model_class.__name__, "" if name is None else f"{name}: "
+    prefix = "text_model." if model_class is CLIPTextModel else ""
+    with config_errors(_config_of(model_class, name)), torch.device("meta"):
+        expected = {prefix + key: tuple(value.shape) for key, value in model_class(config).state_dict().items()}
+    if unknown := sorted(shapes.keys() - expected.keys()):
         is_adapter = any("lora" in key or "base_layer" in key for key in unknown)
         raise ValueError(
-            f"{len(unknown)} weights have no place in a {name}, among them {unknown[0]!r}"
+            f"{where}{len(unknown)} weights have no place in a {kind}, among them {unknown[0]!r}"
             + (": merge or unload the LoRA first." if is_adapter else ".")
         )
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{len(missing)} weights of a {name} are missing, among them {missing[0]!r}.")
+    if missing := sorted(expected.keys() - shapes.keys()):
+        raise ValueError(f"{where}{len(missing)} weights of a {kind} are missing, among them {missing[0]!r}.")
     for key, shape in expected.items():
-        if tensors[key].shape != shape:
+        if shapes[key] != shape:
+            raise ValueError(f"{where}{key!r} has shape {shapes[key]}, but the config of the {kind} says {shape}.")
+
+
+def _config_of(model_class: type, name: str | None) -> str:
+    return f"The config of {'a ' + model_class.__name__ if name is None else name}"
+
+
+def check_text_config(config: CLIPTextConfig, shapes: Shapes, name: str) -> None:
+    """That the config of a text tower is that of weights of these shapes, before a model is built of it.
+
+    Args:
+        config: of the tower.
+        shapes: of its weights, under the keys of its file, `text_model.…`.
+        name: of what holds them, for messages.
+
+    Raises:
+        ValueError: the field that is wrong, by name.
+
+    Example:
+        >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+        >>> tensors = text_encoder_tensors(CLIPTextModel(config))
+        >>> config.eos_token_id = -1
+        >>> check_text_config(config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, "clip")
+        Traceback (most recent call last):
+        ValueError: The config of clip says eos_token_id -1; expected one of its 49408 token ids.
+    """
+    check_tower_config(config, shapes, "text_model", name)
+    rows, _ = dims(shapes, POSITION_TABLE, 2, name)
+    tokens, _ = dims(shapes, TOKEN_TABLE, 2, name)
+    _check_fields(config, {"max_position_embeddings": rows, "vocab_size": tokens}, name)
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value: Any = getattr(config, field)
+        if not isinstance(value, int) or not 0 <= value < tokens:
+            if value is None and field != "eos_token_id":  # by which pooling finds the end of a text
+                continue
+            raise ValueError(f"The config of {name} says {field} {value!r}; expected one of its {tokens} token ids.")
+    record: Any = tuple(getattr(config, field, None) for field in STRETCH)
+    if record[0] is not None:
+        try:
+            check_stretch(*record)
+            fits = record[1] + record[2] * (record[0] - record[1]) == rows
+        except ValueError:
+            fits = False
+        if not fits:
+            said = ", ".join(f"{field} {value!r}" for field, value in zip(STRETCH, record, strict=True))
+            raise ValueError(f"The config of {name} says {said}, which does not make its {rows} positions.")
+
+
+def check_tower_config(config: Any, shapes: Shapes, tower: str, name: str) -> None:
+    """That the config of a tower, `text_model` or `vision_model`, is that of its weights; see `check_text_config`."""
+    _check_fields(config, tower_sizes(shapes, tower, name), name)
+    heads, width = config.num_attention_heads, config.hidden_size
+    if heads < 1 or width % heads:
+        raise ValueError(f"The config of {name} says num_attention_heads {heads}, into which {width} does not split.")
+    for field in ("layer_norm_eps", "attention_dropout"):
+        value = getattr(config, field)
+        if value is None or not 0 <= value < 1:
+            raise ValueError(f"The config of {name} says {field} {value!r}; expected a number from 0 to 1.")
+
+
+def tower_sizes(shapes: Shapes, tower: str, name: str) -> dict[str, int]:
+    """What the weights of a tower, `text_model` or `vision_model`, say of its config.
+
+    Raises:
+        ValueError: weights are missing, or of a shape that no CLIP has.
+    """
+    layers = {key.split(".")[3] for key in shapes if key.startswith(f"{tower}.encoder.layers.")}
+    first = f"{tower}.encoder.layers.0.mlp.fc1.weight"
+    if first not in shapes:
+        raise ValueError(f"{name} lacks the first layer of its {tower}: it is no whole checkpoint.")
+    if tower == "text_model":
+        width = dims(shapes, TOKEN_TABLE, 2, name)[1]
+    else:
+        width = dims(shapes, "vision_model.embeddings.patch_embedding.weight", 4, name)[0]
+    intermediate = dims(shapes, first, 2, name)[0]
+    return {"hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": len(layers)}
+
+
+def dims(shapes: Shapes, key: str, count: int, name: str) -> tuple[int, ...]:
+    """The shape of a weight that must be there, of `count` dimensions, none of them empty.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    shape = shapes.get(key)
+    if shape is None:
+        raise ValueError(f"{name} lacks {key!r}: it is no whole checkpoint.")
+    if len(shape) != count or 0 in shape:
+        raise ValueError(f"{name} has {key!r} of shape {tuple(shape)}, which no CLIP has.")
+    return tuple(shape)
+
+
+def _check_fields(config: Any, found: Mapping[str, int], name: str) -> None:
+    for field, value in found.items():
+        if getattr(config, field) != value:
             raise ValueError(
-                f"{key!r} has shape {tuple(tensors[key].shape)}, but the config of the {name} says {tuple(shape)}."
+                f"The config of {name} says {field} {getattr(config, field)}, but its weights have {value}: get the"
+                " config that belongs to them."
             )
 
 

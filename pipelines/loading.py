@@ -3,8 +3,8 @@
 import inspect
 import logging
 import os
-import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import file_exists
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_sdxl.checkpoints import load_finelip
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.merging import add_difference
 from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
 from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name, without_paths
+from finelip_sdxl.pipelines.checking import (
+    check_component,
+    check_folder,
+    loading_errors,
+    single_file_errors,
+    write_configs,
+)
 from finelip_sdxl.pipelines.reading import ENCODERS, ReadingMixin
 from finelip_sdxl.prompts import (
     FINELIP_MERGE,
@@ -36,6 +42,7 @@ from finelip_sdxl.prompts import (
 )
 from finelip_sdxl.text_encoders import (
     build_text_encoder,
+    check_tokenizer,
     num_positions,
     stretch_text_encoder,
     text_encoder_tensors,
@@ -110,7 +117,7 @@ class LoadingMixin(ReadingMixin):
         """
         brings_finelip = finelip is not None or finelip_2 is not None
         if base == "miniature":
-            own = [name for name in ENCODERS if kwargs.get(name) is None]
+            own = [name for name in ENCODERS if name not in kwargs]
             if len(own) == 2 and not brings_finelip:
                 kwargs.setdefault(ADAPTER, miniature_path().parent / ADAPTER)
             if finelip is None and "text_encoder" in own:
@@ -123,21 +130,25 @@ class LoadingMixin(ReadingMixin):
         dtype = kwargs["dtype"]
         if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(HELD), **kwargs}
+        absent = [name for name in ENCODERS if name in kwargs and kwargs[name] is None]
+        kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
 
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         index = _load_index(cls, base, hub_arguments)
         if not {"unet", "text_encoder_2"} <= index.keys():
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
-        adapter = kwargs.pop(ADAPTER, None if brings_finelip else ...)
+        adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
         if isinstance(adapter, str | os.PathLike):
             adapter = _open_adapter(adapter, dtype=dtype, **hub_arguments)
         with loading_errors(base, kwargs.get("variant")):
+            if os.path.isdir(base):
+                check_folder(base, leave_out=kwargs)
             if adapter is ... and index.get(ADAPTER):
-                adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, dtype=dtype, **hub_arguments)
+                adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
             pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
-        _check_adapter(pipe)
+        _check_parts(pipe, base)
         pipe.register_to_config(**{BASE: index.get(BASE, origin)})
-        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None:
+        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
             pipe._swap_text_encoders(finelip, finelip_2, merge_base)
@@ -188,10 +199,15 @@ class LoadingMixin(ReadingMixin):
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
             adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
-        with single_file_errors(file, kwargs.get("config")):
+        with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
+            if config is not None:
+                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+                copied = Path(folder, Path(config).name or "config")
+                write_configs(file, config, copied, **hub_arguments)
+                kwargs["config"] = str(copied)
             pipe = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
-        _check_adapter(pipe)
+        _check_parts(pipe, os.fspath(file))
         pipe.register_to_config(**{BASE: public_name(file)})
         pipe._swap_text_encoders(finelip, finelip_2, merge_base)
         return pipe
@@ -203,6 +219,13 @@ class LoadingMixin(ReadingMixin):
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def download(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent; what came is checked before `from_pretrained` builds anything of it."""
+        folder = super().download(*args, **kwargs)
+        check_folder(folder, leave_out=kwargs)
+        return folder
 
     def swap_text_encoders(
         self,
@@ -275,7 +298,7 @@ class LoadingMixin(ReadingMixin):
                 " `finelip-sdxl export`."
             )
         without_paths(self)
-        with _prefixed_keys(self):
+        with _plain_parts(self):
             super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
         for name in self.components:
@@ -328,9 +351,14 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
 def _load_index(pipeline_class: Any, base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
     """What `model_index.json` of a base says."""
     try:
+        if os.path.isdir(base) and os.path.isfile(file := os.path.join(base, "model_index.json")):
+            return read_json(Path(file))
         if not os.path.exists(base):
             validate_repo_id(base)
-        return pipeline_class.load_config(base, **hub_arguments)
+        index = pipeline_class.load_config(base, **hub_arguments)
+        if not isinstance(index, dict):
+            raise ValueError(f"The model_index.json of {base} holds no object of components: pass another base.")
+        return index
     except HFValidationError as error:
         raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.") from error
     except OSError as error:
@@ -348,14 +376,39 @@ def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAd
         last = os.path.join(source, "last")
         hint = f"pass {last}" if os.path.isdir(last) else "pass what training/align_adapter.py writes to OUT/last"
         raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
-    config: Any = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
+    if os.path.isdir(source):
+        config: Any = read_json(Path(source, "config.json"))
+    else:
+        config = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
     if config.get("_class_name") != ConditioningAdapter.__name__:
         raise ValueError(
             f"{source} is no conditioning adapter: pass what training/align_adapter.py writes to OUT/last (what"
             " --method lora writes goes to finelip= and finelip_2=)."
         )
     with loading_errors(source):
+        check_component(Path(source))
         return ConditioningAdapter.from_pretrained(source, **arguments)
+
+
+def _own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
+    """That of a saved pipeline: of the variant if it was saved as one, as components are, or else plain."""
+    if variant is not None:
+        try:
+            return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, variant=variant, **arguments)
+        except OSError:
+            pass
+    return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, **arguments)
+
+
+def _check_parts(pipe: Any, source: str) -> None:
+    """That what reads prompts can: tokenizers know words, weights are numbers, and the adapter fits."""
+    for name in ENCODERS.values():
+        if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
+            check_tokenizer(tokenizer, f"{source}: {name}")
+    for name in (*ENCODERS, *HELD, ADAPTER):
+        if (part := getattr(pipe, name)) is not None:
+            check_finite(dict(part.named_parameters()), f"{source}: {name}")
+    _check_adapter(pipe)
 
 
 def _check_adapter(pipe: Any) -> None:
@@ -367,63 +420,6 @@ def _check_adapter(pipe: Any) -> None:
     found = [*(encoder.config.hidden_size for encoder in encoders), encoder_2.config.projection_dim]
     if found != adapter.widths:
         raise adapter.mismatch(f"this SDXL's are {', '.join(map(str, found))}")
-
-
-@contextmanager
-def loading_errors(source: str, variant: str | None = None) -> Iterator[None]:
-    """What Diffusers cannot load of a directory or hub repository, in a sentence that says what to do."""
-    try:
-        yield
-    except ValueError as error:
-        if "no such modeling files" not in str(error):
-            raise
-        raise ValueError(
-            f"{source} has no weights of variant {variant}: leave the variant out, or pass one that its files are named"
-            " after, such as fp16 for model.fp16.safetensors."
-        ) from error
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and "Unable to load weights" not in str(error):
-            raise
-        raise ValueError(
-            f"{source} holds weights that cannot be read ({' '.join(str(error).split()):.200}): a file is damaged or"
-            " cut short, so fetch it again."
-        ) from error
-
-
-@contextmanager
-def single_file_errors(file: Any, config: Any) -> Iterator[None]:
-    """What Diffusers cannot load of a single file, in a sentence that says what to do."""
-    name = os.fspath(file)
-    if not os.path.isfile(name) and not name.startswith(("http://", "https://", "hf.co/")):
-        raise FileNotFoundError(f"{name} does not exist, or is no file: pass a .safetensors or .ckpt file.")
-    if config is not None and os.path.isdir(config) and not os.path.isfile(os.path.join(config, "model_index.json")):
-        raise FileNotFoundError(
-            f"config={config} has no model_index.json: pass the directory of an SDXL in Diffusers' layout."
-        )
-    try:
-        yield
-    except SingleFileComponentError as error:
-        what = str(error.message).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"{name} is no whole SDXL ({what}): pass another file, or config= of its kind.") from error
-    except ValueError as error:
-        shapes = re.search(r"\S+ expected shape .*? but got .*?\)|checkpoint does not seem to contain .*", str(error))
-        if shapes is None:
-            raise
-        raise ValueError(
-            f"{name} is no SDXL with the sizes that its config says ({shapes[0]}): pass another file, or config= of its"
-            " kind."
-        ) from error
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise OSError(
-            f"{name} holds weights alone, and configs and tokenizers to go with them could not be fetched from the hub:"
-            " pass config=, the directory of an SDXL in Diffusers' layout."
-        ) from error
-    except OSError as error:
-        if "Unable to load weights" not in str(error):
-            raise
-        raise ValueError(
-            f"{name} cannot be read as a checkpoint: it is damaged, cut short, or no .safetensors or .ckpt file."
-        ) from error
 
 
 def _replacement(name: str, source: Any, encoder: Any) -> Any:
@@ -471,13 +467,17 @@ def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -
 
 
 @contextmanager
-def _prefixed_keys(pipe: Any) -> Iterator[None]:
-    """While saving, puts encoders in place whose files begin their keys with `text_model.`.
+def _plain_parts(pipe: Any) -> Iterator[None]:
+    """While saving, puts encoders in place whose files begin their keys with `text_model.`, and tokenizers that do not
+    remember how they were last called.
 
     Recent `transformers` write other keys for a `CLIPTextModel` that was not loaded from such a file, and older ones
     load those as random weights.
     """
-    originals = {}
+    originals: dict[str, Any] = {}
+    for name in ENCODERS.values():
+        if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
+            originals[name] = tokenizer
     for name in ("text_encoder", "stock_text_encoder"):
         encoder = getattr(pipe, name)
         if isinstance(encoder, CLIPTextModel) and not any(
@@ -485,9 +485,13 @@ def _prefixed_keys(pipe: Any) -> Iterator[None]:
         ):
             originals[name] = encoder
     try:
-        for name, encoder in originals.items():
-            setattr(pipe, name, build_text_encoder(encoder.config, text_encoder_tensors(encoder)))
+        for name, part in originals.items():
+            if isinstance(part, CLIPTextModel):
+                saved: Any = build_text_encoder(part.config, text_encoder_tensors(part))
+            else:
+                saved = with_max_length(part, part.model_max_length)
+            setattr(pipe, name, saved)
         yield
     finally:
-        for name, encoder in originals.items():
-            setattr(pipe, name, encoder)
+        for name, part in originals.items():
+            setattr(pipe, name, part)

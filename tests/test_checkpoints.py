@@ -451,8 +451,41 @@ def test_subfolder_variant_and_shards(tmp_path) -> None:
     clip.save_pretrained(tmp_path / "text_encoder", variant="fp16", max_shard_size="400KB")
     assert not (tmp_path / "text_encoder" / "model.fp16.safetensors").exists()
     assert same_weights(load_finelip(tmp_path, subfolder="text_encoder", variant="fp16"), load_finelip(clip))
-    with pytest.raises(FileNotFoundError, match="variant='fp16'"):
-        load_finelip(tmp_path, subfolder="text_encoder")
+
+
+def test_the_only_variant_is_taken_and_said(tmp_path, caplog) -> None:
+    clip = tiny_clip()
+    for folder, size in (("whole", "5GB"), ("shards", "400KB")):
+        clip.save_pretrained(tmp_path / folder, variant="bf16", max_shard_size=size)
+        caplog.clear()
+        assert same_weights(load_finelip(tmp_path / folder), load_finelip(clip))
+        assert [record.getMessage() for record in caplog.records if "variant" in record.getMessage()] == [
+            f"{tmp_path / folder} holds weights of variant bf16 alone, so these are loaded."
+        ]
+    clip.save_pretrained(tmp_path / "whole", variant="fp16")
+    with pytest.raises(ValueError, match="weights of variants bf16, fp16: pass one of these as variant="):
+        load_finelip(tmp_path / "whole")
+    clip.save_pretrained(tmp_path / "whole")
+    caplog.clear()
+    load_finelip(tmp_path / "whole")
+    assert "variant" not in caplog.text, "the plain ones are there"
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.ema\.safetensors"):
+        load_finelip(tmp_path / "whole", variant="ema")
+
+
+def test_the_only_variant_of_a_hub_repository_is_taken(monkeypatch, tmp_path) -> None:
+    clip = tiny_clip()
+    clip.save_pretrained(tmp_path / "text", variant="fp16")
+
+    def download(repo: str, filename: str, subfolder: str | None) -> str:
+        if not (path := tmp_path / subfolder / filename).exists():
+            raise hub_error("EntryNotFoundError")
+        return str(path)
+
+    monkeypatch.setattr("finelip_sdxl.checkpoints.hf_hub_download", download)
+    names = ["model.bf16.safetensors", *(f"text/{path.name}" for path in (tmp_path / "text").iterdir())]
+    monkeypatch.setattr("finelip_sdxl.checkpoints.list_repo_files", lambda repo: names)
+    assert same_weights(load_finelip("somebody/something", subfolder="text"), load_finelip(clip))
 
 
 def test_a_bin_directory(tmp_path) -> None:
@@ -709,6 +742,14 @@ def test_the_parts_of_a_fused_weight_do_not_keep_it_alive() -> None:
             ["text.token_embedding.weight", "visual.trunk.blocks.0.weight"],
             "an open_clip with a tower of another library",
         ),
+        (
+            ["token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.theta", "transformer.resblocks.0.mlp.c_fc.r"],
+            "a CLIP in geometric parametrization .GmP.",
+        ),
+        (
+            ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.theta"],
+            "a CLIP in geometric parametrization .GmP., .* give the file that its author has converted back",
+        ),
         (["vision_model.embeddings.class_embedding"], "the image tower of a CLIP"),
         (["bert.embeddings.word_embeddings.weight"], "a BERT"),
         (["clip_l", "clip_g"], "a textual inversion"),
@@ -757,6 +798,12 @@ def test_refuses_incomplete_unknown_and_unfit_weights() -> None:
 def test_refuses_bad_arguments() -> None:
     assert "activation='relu' is unknown" in refusal(load_file(PUBLISHED), activation="relu")
     assert "keep=77" in refusal(to_openai_layout(tiny_clip().state_dict()), keep=77)
+    for arguments in (
+        *({"keep": keep} for keep in (-1, 0.5, "20", True, None, [20], 248)),
+        *({"factor": factor} for factor in (-1, 0, 4.0, "4", True, None, 10**9)),
+    ):  # also where nothing is stretched
+        for source in (load_file(PUBLISHED), to_openai_layout(tiny_clip().state_dict()), load_file(PUBLISHED).copy()):
+            assert "give a whole number from" in refusal(source, **arguments)
     with pytest.raises(ValueError, match="not from int"):
         load_finelip(3)
 
@@ -812,6 +859,35 @@ def test_a_hub_id_is_read_like_a_directory(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("finelip_sdxl.checkpoints.hf_hub_download", download)
     model = load_finelip("somebody/something", subfolder="text", revision="v2")
     assert same_weights(model, load_finelip(clip))
+
+
+@pytest.mark.parametrize("inner", ["last", "last/text_encoder", "text_encoder"])
+def test_the_folder_of_a_run_leads_to_the_model_in_it(inner, tmp_path) -> None:
+    tiny_clip().save_pretrained(tmp_path / inner)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"holds no config\.json: give {tmp_path / inner}, which does\.$"):
+        load_finelip(tmp_path)
+
+
+def test_fields_that_a_finelip_s_config_does_not_know_are_left_out_and_named(tmp_path, caplog) -> None:
+    model = load_finelip(tiny_clip())
+    model.save_pretrained(tmp_path)
+    load_finelip(tmp_path)
+    assert not caplog.records, "nothing is unknown of what we save"
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {
+        "_name_or_path": "x",
+        "transformers_version": "4.57",
+        "output_hidden_states": False,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**config, **own, "evil": [1], "refined_tokens": 3}))
+    for load in (load_finelip, FineLIPModel.from_pretrained):
+        caplog.clear()
+        again = load(tmp_path)
+        assert "has no fields evil, refined_tokens: they are left out" in caplog.text
+        assert not {"evil", "refined_tokens"} & again.config.to_dict().keys()
+        assert same_weights(again, model)
 
 
 def test_directories_that_hold_no_clip(tmp_path) -> None:

@@ -114,6 +114,12 @@ def test_refuses_widths_below_one() -> None:
         ConditioningAdapter((32, 48), 24, hidden_dim=0)
 
 
+@pytest.mark.parametrize("state_dims", [(), [], None, "32", 32, {}, (32, "48"), (32, True), (32.0, 48), [[32], 48]])
+def test_refuses_widths_that_are_no_list_of_whole_numbers(state_dims) -> None:
+    with pytest.raises(ValueError, match="all widths must be at least 1, in whole numbers"):
+        ConditioningAdapter(state_dims, 24, hidden_dim=8)
+
+
 # In the pipelines
 
 
@@ -224,6 +230,12 @@ def test_comes_back_with_its_pipeline(pipe, tmp_path, caplog) -> None:
     again = FineLIPSDXLPipeline.from_pretrained(tmp_path)
     np.testing.assert_allclose(draw(again), draw(pipe), atol=1e-5)
     assert FineLIPSDXLPipeline.from_pretrained(tmp_path, conditioning_adapter=None).conditioning_adapter is None
+
+
+def test_comes_back_with_its_pipeline_of_a_variant(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    again = FineLIPSDXLPipeline.from_pretrained(tmp_path, variant="fp16")
+    np.testing.assert_allclose(draw(again), draw(pipe), atol=1e-5)
 
 
 def test_a_pipeline_without_one_says_nothing_of_it(stock_folder, tmp_path, caplog) -> None:

@@ -16,12 +16,14 @@ from safetensors import safe_open
 from transformers import CLIPTextModel
 
 from finelip_sdxl import (
+    ConditioningAdapter,
     FineLIPSDXLControlNetPipeline,
     FineLIPSDXLImg2ImgPipeline,
     FineLIPSDXLInpaintPipeline,
     FineLIPSDXLPipeline,
     load_finelip,
 )
+from finelip_sdxl.export import stock_pipeline
 from finelip_sdxl.text_encoders import num_positions
 
 SHORT = "a red fox above the blue square"
@@ -235,7 +237,92 @@ def test_the_other_classes_load_as_well(stock_folder, controlnet) -> None:
     assert num_positions(pipe.text_encoder) == 248
 
 
+# Embeddings made elsewhere
+
+
+ABSENT = [
+    ("text_encoder", "text_encoder_2"),
+    ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    ("text_encoder",),
+    ("text_encoder_2",),
+    ("text_encoder", "tokenizer"),
+]
+
+
+def draw_embeddings(pipe, embeddings) -> np.ndarray:
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    arguments = dict(zip(names, embeddings, strict=True))
+    return pipe(**arguments, num_inference_steps=2, generator=generator, output_type="np").images
+
+
+@pytest.mark.parametrize("absent", ABSENT, ids=str)
+def test_an_encoder_passed_as_none_is_none(absent, stock_folder, tmp_path) -> None:
+    torch.manual_seed(0)
+    whole = FineLIPSDXLPipeline.from_pretrained(
+        stock_folder,
+        finelip=make_text_encoder(32, positions=248, seed=7),
+        finelip_2=make_text_encoder(48, projection_dim=24, positions=248, seed=8),
+        conditioning_adapter=ConditioningAdapter([32, 48], 24, 8),
+    )
+    whole.save_pretrained(tmp_path)
+    with torch.no_grad():
+        embeddings = whole.encode_prompt(LONG, negative_prompt=SHORT)
+    for source in (stock_folder, tmp_path):
+        pipe = FineLIPSDXLPipeline.from_pretrained(source, **dict.fromkeys(absent))
+        for name in absent:
+            assert getattr(pipe, name) is None
+            assert getattr(pipe, f"stock_{name}", None) is None, "what it would stand in for is not there"
+        assert pipe.conditioning_adapter is None, "it was trained with both"
+        assert np.array_equal(draw_embeddings(pipe, embeddings), draw_embeddings(whole, embeddings))
+
+
+@pytest.mark.parametrize("absent", ABSENT[:4], ids=str)
+def test_the_miniature_has_no_finelip_for_an_encoder_passed_as_none(absent) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained("miniature", **dict.fromkeys(absent))
+    assert [name for name in absent if getattr(pipe, name) is not None] == []
+    whole = FineLIPSDXLPipeline.from_pretrained("miniature")
+    with torch.no_grad():
+        embeddings = whole.encode_prompt("In the middle is a red star.", negative_prompt="a blue ring")
+    assert np.array_equal(draw_embeddings(pipe, embeddings), draw_embeddings(whole, embeddings))
+
+
+def test_a_finelip_for_an_encoder_passed_as_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="A FineLIP was passed for `text_encoder`, but this pipeline has no such"):
+        FineLIPSDXLPipeline.from_pretrained("miniature", text_encoder=None, finelip="miniature-finelip-1")
+
+
+# What is not there
+
+
+def test_a_variant_that_is_not_there_is_told_in_diffusers_words_and_ours(stock_folder) -> None:
+    with pytest.raises(ValueError, match="You are trying to load the model files of the `variant=fp16`") as caught:
+        FineLIPSDXLPipeline.from_pretrained(stock_folder, variant="fp16")
+    assert f"{stock_folder} has no weights of variant fp16, so leave the variant out" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_a_variant_that_was_not_asked_for_are_told(stock_folder, tmp_path) -> None:
+    StableDiffusionXLPipeline.from_pretrained(stock_folder).save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(FileNotFoundError, match="or pass variant= if they are named after one"):
+        FineLIPSDXLPipeline.from_pretrained(tmp_path)
+
+
 # save_pretrained
+
+
+@pytest.mark.parametrize("save", [lambda pipe: pipe, stock_pipeline])
+def test_how_a_tokenizer_was_last_called_is_not_saved(save, stock_folder, tmp_path) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        tokenizer(SHORT, truncation=True, max_length=5, padding="max_length")
+    save(pipe).save_pretrained(tmp_path)
+    for name in ("tokenizer", "tokenizer_2"):
+        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        assert (saved["truncation"], saved["padding"]) == (None, None)
+        assert getattr(pipe, name).model_max_length == 248
+        assert json.loads((tmp_path / name / "tokenizer_config.json").read_text())["model_max_length"] == 248
 
 
 def test_a_round_trip_keeps_every_bit_and_option(stock_folder, tmp_path) -> None:

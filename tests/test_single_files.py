@@ -1,11 +1,13 @@
 """SDXL as one file, in the original project's layout, offline: what fine-tunes are passed around as."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_text_encoder
 from diffusers import ControlNetModel, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
@@ -16,8 +18,10 @@ from finelip_sdxl import (
     FineLIPSDXLImg2ImgPipeline,
     FineLIPSDXLInpaintPipeline,
     FineLIPSDXLPipeline,
+    miniature_path,
 )
 from finelip_sdxl.cli import main
+from finelip_sdxl.export import stock_pipeline
 from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder
 
 SHORT = "a red fox above the blue square"
@@ -78,6 +82,91 @@ def test_a_config_may_be_a_path_and_a_file_a_pickle_of_weights(file, stock, stoc
     torch.save({"state_dict": load_file(file)}, tmp_path / "fine_tune.ckpt")
     pipe = FineLIPSDXLPipeline.from_single_file(tmp_path / "fine_tune.ckpt", config=Path(stock_folder))
     torch.testing.assert_close(embeddings(pipe, SHORT), embeddings(stock, SHORT), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folders(stock, stock_folder, tmp_path_factory) -> dict[str, str]:
+    """Folders that this package has saved of the same SDXL, and what goes with each of them."""
+    swapped = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    torch.manual_seed(0)
+    full = FineLIPSDXLPipeline.from_pretrained(
+        stock_folder,
+        finelip=make_text_encoder(32, positions=248, seed=7),
+        finelip_2=make_text_encoder(48, projection_dim=24, positions=248, seed=8),
+        conditioning_adapter=ConditioningAdapter([32, 48], 24, 8),
+        short_prompt="stretched",
+    )
+    full.register_modules(stock_text_encoder=stock.text_encoder, stock_text_encoder_2=stock.text_encoder_2)
+    pipes = {
+        "swapped": swapped,
+        "with FineLIPs, held encoders and an adapter": full,
+        "unswapped": FineLIPSDXLPipeline(**stock.components),
+        "exported": stock_pipeline(swapped),
+    }
+    saved = {name: str(tmp_path_factory.mktemp("saved")) for name in pipes}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(saved[name])
+    return saved
+
+
+SAVED = ["swapped", "with FineLIPs, held encoders and an adapter", "unswapped", "exported"]
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_a_pipeline_that_we_saved_is_a_config(saved, file, stock, folders) -> None:
+    pipe = FineLIPSDXLPipeline.from_single_file(file, config=folders[saved], short_prompt="stock")
+    for name in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, name)
+        assert (num_positions(encoder), encoder.config.stretched_from) == (248, 77)
+        assert getattr(pipe, f"stock_{name}") is None
+    assert pipe.tokenizer.model_max_length == pipe.tokenizer_2.model_max_length == 248
+    assert pipe.conditioning_adapter is None
+    torch.testing.assert_close(embeddings(pipe, SHORT), embeddings(stock, SHORT), atol=1e-5, rtol=1e-4)
+    assert embeddings(pipe, LONG).shape[1] == 154
+
+
+@pytest.mark.parametrize("saved", [*SAVED, "stock"])
+def test_a_file_of_long_encoders_is_read_with_any_config(saved, stock_folder, folders, tmp_path) -> None:
+    torch.manual_seed(0)
+    long = FineLIPSDXLPipeline.from_pretrained(
+        stock_folder,
+        finelip=make_text_encoder(32, positions=248, seed=7),
+        finelip_2=make_text_encoder(48, projection_dim=24, positions=248, seed=8),
+        short_prompt="stretched",
+    )
+    save_single_file(long, tmp_path / "long.safetensors")
+    config = {**folders, "stock": stock_folder}[saved]
+    pipe = FineLIPSDXLPipeline.from_single_file(tmp_path / "long.safetensors", config=config, short_prompt="stretched")
+    assert num_positions(pipe.text_encoder) == num_positions(pipe.text_encoder_2) == 248
+    assert not hasattr(pipe.text_encoder.config, "stretched_from"), "nothing says that it was only stretched"
+    torch.testing.assert_close(embeddings(pipe, LONG), embeddings(long, LONG), atol=1e-5, rtol=1e-4)
+
+
+def test_the_miniature_s_config_goes_with_its_weights(tmp_path) -> None:
+    stock = StableDiffusionXLPipeline.from_pretrained(miniature_path())
+    save_single_file(stock, tmp_path / "fine_tune.safetensors")
+    pipe = FineLIPSDXLPipeline.from_single_file(tmp_path / "fine_tune.safetensors", config="miniature")
+    prompt = "In the middle is a red star."
+    torch.testing.assert_close(embeddings(pipe, prompt), embeddings(stock, prompt), atol=1e-4, rtol=1e-4)
+
+
+def test_encoders_may_be_left_out(file, folders) -> None:
+    absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = FineLIPSDXLPipeline.from_single_file(file, config=folders[SAVED[1]], **absent)
+    assert pipe.text_encoder is pipe.text_encoder_2 is pipe.stock_text_encoder is None
+
+
+def test_a_damaged_config_is_named(file, stock_folder, tmp_path) -> None:
+    for name in ("model_index.json", "text_encoder/config.json"):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(stock_folder, folder)
+        (folder / name).write_text("{")
+        assert f"{folder / name} is no JSON" in refusal(file, config=folder)
+    for component in ("unet", "vae", "scheduler"):
+        folder = tmp_path / component
+        shutil.copytree(stock_folder, folder)
+        next((folder / component).glob("*config.json")).write_text('{"act_fn": 3, "beta_schedule": 3}')
+        assert f"with the {component} of config={folder}" in refusal(file, config=folder)
 
 
 def test_a_controlnet_is_passed_beside_it(file, stock, stock_folder) -> None:

@@ -77,7 +77,11 @@ def test_indices_of_77_rows() -> None:
         (torch.zeros(1, 4), {"keep": 0}, "at least 2 rows.*got 1"),
         (torch.zeros(77, 4), {"keep": 77}, "keep=77.*0 to 76"),
         (torch.zeros(77, 4), {"keep": -1}, "keep=-1"),
+        (torch.zeros(77, 4), {"keep": 20.0}, "keep=20.0 .* whole number from 0 to 76"),
+        (torch.zeros(77, 4), {"keep": True}, "keep=True"),
         (torch.zeros(77, 4), {"factor": 0}, "factor=0"),
+        (torch.zeros(77, 4), {"factor": 1001}, "factor=1001 .* whole number from 1 to 1000"),
+        (torch.zeros(77, 4), {"factor": None}, "factor=None"),
     ],
 )
 def test_refuses_what_cannot_be_stretched(table, options, message) -> None:

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.stretch import stretch_positions, stretched_row_indices
-from finelip_sdxl.text_encoders import build_text_encoder, num_positions, stretch_text_encoder, text_encoder_tensors
+from finelip_sdxl.text_encoders import (
+    build_text_encoder,
+    num_positions,
+    stretch_text_encoder,
+    text_encoder_tensors,
+    with_max_length,
+)
 
 OLD_TRANSFORMERS = ("transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1")
 
@@ -125,6 +132,16 @@ def test_saved_keys_keep_their_prefix_after_a_copy_and_a_merged_lora(encoder, tm
     adapted = peft.get_peft_model(copy.deepcopy(stretch_text_encoder(encoder)), config)
     adapted.merge_and_unload().save_pretrained(tmp_path)
     assert {key.split(".")[0] for key in saved_keys(tmp_path)} <= {"text_model", "text_projection"}
+
+
+def test_a_copied_tokenizer_does_not_remember_how_it_was_called(tmp_path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer("a red fox", truncation=True, max_length=5, padding="max_length")
+    copied = with_max_length(tokenizer, 248)
+    copied.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 5, "the argument is left alone"
 
 
 def test_builds_the_class_that_the_tensors_call_for(encoder) -> None:

@@ -1,0 +1,271 @@
+"""Read configs and weights that others wrote: whole, or refused in one sentence that names the file.
+
+Nothing here runs code from a file or allocates much more than a file's own size, and a config is held against the
+shapes of the weights beside it before anything is built of it.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_LARGEST_JSON = 1 << 26  # bytes; tokenizers have the largest, of a few million
+_DEEPEST_JSON = 32
+_LARGEST_NUMBER = 1 << 31  # of a model's config; no size, count or token id comes near
+_AGAIN = "copy or download it again"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, no object, larger or deeper than any config, or holds text that is no Unicode.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.json").write_text('{"hidden_size": 64}')
+        ...     read_json(Path(folder, "config.json"))
+        {'hidden_size': 64}
+    """
+    if (size := file.stat().st_size) > _LARGEST_JSON:
+        raise ValueError(f"{file} has {size / 1e6:.0f} MB, more than any config: {_AGAIN}.")
+    try:
+        content = json.loads(file.read_bytes())
+        json.dumps(content, ensure_ascii=False).encode()
+        too_deep = _depth(content) > _DEEPEST_JSON
+    except RecursionError:
+        too_deep = True
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{file} holds half of a surrogate pair, which is no text: {_AGAIN}.") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({one_line(error)}): {_AGAIN}.") from error
+    if too_deep:
+        raise ValueError(f"{file} is nested deeper than any config: {_AGAIN}.")
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, but a config is an object of fields: {_AGAIN}.")
+    return content
+
+
+def read_tensors(file: Path) -> Any:
+    """What a `.safetensors` or PyTorch file holds, on the CPU: a state dict, or what a training script nested it in.
+
+    Raises:
+        OSError: it cannot be read, or is not whole.
+        ValueError: it holds code or other objects beside tensors, or unpacks to more than itself.
+    """
+    _check_kind(file)
+    if file.suffix != ".safetensors":
+        return _read_pickle(file, "cpu")
+    with _safetensors_errors(file):
+        return load_file(file)
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a file of weights, without the weights.
+
+    Raises:
+        OSError, ValueError: see `read_tensors`.
+    """
+    _check_kind(file)
+    if file.suffix != ".safetensors":
+        content = _read_pickle(file, "meta")
+        return {key: tuple(value.shape) for key, value in content.items() if isinstance(value, Tensor)}
+    with _safetensors_errors(file), safe_open(file, "pt") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of sharded weights names: all beside it, none elsewhere.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no index, or leads out of its folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map that says which file holds which weight: {_AGAIN}.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", "..") or name != PurePosixPath(name).name or "\\" in name:
+            raise ValueError(f"{index} names {name!r}, which is no file beside it: get these weights elsewhere.")
+    return sorted(set(weight_map.values()))
+
+
+def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """That no weight is NaN or infinite. Tensors without data, on the meta device, pass.
+
+    Raises:
+        ValueError: one is.
+
+    Example:
+        >>> check_finite({"a": torch.tensor([1.0, torch.nan])}, "x.pt")
+        Traceback (most recent call last):
+        ValueError: x.pt holds NaN or infinite values in 1 of 1 weights, such as 'a': its training has diverged, ...
+    """
+    broken = [key for key, tensor in tensors.items() if not tensor.is_meta and not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{name} holds NaN or infinite values in {len(broken)} of {len(tensors)} weights, such as {broken[0]!r}:"
+            " its training has diverged, or the file is damaged, so use an earlier checkpoint or fetch it again."
+        )
+
+
+def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str, largest: int = _LARGEST_NUMBER) -> None:
+    """That no number or list of a config asks for more than the weights beside it could fill.
+
+    Building even an empty model takes time and memory for each layer, so that this comes before.
+
+    Args:
+        config: content of the file.
+        weights: how many tensors there are.
+        file: of the config, for messages.
+        largest: whole number that may be in it; none may be negative.
+
+    Raises:
+        ValueError: the field by name, and what is wrong with it.
+
+    Example:
+        >>> check_numbers({"layers_per_block": 10**6}, weights=400, file="unet/config.json")
+        Traceback (most recent call last):
+        ValueError: unet/config.json says layers_per_block 1000000, but there are only 400 weights beside it: ...
+    """
+    for field, value in _fields(config):
+        if isinstance(value, list) and len(value) > max(weights, 1000):
+            raise ValueError(f"{file} has {len(value)} entries in {field}, but {_only(weights)}.")
+        if isinstance(value, float) and value != value:
+            raise ValueError(f"{file} says {field} NaN, which is no number: {_AGAIN}.")
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        if not 0 <= value <= largest:
+            raise ValueError(f"{file} says {field} {value!s:.20}; expected a number from 0 to {largest}.")
+        if "layers" in field and value > weights:
+            raise ValueError(f"{file} says {field} {value}, but {_only(weights)}.")
+
+
+@contextmanager
+def config_errors(file: Path | str) -> Iterator[None]:
+    """Whatever a library raises while it makes a config or an empty model of a file, in a sentence that names it.
+
+    Nothing but the file's content is unknown there, so that any exception is about it.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} does not describe a model ({one_line(error)}): {_AGAIN}.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 200 characters."""
+    said = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, KeyError) or not said:
+        said = f"{type(error).__name__}: {said}"
+    return said if len(said) <= 200 else f"{said[:199]}…"
+
+
+def _only(weights: int) -> str:
+    return f"there are only {weights} weights beside it: {_AGAIN}"
+
+
+def _check_kind(file: Path) -> None:
+    if not file.is_file():
+        raise OSError(f"{file} is no file: {_AGAIN}.")
+    with file.open("rb") as opened:
+        start = opened.read(16)
+    if not start:
+        raise OSError(f"{file} is empty: {_AGAIN}.")
+    if start.startswith(b"version https://"):
+        raise OSError(f"{file} is a Git LFS pointer, not the weights it points to: fetch them with `git lfs pull`.")
+    if file.suffix != ".safetensors" and start[:2] != b"PK" and start[:1] != b"\x80":
+        raise OSError(f"{file} is neither a PyTorch file nor named .safetensors: it begins with {start[:8]!r}.")
+
+
+def _read_pickle(file: Path, device: str) -> Any:
+    size = file.stat().st_size
+    if zipfile.is_zipfile(file):
+        with _pytorch_errors(file), zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError(
+                f"{file} is a TorchScript archive, which holds code as well: save its weights alone, "
+                "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt'), and load those."
+            )
+        # PyTorch stores tensors as they are, so that the parts of its files never add up to more than the file.
+        _check_unpacked(file, sum(entry.file_size for entry in entries), size)
+    with _pytorch_errors(file):
+        content = torch.load(file, map_location=device, weights_only=True)
+    tensors = list(_tensors(content))
+    if any(t.device.type != device or t.layout != torch.strided or t.is_quantized for t in tensors):
+        raise ValueError(f"{file} holds tensors that are sparse, quantized or without data: save plain ones.")
+    # Views may claim a large shape over little memory. Some do no harm: checkpoints hold weights twice at times.
+    _check_unpacked(file, sum(tensor.nbytes for tensor in tensors), 4 * size)
+    return content
+
+
+def _check_unpacked(file: Path, unpacked: int, bound: int) -> None:
+    if unpacked > bound:
+        raise ValueError(
+            f"{file} unpacks to {unpacked / 1e6:.0f} MB from {file.stat().st_size / 1e6:.1f} MB, which no file of"
+            " weights does: get it elsewhere."
+        )
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors(value)
+
+
+@contextmanager
+def _safetensors_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # of the library's own kind, or about types that PyTorch does not have
+        kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
+        raise OSError(f"{file} is not a whole safetensors file ({kind}{one_line(error)}): {_AGAIN}.") from error
+
+
+@contextmanager
+def _pytorch_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds Python objects besides tensors, and loading those could run code: "
+            "save its state dict alone, torch.save(model.state_dict(), 'weights.pt'), and load that."
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any way
+        raise OSError(f"{file} is not a whole PyTorch file: {_AGAIN}.") from error
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """All values in a config with the names of their fields, those in lists with that of the list."""
+    yield name, value
+    inner: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, Mapping):
+        inner = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
+    elif isinstance(value, list):
+        inner = ((name, item) for item in value)
+    for key, item in inner:
+        yield from _fields(item, key)
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
