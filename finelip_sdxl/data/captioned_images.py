@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import IO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .regions import Region
 
@@ -48,26 +46,6 @@ class CaptionedImages(ABC):
     def regions(self, index: int) -> tuple[Region, ...]:
         """Phrases of the first caption and where in the image they point; none, unless the data set knows them."""
         return ()
-
-
-def read_image(file: Path | IO[bytes], name: str) -> Image.Image:
-    """An image as RGB, turned upright as its EXIF orientation says.
-
-    Args:
-        file: a path or an open file.
-        name: of the image, for the message.
-
-    Raises:
-        UnreadableImageError: if it is missing or broken.
-    """
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name} cannot be read (it is of no image format).") from error
-    except Exception as error:  # broken files make Pillow's decoders raise almost anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        raise UnreadableImageError(f"{name} cannot be read ({reason}).") from error
 
 
 def split_sentences(text: str) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .captioned_images import CaptionedImages, UnreadableImageError, read_image
+from .captioned_images import CaptionedImages, UnreadableImageError
+from .images import read_image
 
 SHAREGPT4V_TEST = 1_000  # leading entries that Long-CLIP and FineLIP hold out
 CAPTIONS_PER_IMAGE = 5  # COCO has a few images with more, of which retrieval papers read the first five

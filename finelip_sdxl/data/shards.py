@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import CLIPImageProcessorPil
 
 from .augmentation import CaptionAugmentation
-from .captioned_images import CaptionedImages, UnreadableImageError, read_image
+from .captioned_images import CaptionedImages, UnreadableImageError
+from .images import read_image
 from .training import make_item
 
 SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which comes next
@@ -137,7 +137,7 @@ class _Window(CaptionedImages):
             raise UnreadableImageError(f"{self.name(index)} has no jpg, png or webp.")
         if not self.captions(index)[0]:
             raise UnreadableImageError(f"{self.name(index)} has no caption.")
-        return read_image(io.BytesIO(content), self.name(index))
+        return read_image(content, self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
         sample = self.samples[index]
