@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
+from precompute import cut_square
+from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
-from finelip_sdxl.data import UnreadableImageError
+from finelip_sdxl.data import UnreadableImageError, load_image_processor
 from finelip_sdxl.data.images import MAX_RATIO, middle, read_image
 
 WIDE = [0, 0x0100, 0x8080, 0xFFFF]  # of 16 bits
@@ -284,3 +286,58 @@ def test_the_middle_of_a_long_image_is_bounded_and_in_the_middle(long, short) ->
     assert left == long - right, "by whole pixels, so that nothing is moved by half of one"
     assert right - left - MAX_RATIO * short in (0, 1)
     assert middle(short, long) == (top, left, bottom, right)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def scaled_sizes(monkeypatch) -> list[tuple[int, int]]:
+    """To what sizes Pillow scales."""
+    sizes, resize = [], Image.Image.resize
+
+    def counting(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        sizes.append(tuple(size))
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (60_000, 50), (3, 9_999)])
+def test_of_a_long_image_only_the_middle_is_scaled(size, scaled_sizes, tmp_path) -> None:
+    pixels = load_image_processor(tmp_path, 224)(noise(*size), return_tensors="pt").pixel_values
+    cut, time_ids = cut_square(noise(*size), 128)
+    assert (pixels.shape, cut.size) == ((1, 3, 224, 224), (128, 128))
+    assert time_ids[:2] == [size[1], size[0]], "what SDXL is told of the original stays"
+    assert len(scaled_sizes) == 2
+    assert all(width * height <= (MAX_RATIO + 1) * 224 * 224 for width, height in scaled_sizes)
+
+
+def whole_square(image: Image.Image, resolution: int) -> Image.Image:
+    """`cut_square` as it would be if nothing were cut off before."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+    return scaled.crop((left, top, left + resolution, top + resolution))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (48, 64), (31, 17), (1, 1), (1, 16), (40, 1), (7, 420), (1000, 40)])
+def test_an_image_is_scaled_bit_for_bit_as_a_whole(size, tmp_path) -> None:
+    """Also a long one whose sides do not have to be rounded: what is cut off is beyond the filters' reach."""
+    image = noise(*size)
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    ours, expected = (
+        processor(image, return_tensors="np").pixel_values for processor in (load_image_processor(tmp_path, 32), clip)
+    )
+    assert np.array_equal(ours, expected)
+    assert cut_square(image, 32)[0].tobytes() == whole_square(image, 32).tobytes()
+
+
+def test_a_saved_image_processor_is_loaded_by_anybody(tmp_path) -> None:
+    load_image_processor(tmp_path, 32).save_pretrained(tmp_path)
+    theirs, ours = AutoImageProcessor.from_pretrained(tmp_path), load_image_processor(tmp_path, 99)
+    assert type(theirs) is CLIPImageProcessorPil
+    assert ours.to_dict() == theirs.to_dict()

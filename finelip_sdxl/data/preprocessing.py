@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPImageProcessorPil, CLIPTokenizer
+from transformers import BatchFeature, CLIPImageProcessorPil, CLIPTokenizer
+from transformers.image_utils import SizeDict
 
 from finelip_sdxl.miniature import MODEL_NAME
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
+
+from .images import middle
 
 POSITIONS = 248
 _PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, by which pooling finds the end of a text
@@ -78,7 +83,7 @@ def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImag
     if not Path(source).is_file():
         directory = _directory(source)
         if (directory / "preprocessor_config.json").is_file():
-            return CLIPImageProcessorPil.from_pretrained(directory)
+            return _ImageProcessor.from_pretrained(directory)
     return _clip_processor(image_size)
 
 
@@ -126,4 +131,22 @@ def _directory(source: str | os.PathLike) -> Path:
 
 
 def _clip_processor(size: int) -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return _ImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+class _ImageProcessor(CLIPImageProcessorPil):
+    """CLIP's, which does not scale what lies too far from the middle for its center crop."""
+
+    def _preprocess(
+        self, images: list[np.ndarray], *args: Any, size: SizeDict, do_center_crop: bool, **kwargs: Any
+    ) -> BatchFeature:
+        if do_center_crop and size.shortest_edge:
+            boxes = (middle(width, height) for _, height, width in (image.shape for image in images))
+            images = [
+                image[:, top:bottom, left:right]
+                for image, (left, top, right, bottom) in zip(images, boxes, strict=True)
+            ]
+        return super()._preprocess(images, *args, size=size, do_center_crop=do_center_crop, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}  # which anybody can load
