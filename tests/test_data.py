@@ -244,7 +244,7 @@ def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:
         ("jsonl:x", '{"image": "a", "caption": "b"}\n{"image": "a"}', r"Line 2 of .*x lacks 'caption'"),
         ("jsonl:x", '["a", "b"]', r"Line 1 of .*x has not the layout"),
         ("jsonl:x", '{"image": "a", "caption": " "}', r"jsonl:.* has no caption, or an empty one, for .*a: add it"),
-        ("jsonl:x", '{"image": "a", "caption": 3}', "has no caption, or an empty one, for"),
+        ("jsonl:x", '{"image": "a", "caption": 3}', r"The caption of .*a in jsonl:.*x is 3, where text was expected"),
         ("jsonl:x", "", "has no images in this split"),
         ("jsonl:x", b"\xff\xfe", "x is not UTF-8 text"),
         ("txt:x", "\n \n", "x holds no text: write a caption in each line"),
@@ -263,6 +263,121 @@ def test_malformed_content_is_refused_with_its_place(spec, content, message, tmp
     (tmp_path / "x").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         open_images(f"{spec[:-1]}{tmp_path / 'x'}")
+
+
+IMAGES_OF_COCO = '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": %s}], "annotations": %s}'
+# How each layout gives an image and a caption as JSON, and what names the place.
+ENTRIES = {
+    "sharegpt4v": ('[{{"image": {}, "conversations": [{{"from": "gpt", "value": {}}}]}}]', "Entry 1 of"),
+    "docci": ('{{"split": "test", "image_file": {}, "description": {}}}', "Line 1 of"),
+    "coco": (
+        '{{"images": [{{"id": 1, "file_name": {}}}], "annotations": [{{"image_id": 1, "caption": {}}}]}}',
+        "Entry 1 of images in",
+    ),
+    "flickr30k": (
+        '{{"images": [{{"split": "test", "filename": {}, "sentences": [{{"raw": {}}}]}}]}}',
+        "Entry 1 of images in",
+    ),
+    "jsonl": ('{{"image": {}, "caption": {}}}', "Line 1 of"),
+}
+
+
+def with_entry(kind: str, folder: Path, image: str, caption: str) -> tuple[str, str]:
+    """The spec of a data set of one entry, and a pattern that names its place."""
+    files = {
+        "sharegpt4v": "x.json",
+        "docci": "docci_descriptions.jsonlines",
+        "coco": "annotations/captions_val2017.json",
+        "flickr30k": "dataset_flickr30k.json",
+        "jsonl": "x.jsonl",
+    }
+    for name in ("images", "val2017"):
+        (folder / name).mkdir()
+    layout, place = ENTRIES[kind]
+    file = write_lines(folder / files[kind], layout.format(image, caption))
+    spec = file if kind in ("sharegpt4v", "jsonl") else folder
+    return f"{kind}:{spec}", f"^{place} {file}"
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize(
+    ("image", "fault"),
+    [
+        ("3", "its image is 3, where a path was expected"),
+        ("null", "its image is None, where"),
+        ("NaN", "its image is nan, where"),
+        ('["a.jpg"]', r"its image is \['a\.jpg'\], where"),
+        ('{"a": 1}', "its image is {'a': 1}, where"),
+        ('""', "its image is '', where"),
+        ("true", "its image is True, where"),
+        (r'"\ud800.jpg"', r"its image holds \\ud800, which is half of a character"),
+    ],
+)
+def test_an_image_that_is_no_path_is_refused_with_its_place(kind, image, fault, tmp_path) -> None:
+    spec, place = with_entry(kind, tmp_path, image, '"A."')
+    with pytest.raises(ValueError, match=rf"{place} has not the layout of its data set \({fault}[^\n]*\)\.$"):
+        open_images(spec)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize(
+    ("caption", "fault"),
+    [
+        ("3", r"The caption of .*a\.jpg in {} is 3, where text was expected"),
+        ("null", r"The caption of .*a\.jpg in {} is None, where text"),
+        ('["A.", "B."]', r"The caption of .*a\.jpg in {} is \['A\.', 'B\.'\], where text"),
+        (r'"A \ud83d fox."', r"The caption of .*a\.jpg in {} holds \\ud83d, which is half of a character"),
+        (
+            '"' + "a " * 50_001 + '"',
+            r"The caption of .*a\.jpg in {} has 100,002 characters, where 100,000 are the most",
+        ),
+        ('" \\n"', "{} has no caption, or an empty one, for .*a\\.jpg: add it"),
+    ],
+)
+def test_a_caption_that_is_none_is_refused_by_name(kind, caption, fault, tmp_path) -> None:
+    spec, _ = with_entry(kind, tmp_path, '"a.jpg"', caption)
+    with pytest.raises(ValueError, match=f"^{fault.format(spec)}[^\n]*$"):
+        open_images(spec)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize(
+    ("image", "fault"),
+    [
+        ("[" * 100_000, "recursion"),
+        ("[" * 100_000 + "]" * 100_000, "recursion"),
+        ("9" * 5_000, "digits"),
+        ('"a.jpg", "extra": {"b": 1, "c": 2, "b": 3}', "an object has 'b' twice"),
+        ('"a.jpg", "split": "train", "split": "test"', "an object has 'split' twice"),
+        ('"a', "delimiter"),
+    ],
+)
+def test_json_that_cannot_be_read_is_refused_with_its_file(kind, image, fault, tmp_path) -> None:
+    spec, _ = with_entry(kind, tmp_path, image, '"A."')
+    with pytest.raises(ValueError, match=rf"{tmp_path}[^\n]* is not JSON \([^\n]*({fault})[^\n]*\)\.$"):
+        open_images(spec)
+
+
+@pytest.mark.parametrize(
+    ("image", "annotations", "message"),
+    [
+        (
+            '"b"',
+            '[{"image_id": 1, "caption": "A."}, {"image_id": 7, "caption": "B."}]',
+            "is of image 7, which is not am",
+        ),
+        ('"b"', '[{"image_id": [], "caption": "A."}]', "Entry 1 of annotations in .* has not the layout"),
+        ('"b"', '[{"caption": "A."}]', "Entry 1 of annotations in .* lacks 'image_id'"),
+        ('"b"', "[3]", "Entry 1 of annotations in .* has not the layout"),
+        ('"b"', "null", "annotations is None, where a list was expected"),
+        ('"b"}, {"id": 1, "file_name": "c"', "[]", "Entry 3 of images in .* has the id of an earlier one, 1"),
+    ],
+)
+def test_annotations_that_fit_no_image_are_refused_with_their_place(image, annotations, message, tmp_path) -> None:
+    (tmp_path / "val2017").mkdir()
+    write_lines(tmp_path / "annotations" / "captions_val2017.json", IMAGES_OF_COCO % (image, annotations))
+    with pytest.raises(ValueError, match=message):
+        open_images(f"coco:{tmp_path}")
 
 
 def test_a_malformed_line_of_a_token_file_is_refused(tmp_path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from abc import ABC, abstractmethod
+from typing import Any
 
 from PIL import Image
 
 from .regions import Region
+
+MAX_CAPTION = 100_000  # characters, where 248 tokens are some 1,200: a longer one comes of a file that is broken
 
 
 class UnreadableImageError(OSError):
@@ -19,9 +23,11 @@ class CaptionedImages(ABC):
 
     Attributes:
         group_size: consecutive images that training puts into one batch, since they are hard negatives of each other.
+        left_out: a sentence that counts what was left out and names the first; empty if nothing was.
     """
 
     group_size: int = 1
+    left_out: str = ""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -46,6 +52,28 @@ class CaptionedImages(ABC):
     def regions(self, index: int) -> tuple[Region, ...]:
         """Phrases of the first caption and where in the image they point; none, unless the data set knows them."""
         return ()
+
+
+def caption_fault(caption: Any) -> str | None:
+    """What is wrong with a caption that was read from somewhere, as the end of a sentence; None if nothing is.
+
+    Example:
+        >>> caption_fault("A fox."), caption_fault(["A fox."]), caption_fault(" ")
+        (None, "is ['A fox.'], where text was expected", 'is empty')
+    """
+    if not isinstance(caption, str):
+        return f"is {reprlib.repr(caption)}, where text was expected"
+    if not caption.strip():
+        return "is empty"
+    if len(caption) > MAX_CAPTION:
+        return f"has {len(caption):,} characters, where {MAX_CAPTION:,} are the most that is read"
+    return half_character(caption)
+
+
+def half_character(text: str) -> str | None:
+    """As `caption_fault`, of a surrogate, such as `\\ud800` in JSON, that lacks the other half."""
+    half = re.search("[\ud800-\udfff]", text)
+    return None if half is None else f"holds \\u{ord(half[0]):04x}, which is half of a character"
 
 
 def split_sentences(text: str) -> list[str]:
