@@ -5,6 +5,7 @@ so nothing here defines a model class.
 """
 
 import copy
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions, stretched_row_indices
@@ -121,6 +129,33 @@ def with_max_length(tokenizer: Any, length: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return type(tokenizer).from_pretrained(folder, model_max_length=length)
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
+    """That a tokenizer knows words. Without its files, transformers makes one that knows letters, or nothing, and says
+    nothing of it.
+
+    Args:
+        tokenizer: of a CLIP.
+        name: of where it comes from, for messages.
+
+    Raises:
+        ValueError: it does not, or hardly any of its own.
+
+    Example:
+        >>> check_tokenizer(CLIPTokenizer(), "tokenizer")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: tokenizer knows no words: ...
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    added = tokenizer.get_added_vocab()
+    words = [word for word in model["vocab"] if len(word.removesuffix("</w>")) > 1 and word not in added]
+    merges = len(model.get("merges", []))  # each makes a word, or the beginning of one
+    if merges == 0 or merges < len(words) / 2:
+        raise ValueError(
+            f"{name} knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or incomplete, "
+            "so fetch them again."
+        )
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:

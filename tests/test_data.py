@@ -636,6 +636,81 @@ def test_an_image_processor_is_the_source_s_own_or_clip_s(tmp_path) -> None:
     assert load_image_processor(tmp_path, image_size=32)(image, return_tensors="pt").pixel_values.shape[-1] == 16
 
 
+def edit_json(file: Path, *keys: str, **values: Any) -> None:
+    """Change values in a JSON file, of the object that the keys lead to."""
+    content = json.loads(file.read_text())
+    place = content
+    for key in keys:
+        place = place[key]
+    place.update(values)
+    write_json(file, content)
+
+
+def in_two_files(folder: Path, merges: str | None = None) -> None:
+    """A tokenizer as older programs save it; with these merges instead of its own."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    write_json(folder / "vocab.json", model["vocab"])
+    own = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "merges.txt").write_text(own if merges is None else merges)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda folder: in_two_files(folder, "#version: 0.2\n"), id="no merges"),
+        pytest.param(lambda folder: in_two_files(folder, ""), id="empty merges.txt"),
+        pytest.param(lambda folder: in_two_files(folder, "#version: 0.2\ni n\n"), id="cut merges.txt"),
+        pytest.param(lambda folder: edit_json(folder / "tokenizer.json", "model", merges=[]), id="none in the JSON"),
+        pytest.param(lambda folder: edit_json(folder / "tokenizer.json", "model", vocab={}, merges=[]), id="no words"),
+    ],
+)
+def test_a_tokenizer_that_would_spell_letters_is_refused(damage, tmp_path) -> None:
+    load_tokenizer("miniature-clip-1").save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} knows no words: its tokenizer\.json, or its vocab\.json and"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_two_files_is_read(tmp_path) -> None:
+    own = load_tokenizer("miniature-clip-1")
+    own.save_pretrained(tmp_path)
+    in_two_files(tmp_path)
+    assert load_tokenizer(tmp_path)("a red star").input_ids == own("a red star").input_ids
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_refused_by_name(name, content, tmp_path) -> None:
+    load_tokenizer("miniature-clip-1").save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    if (name, content) == ("tokenizer_config.json", "{}"):
+        assert len(load_tokenizer(tmp_path)) == 860, "nothing in it is needed"
+        return
+    with pytest.raises(ValueError, match=rf"^The tokenizer of {tmp_path} cannot be read \([^\n]+\): fetch it again\.$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "null", "3", "[" * 100_000),
+        *({"size": size} for size in (0, -5, 10**9, "a", [1], {"shortest_edge": -1}, {"a": 1})),
+        *({"crop_size": size} for size in (10**6, {"height": -1, "width": 3}, {"height": 8, "width": 16})),
+        *({"image_mean": mean} for mean in ("x", [1], [0.5] * 4, [float("nan")] * 3)),
+        *({"image_std": std} for std in (None, [0, 0, 0])),
+        *({"resample": 99}, {"rescale_factor": None}, {"do_center_crop": False}, {"preprocess": 3}),
+    ],
+    ids=lambda content: str(content)[:30],
+)
+def test_a_broken_image_processor_is_refused_by_name(content, tmp_path) -> None:
+    load_image_processor(tmp_path, 32).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(content) if isinstance(content, str) else edit_json(file, **content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}'s preprocessor_config\.json cannot be read \([^\n]+\): fetch"):
+        load_image_processor(tmp_path, 32)
+
+
 # Augmentation
 
 CAPTION = "A summary. One star. Two moons. Three rings."
