@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .captioned_images import UnreadableImageError
 
@@ -80,10 +80,10 @@ def _read(file: Path | bytes) -> Image.Image:
     return rgb
 
 
-def _scale_color_key(image: Image.Image) -> None:
+def _scale_color_key(image: ImageFile.ImageFile) -> None:
     """Make the gray or color that stands for transparent in a PNG, if one does, comparable with Pillow's pixels."""
     if image.format == "PNG" and image.tile and (key := image.info.get("transparency")) is not None:
-        scale = _KEY_SCALES.get(image.tile[0].args, 1)
+        scale = _KEY_SCALES.get(str(image.tile[0].args), 1)
         image.info["transparency"] = tuple(int(k * scale) for k in key) if isinstance(key, tuple) else key * scale
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, CLIPImageProcessorPil, CLIPTokenizer
-from transformers.image_utils import SizeDict
 
 from finelip_sdxl.miniature import MODEL_NAME
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE
@@ -173,16 +172,14 @@ def _clip_processor(size: int) -> CLIPImageProcessorPil:
 class _ImageProcessor(CLIPImageProcessorPil):
     """CLIP's, which does not scale what lies too far from the middle for its center crop."""
 
-    def _preprocess(
-        self, images: list[np.ndarray], *args: Any, size: SizeDict, do_center_crop: bool, **kwargs: Any
-    ) -> BatchFeature:
-        if do_center_crop and size.shortest_edge:
-            boxes = (middle(width, height) for _, height, width in (image.shape for image in images))
+    def _preprocess(self, images: list[np.ndarray], **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        if kwargs["do_center_crop"] and kwargs["size"].shortest_edge:
+            boxes = [middle(width, height) for _, height, width in (image.shape for image in images)]
             images = [
                 image[:, top:bottom, left:right]
                 for image, (left, top, right, bottom) in zip(images, boxes, strict=True)
             ]
-        return super()._preprocess(images, *args, size=size, do_center_crop=do_center_crop, **kwargs)
+        return super()._preprocess(images, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}  # which anybody can load
