@@ -46,7 +46,7 @@ def read_image(file: Path | bytes, name: str) -> Image.Image:
                 raise
             return _read(picture)
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name} cannot be read (it is of no image format).") from error
+        raise UnreadableImageError(f"{name} cannot be read (it is of no image format that Pillow reads).") from error
     except Exception as error:  # broken files make Pillow's decoders raise almost anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise UnreadableImageError(f"{name} cannot be read ({reason}).") from error
