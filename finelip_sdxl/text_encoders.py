@@ -165,6 +165,33 @@ def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
         )
 
 
+def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
+    """That a tokenizer knows words. Without its files, transformers makes one that knows letters, or nothing, and says
+    nothing of it.
+
+    Args:
+        tokenizer: of a CLIP.
+        name: of where it comes from, for messages.
+
+    Raises:
+        ValueError: it does not, or hardly any of its own.
+
+    Example:
+        >>> check_tokenizer(CLIPTokenizer(), "tokenizer")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: tokenizer knows no words: ...
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    added = tokenizer.get_added_vocab()
+    words = [word for word in model["vocab"] if len(word.removesuffix("</w>")) > 1 and word not in added]
+    merges = len(model.get("merges", []))  # each makes a word, or the beginning of one
+    if merges == 0 or merges < len(words) / 2:
+        raise ValueError(
+            f"{name} knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or incomplete, "
+            "so fetch them again."
+        )
+
+
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
     """The weights of a text encoder under the keys of its file: `text_model.…`, `text_projection.weight`.
 

@@ -986,6 +986,28 @@ def test_refuses_another_base_without_captions(capsys) -> None:
     )
 
 
+def test_validation_prompts_are_lines_of_a_file(tmp_path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffA star.\u2028It is red.\r\n\r\n  A ring.\x0cIt is blue. \rA moon.".encode())
+    arguments = SimpleNamespace(validation_prompts=file)
+    expected = ["A star.\u2028It is red.", "A ring.\x0cIt is blue.", "A moon."]
+    assert align_adapter.validation_prompts(arguments, MiniatureScenes("test", 5)) == expected
+    file.write_bytes(b"A star.\nA caf\xe9.")
+    with pytest.raises(ValueError, match=r"prompts\.txt is not UTF-8 text \(in line 2, "):
+        align_adapter.validation_prompts(arguments, MiniatureScenes("test", 5))
+
+
+def test_missing_pictures_are_left_out_and_counted_if_that_is_asked_for(base, tmp_path, capsys) -> None:
+    data = write_images(tmp_path / "data", [(16, 16)] * 7)
+    first = tmp_path / "data" / "6.png"
+    first.unlink()
+    align(base, tmp_path / "run", "--captions", data, "--skip-missing-images", "--validate-every", "0")
+    printed = capsys.readouterr().out
+    assert f"1 of 7 images of {data} are not there and are left out; first {first}.\n" in printed
+    assert "skipped:" not in printed
+    assert made(tmp_path / "run") == ["after-text", "last"]
+
+
 def test_refuses_prompts_that_hold_no_text(base, tmp_path, capsys) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     flags = f"--base {base} --captions miniature:20 --cpu --validation-prompts {tmp_path / 'empty.txt'}"

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import pickle
 import random
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -32,6 +34,7 @@ from finelip_sdxl.data import (
 from finelip_sdxl.data.formats import CaptionedFiles
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
+from finelip_sdxl.texts import lines_of
 
 # Layouts, each built as its authors publish it; image k is a plain picture of gray level k.
 
@@ -244,7 +247,7 @@ def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:
         ("jsonl:x", '{"image": "a", "caption": "b"}\n{"image": "a"}', r"Line 2 of .*x lacks 'caption'"),
         ("jsonl:x", '["a", "b"]', r"Line 1 of .*x has not the layout"),
         ("jsonl:x", '{"image": "a", "caption": " "}', r"jsonl:.* has no caption, or an empty one, for .*a: add it"),
-        ("jsonl:x", '{"image": "a", "caption": 3}', "has no caption, or an empty one, for"),
+        ("jsonl:x", '{"image": "a", "caption": 3}', r"The caption of .*a in jsonl:.*x is 3, where text was expected"),
         ("jsonl:x", "", "has no images in this split"),
         ("jsonl:x", b"\xff\xfe", "x is not UTF-8 text"),
         ("txt:x", "\n \n", "x holds no text: write a caption in each line"),
@@ -265,11 +268,283 @@ def test_malformed_content_is_refused_with_its_place(spec, content, message, tmp
         open_images(f"{spec[:-1]}{tmp_path / 'x'}")
 
 
+IMAGES_OF_COCO = '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": %s}], "annotations": %s}'
+# How each layout gives an image and a caption as JSON, and what names the place.
+ENTRIES = {
+    "sharegpt4v": ('[{{"image": {}, "conversations": [{{"from": "gpt", "value": {}}}]}}]', "Entry 1 of"),
+    "docci": ('{{"split": "test", "image_file": {}, "description": {}}}', "Line 1 of"),
+    "coco": (
+        '{{"images": [{{"id": 1, "file_name": {}}}], "annotations": [{{"image_id": 1, "caption": {}}}]}}',
+        "Entry 1 of images in",
+    ),
+    "flickr30k": (
+        '{{"images": [{{"split": "test", "filename": {}, "sentences": [{{"raw": {}}}]}}]}}',
+        "Entry 1 of images in",
+    ),
+    "jsonl": ('{{"image": {}, "caption": {}}}', "Line 1 of"),
+}
+
+
+def with_entry(kind: str, folder: Path, image: str, caption: str) -> tuple[str, str]:
+    """The spec of a data set of one entry, and a pattern that names its place."""
+    files = {
+        "sharegpt4v": "x.json",
+        "docci": "docci_descriptions.jsonlines",
+        "coco": "annotations/captions_val2017.json",
+        "flickr30k": "dataset_flickr30k.json",
+        "jsonl": "x.jsonl",
+    }
+    for name in ("images", "val2017"):
+        (folder / name).mkdir()
+    layout, place = ENTRIES[kind]
+    file = write_lines(folder / files[kind], layout.format(image, caption))
+    spec = file if kind in ("sharegpt4v", "jsonl") else folder
+    return f"{kind}:{spec}", f"^{place} {file}"
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize(
+    ("image", "fault"),
+    [
+        ("3", "its image is 3, where a path was expected"),
+        ("null", "its image is None, where"),
+        ("NaN", "its image is nan, where"),
+        ('["a.jpg"]', r"its image is \['a\.jpg'\], where"),
+        ('{"a": 1}', "its image is {'a': 1}, where"),
+        ('""', "its image is '', where"),
+        ("true", "its image is True, where"),
+        (r'"\ud800.jpg"', r"its image holds \\ud800, which is half of a character"),
+    ],
+)
+def test_an_image_that_is_no_path_is_refused_with_its_place(kind, image, fault, tmp_path) -> None:
+    spec, place = with_entry(kind, tmp_path, image, '"A."')
+    with pytest.raises(ValueError, match=rf"{place} has not the layout of its data set \({fault}[^\n]*\)\.$"):
+        open_images(spec)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize(
+    ("caption", "fault"),
+    [
+        ("3", r"The caption of .*a\.jpg in {} is 3, where text was expected"),
+        ("null", r"The caption of .*a\.jpg in {} is None, where text"),
+        ('["A.", "B."]', r"The caption of .*a\.jpg in {} is \['A\.', 'B\.'\], where text"),
+        (r'"A \ud83d fox."', r"The caption of .*a\.jpg in {} holds \\ud83d, which is half of a character"),
+        (
+            '"' + "a " * 50_001 + '"',
+            r"The caption of .*a\.jpg in {} has 100,002 characters, where 100,000 are the most",
+        ),
+        ('" \\n"', "{} has no caption, or an empty one, for .*a\\.jpg: add it"),
+    ],
+)
+def test_a_caption_that_is_none_is_refused_by_name(kind, caption, fault, tmp_path) -> None:
+    spec, _ = with_entry(kind, tmp_path, '"a.jpg"', caption)
+    with pytest.raises(ValueError, match=f"^{fault.format(spec)}[^\n]*$"):
+        open_images(spec)
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize(
+    ("image", "fault"),
+    [
+        ("[" * 100_000, "recursion"),
+        ("[" * 100_000 + "]" * 100_000, "recursion"),
+        ("9" * 5_000, "digits"),
+        ('"a.jpg", "extra": {"b": 1, "c": 2, "b": 3}', "an object has 'b' twice"),
+        ('"a.jpg", "split": "train", "split": "test"', "an object has 'split' twice"),
+        ('"a', "delimiter"),
+    ],
+)
+def test_json_that_cannot_be_read_is_refused_with_its_file(kind, image, fault, tmp_path) -> None:
+    spec, _ = with_entry(kind, tmp_path, image, '"A."')
+    with pytest.raises(ValueError, match=rf"{tmp_path}[^\n]* is not JSON \([^\n]*({fault})[^\n]*\)\.$"):
+        open_images(spec)
+
+
+@pytest.mark.parametrize(
+    ("image", "annotations", "message"),
+    [
+        (
+            '"b"',
+            '[{"image_id": 1, "caption": "A."}, {"image_id": 7, "caption": "B."}]',
+            "is of image 7, which is not am",
+        ),
+        ('"b"', '[{"image_id": [], "caption": "A."}]', "Entry 1 of annotations in .* has not the layout"),
+        ('"b"', '[{"caption": "A."}]', "Entry 1 of annotations in .* lacks 'image_id'"),
+        ('"b"', "[3]", "Entry 1 of annotations in .* has not the layout"),
+        ('"b"', "null", "annotations is None, where a list was expected"),
+        ('"b"}, {"id": 1, "file_name": "c"', "[]", "Entry 3 of images in .* has the id of an earlier one, 1"),
+    ],
+)
+def test_annotations_that_fit_no_image_are_refused_with_their_place(image, annotations, message, tmp_path) -> None:
+    (tmp_path / "val2017").mkdir()
+    write_lines(tmp_path / "annotations" / "captions_val2017.json", IMAGES_OF_COCO % (image, annotations))
+    with pytest.raises(ValueError, match=message):
+        open_images(f"coco:{tmp_path}")
+
+
 def test_a_malformed_line_of_a_token_file_is_refused(tmp_path) -> None:
     spec = flickr30k_token(tmp_path)
     write_lines(tmp_path / "results_20130124.token", "0.png#0\tA cat.", "no tab")
     with pytest.raises(ValueError, match=r"Line 2 of .* is not IMAGE#NUMBER, a tab and a caption"):
         open_images(spec)
+
+
+# Text files
+
+# Breaks for `str.splitlines`, but no line ends.
+NO_LINE_ENDS = ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_captions_are_split_at_line_ends_alone(end, mark, tmp_path) -> None:
+    caption = "A fox." + "".join(f"{character}It sleeps." for character in NO_LINE_ENDS)
+    expected = ("A fox." + " It sleeps." * len(NO_LINE_ENDS),)
+
+    def write(name: str, *lines: str) -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes((mark + end.join([*lines, "", ""])).encode())
+        return file
+
+    for name in ("image/a.png", "Images/a.png"):
+        write_image(tmp_path / name)
+    write("caption/a.txt", caption, "Not read, as in Long-CLIP.")
+    entry = json.dumps({"image": "a.png", "caption": caption}, ensure_ascii=False)
+    texts = open_images(f"txt:{write('x.txt', caption, '', 'A hare.')}")
+    read = [
+        *(texts.captions(index) for index in range(len(texts))),
+        open_images(f"urban1k:{tmp_path}").captions(0),
+        open_images(f"jsonl:{write('x.jsonl', entry)}").captions(0),
+        open_images(f"csv:{write('x.csv', 'image,caption', f'a.png,{caption}')}").captions(0),
+    ]
+    for name, lines in {
+        "results_20130124.token": [f"a.png#0\t{caption}"],
+        "captions.txt": ["image,caption", f'a.png,"{caption}"'],
+    }.items():
+        file = write(name, *lines)
+        read.append(open_images(f"flickr30k:{tmp_path}").captions(0))
+        file.unlink()
+    read.remove(("A hare.",))
+    assert read == [expected] * 6
+
+
+def test_prompts_are_split_at_line_ends_alone() -> None:
+    prompts = "".join(f"Prompt{character}{number}.\n\n" for number, character in enumerate(NO_LINE_ENDS))
+    assert [text for _, text in lines_of(prompts)] == [f"Prompt{c}{n}." for n, c in enumerate(NO_LINE_ENDS)]
+    assert [number for number, _ in lines_of(prompts)] == [2 * n + 1 for n in range(len(NO_LINE_ENDS))]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt", "sharegpt4v"])
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("A fox.\nA hare.\nCaf\xe9.".encode("latin-1"), "in line 3, "),
+        ("A fox.\r\nCaf\xe9".encode("utf-16"), "in line 1, invalid start byte"),
+        ("A fox.\rA hare.".encode("utf-16-le"), "line 1 holds a NUL, as in UTF-16"),
+        ("A fox.\nA hare.".encode("utf-16-be"), "line 1 holds a NUL, as in UTF-16"),
+        (b"A fox.\rA hare.\r\0", "line 3 holds a NUL"),
+    ],
+)
+def test_text_that_is_not_utf_8_is_refused_with_its_line(kind, content, place, tmp_path) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/x is not UTF-8 text \({place}[^\n]*\): save it as UTF-8\.$"):
+        open_images(f"{kind}:{tmp_path / 'x'}")
+
+
+def test_text_that_is_in_no_regular_file_is_refused_at_once(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        for kind in ("csv", "jsonl", "txt", "sharegpt4v"):
+            with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+                open_images(f"{kind}:{file}")
+
+
+def test_two_images_of_one_name_are_not_made_one(tmp_path) -> None:
+    spec = urban1k(tmp_path)
+    write_image(tmp_path / "image" / "1.bmp")
+    with pytest.raises(ValueError, match=r"1\.(png|bmp) and .*1\.(png|bmp) have one name"):
+        open_images(spec)
+
+
+def csv_rows(folder: Path, rows: str) -> str:
+    (folder / "x.csv").write_text(rows, newline="")
+    return f"csv:{folder / 'x.csv'}"
+
+
+def test_a_csv_may_quote_captions_of_several_lines(tmp_path) -> None:
+    rows = 'image,caption\r\na.png,"A ""red"" fox,\r\nasleep."\r\n\r\nb.png,A 5" hare.\r\n'
+    data = open_images(csv_rows(tmp_path, rows))
+    assert [data.captions(index) for index in range(len(data))] == [('A "red" fox, asleep.',), ('A 5" hare.',)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            'a,"A fox.\nb,A hare.\nc,A deer.\n',
+            "The row that begins in line 3 of .* cannot be read .*: close each quote",
+        ),
+        ('a,"A fox.\nb,"A hare."\nc,A deer.\n', "begins in line 3 of .*close each quote"),
+        ('a,"A fox." he said\n', "begins in line 3 of .*close each quote"),
+        ('a,"A fox.\n' + "b,A hare.\n" * 20_000, "begins in line 3 of .*field larger than field limit"),
+        (f"a,{'x' * 131_073}\n", "begins in line 3 of .*field larger than field limit"),
+        (f"a,{'x' * 100_001}\n", "The caption of .*a in csv:.* has 100,001 characters, where 100,000 are the most"),
+        ("b\n", "Line 3 of .* does not hold an image and a caption"),
+        ("b,\n", "Line 3 of .* does not hold an image and a caption"),
+        (",b\n", "Line 3 of .* does not hold an image and a caption"),
+        ("b,A,fox.\n", "Line 3 of .* does not hold an image and a caption"),
+        ('"b\n\nc",A fox.,asleep\n', "Line 3 of .* does not hold an image and a caption"),
+        ("  ,A fox.\n", "Line 3 of .*its image is '  ', where a path was expected"),
+        ("b,  \n", "has no caption, or an empty one, for .*b: add it"),
+    ],
+)
+def test_a_row_of_a_csv_that_cannot_be_read_is_refused_with_its_line(rows, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        open_images(csv_rows(tmp_path, f"image,caption\nz,A zebra.\n{rows}"))
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("image,caption,caption", "has the column caption 2 times: it needs it once"),
+        ("image;caption", "has the columns image;caption: it needs image and caption"),
+        ('image,"caption', "The row that begins in line 1 of .* cannot be read"),
+        ("caption", "has the columns caption: it needs image and caption"),
+    ],
+)
+def test_a_header_of_a_csv_that_does_not_do_is_refused(header, message, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_images(csv_rows(tmp_path, f"{header}\na,A fox.,B.\n"))
+
+
+# Missing images
+
+
+def test_missing_images_are_left_out_and_counted_if_that_is_asked_for(tmp_path) -> None:
+    spec = sharegpt4v(tmp_path)
+    data = open_images(spec, "train", skip_missing=True)
+    assert [data.captions(index) for index in range(len(data))] == [("Caption 1001. It is gray.",)]
+    first = tmp_path / "coco" / "train2017" / "1000.png"
+    assert data.left_out == f"2 of 3 images of {spec} are not there and are left out; first {first}."
+    assert TrainingPairs(data, PROCESSOR)[0]["skipped"] == ()
+    assert (len(open_images(spec, "train")), open_images(spec, "train").left_out) == (3, "")
+    assert len(open_images(spec, "test", skip_missing=True)) == 1, "the same 1,000 entries are held out"
+
+
+def test_where_all_images_are_missing_that_is_said(tmp_path) -> None:
+    spec = sharegpt4v(tmp_path)
+    (tmp_path / "no").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"None of the 3 images of .* is there; the first would be .*/no/coco/"):
+        open_images(spec, "train", images=tmp_path / "no", skip_missing=True)
+
+
+def test_of_data_without_files_nothing_is_missing(tmp_path) -> None:
+    file = write_lines(tmp_path / "x.txt", "A fox.")
+    for spec in (f"txt:{file}", "miniature:1"):
+        data = open_images(spec, skip_missing=True)
+        assert (len(data), data.left_out) == (1, "")
 
 
 def test_a_photograph_is_turned_upright(tmp_path) -> None:
@@ -359,6 +634,81 @@ def test_an_image_processor_is_the_source_s_own_or_clip_s(tmp_path) -> None:
     assert default.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     own.save_pretrained(tmp_path)
     assert load_image_processor(tmp_path, image_size=32)(image, return_tensors="pt").pixel_values.shape[-1] == 16
+
+
+def edit_json(file: Path, *keys: str, **values: Any) -> None:
+    """Change values in a JSON file, of the object that the keys lead to."""
+    content = json.loads(file.read_text())
+    place = content
+    for key in keys:
+        place = place[key]
+    place.update(values)
+    write_json(file, content)
+
+
+def in_two_files(folder: Path, merges: str | None = None) -> None:
+    """A tokenizer as older programs save it; with these merges instead of its own."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    write_json(folder / "vocab.json", model["vocab"])
+    own = "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"])
+    (folder / "merges.txt").write_text(own if merges is None else merges)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda folder: in_two_files(folder, "#version: 0.2\n"), id="no merges"),
+        pytest.param(lambda folder: in_two_files(folder, ""), id="empty merges.txt"),
+        pytest.param(lambda folder: in_two_files(folder, "#version: 0.2\ni n\n"), id="cut merges.txt"),
+        pytest.param(lambda folder: edit_json(folder / "tokenizer.json", "model", merges=[]), id="none in the JSON"),
+        pytest.param(lambda folder: edit_json(folder / "tokenizer.json", "model", vocab={}, merges=[]), id="no words"),
+    ],
+)
+def test_a_tokenizer_that_would_spell_letters_is_refused(damage, tmp_path) -> None:
+    load_tokenizer("miniature-clip-1").save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{tmp_path} knows no words: its tokenizer\.json, or its vocab\.json and"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_two_files_is_read(tmp_path) -> None:
+    own = load_tokenizer("miniature-clip-1")
+    own.save_pretrained(tmp_path)
+    in_two_files(tmp_path)
+    assert load_tokenizer(tmp_path)("a red star").input_ids == own("a red star").input_ids
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_refused_by_name(name, content, tmp_path) -> None:
+    load_tokenizer("miniature-clip-1").save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    if (name, content) == ("tokenizer_config.json", "{}"):
+        assert len(load_tokenizer(tmp_path)) == 860, "nothing in it is needed"
+        return
+    with pytest.raises(ValueError, match=rf"^The tokenizer of {tmp_path} cannot be read \([^\n]+\): fetch it again\.$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "null", "3", "[" * 100_000),
+        *({"size": size} for size in (0, -5, 10**9, "a", [1], {"shortest_edge": -1}, {"a": 1})),
+        *({"crop_size": size} for size in (10**6, {"height": -1, "width": 3}, {"height": 8, "width": 16})),
+        *({"image_mean": mean} for mean in ("x", [1], [0.5] * 4, [float("nan")] * 3)),
+        *({"image_std": std} for std in (None, [0, 0, 0])),
+        *({"resample": 99}, {"rescale_factor": None}, {"do_center_crop": False}, {"preprocess": 3}),
+    ],
+    ids=lambda content: str(content)[:30],
+)
+def test_a_broken_image_processor_is_refused_by_name(content, tmp_path) -> None:
+    load_image_processor(tmp_path, 32).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(content) if isinstance(content, str) else edit_json(file, **content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}'s preprocessor_config\.json cannot be read \([^\n]+\): fetch"):
+        load_image_processor(tmp_path, 32)
 
 
 # Augmentation
@@ -571,6 +921,73 @@ def test_shards_give_whole_epochs_and_name_what_they_skip(shards, workers) -> No
     assert len({index for batch in batches for index in batch["ids"].tolist()}) == 38
     skipped = sorted({message for batch in batches for message in batch["skipped"]})
     assert [message.split()[0] for message in skipped] == ["013", "014"]
+
+
+def write_shard(folder: Path, files: dict[str, bytes | str]) -> str:
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name, content in files.items():
+            content = content.encode() if isinstance(content, str) else content
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return f"webdataset:{folder}/x.tar"
+
+
+def read_shard(folder: Path, files: dict[str, bytes | str]) -> tuple[set[str], set[str]]:
+    """Captions of an epoch of a shard, and messages of what it skips."""
+    shards = TrainingShards(write_shard(folder, files), PROCESSOR, batch_size=20, epoch_size=20)
+    items = [item for batch in shards for item in batch]
+    return {item["caption"] for item in items}, {message for item in items for message in item["skipped"]}
+
+
+@pytest.mark.parametrize("names", [["2020.01.a", "2020.01.b"], ["a", "a.v2"], ["1.5x", "1.5y"], ["d.e/a.b", "d.e/a.c"]])
+def test_samples_may_have_dots_in_their_names(names, tmp_path) -> None:
+    files: dict[str, bytes | str] = {}
+    for name in names:
+        files |= {f"{name}.JPG": encode(1), f"{name}.mask.png": encode(2), f"{name}.txt": f"It is {name}."}
+    assert read_shard(tmp_path, files) == ({f"It is {name}." for name in names}, set())
+
+
+def test_of_samples_with_dots_what_lacks_something_is_named_by_its_name(tmp_path) -> None:
+    files = {"a.1.jpg": encode(1), "a.1.txt": "One.", "a.2.jpg": encode(2), "a.3.txt": "Three.", "b.cls": "7"}
+    captions, skipped = read_shard(tmp_path, files)
+    assert captions == {"One."}
+    place = f"in {tmp_path}/x.tar"
+    assert skipped == {
+        f"a.2 {place} has no caption (it lacks a txt or json).",
+        f"a.3 {place} has no jpg, png or webp.",
+        f"b {place} has no jpg, png or webp.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "fault"),
+    [
+        ("txt", b"Caf\xe9.", r"a in .* has no caption \(its txt is not UTF-8 text: invalid continuation byte\)\."),
+        ("json", b'{"caption": "Caf\xe9."}', r"a in .* has no caption \(its json is not UTF-8 text: invalid con.*\)\."),
+        ("json", '{"caption": ["A.", "B."]}', r"The caption of a in .* is \['A\.', 'B\.'\], where text was expected\."),
+        ("json", '{"caption": null}', r"The caption of a in .* is None, where text was expected\."),
+        ("json", '{"caption": 3}', r"The caption of a in .* is 3, where text was expected\."),
+        ("json", r'{"caption": "\ud800"}', r"The caption of a in .* holds \\ud800, which is half of a character\."),
+        ("json", '{"text": "A."}', r"a in .* has no caption \(its json lacks a caption\)\."),
+        ("json", '["A."]', r"a in .* has no caption \(its json lacks a caption\)\."),
+        ("json", '{"caption"', r"a in .* has no caption \(its json is none: .*\)\."),
+        ("json", "[" * 100_000, r"a in .* has no caption \(.*recursion.*\)\."),
+        ("json", "9" * 5_000, r"a in .* has no caption \(its json is none: .*digits.*\)\."),
+        ("txt", " \n", r"The caption of a in .* is empty\."),
+        (
+            "txt",
+            "a " * 50_001,
+            r"The caption of a in .* has 100,002 characters, where 100,000 are the most that is read\.",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_caption_of_a_shard_is_said(suffix, content, fault, tmp_path) -> None:
+    files = {"a.jpg": encode(1), f"a.{suffix}": content, "b.jpg": encode(2), "b.txt": b"\xef\xbb\xbfA fox."}
+    captions, skipped = read_shard(tmp_path, files)
+    assert captions == {"A fox."}, "without the byte order mark"
+    (message,) = skipped
+    assert re.fullmatch(fault, message)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")

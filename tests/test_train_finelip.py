@@ -327,6 +327,18 @@ def test_an_image_that_cannot_be_read_is_named_and_counted_and_the_run_goes_on(b
     assert saved["skipped"] == 2
 
 
+def test_missing_images_are_left_out_and_counted_if_that_is_asked_for(base, tmp_path, capsys) -> None:
+    data = write_csv(tmp_path / "data")
+    for number in (3, 4):
+        (tmp_path / "data" / f"{number}.png").unlink()
+    flags = ("--data", f"csv:{data}", *TRIPLET_ONLY, "--max-steps", "2")
+    assert train(base, tmp_path / "run", *flags, "--skip-missing-images")["skipped"] == 0
+    printed = capsys.readouterr().out
+    first = tmp_path / "data" / "3.png"
+    assert f"2 of 10 images of csv:{data} are not there and are left out; first {first}.\n" in printed
+    assert "skipped:" not in printed
+
+
 def test_tensorboard_shows_every_step(base, tmp_path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

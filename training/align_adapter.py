@@ -66,6 +66,7 @@ from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.pipelines.loading import loading_errors, single_file_errors
 from finelip_sdxl.prompts import STOCK_POSITIONS
 from finelip_sdxl.text_encoders import num_positions
+from finelip_sdxl.texts import lines_of, read_text
 
 # For SDXL.
 SDXL = {
@@ -155,7 +156,11 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     accelerator = build_accelerator(arguments)
     device = accelerator.device
     set_seed(arguments.seed)
-    data = open_images(arguments.captions, split="train", images=arguments.images)
+    data = open_images(
+        arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
+    )
+    if data.left_out:
+        accelerator.print(data.left_out)
     prompts = validation_prompts(arguments, data)
     stock = load_stock(arguments)
     pipe = FineLIPSDXLPipeline(**stock.components, short_prompt="stretched", length_buckets=(STOCK_POSITIONS,))
@@ -338,7 +343,16 @@ def save_memory(pipe: FineLIPSDXLPipeline) -> None:
 
 def precomputed_folder(arguments: argparse.Namespace) -> Path:
     """One of its own for whatever gives other latents or states."""
-    names = ("base", "finelip", "finelip_2", "captions", "images", "resolution", "mixed_precision")
+    names = (
+        "base",
+        "finelip",
+        "finelip_2",
+        "captions",
+        "images",
+        "skip_missing_images",
+        "resolution",
+        "mixed_precision",
+    )
     made_of = {name: str(getattr(arguments, name)) for name in names} | {"states": arguments.method == "adapter"}
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return (arguments.precomputed or arguments.out / "precomputed") / digest[:16]
@@ -405,8 +419,7 @@ def validation_prompts(arguments: argparse.Namespace, data: CaptionedImages) -> 
         return [data.captions(index)[0] for index in range(min(4, len(data)))]
     if not arguments.validation_prompts.is_file():
         raise FileNotFoundError(f"--validation-prompts {arguments.validation_prompts} does not exist, or is no file.")
-    lines = arguments.validation_prompts.read_text(encoding="utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for _, line in lines_of(read_text(arguments.validation_prompts))]
     if not prompts:
         raise ValueError(f"--validation-prompts {arguments.validation_prompts} holds no text: write a prompt a line.")
     return prompts
@@ -460,6 +473,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "1 alone, txt (a caption a line) and a path, or miniature:SCENES (default for the miniature: "
         f"{MINIATURE['captions']})")  # fmt: skip
     add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the captions")
+    add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
     add("--short-share", type=float, default=0.4, metavar="SHARE", help="of short captions in a batch: without them, "
         "short prompts get worse (default: %(default)s)")  # fmt: skip
     add_preset(group, "resolution", count, "PIXELS", "of the square that is cut from the middle of each image", presets)

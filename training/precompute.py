@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data.captioned_images import CaptionedImages, UnreadableImageError
+from finelip_sdxl.data.images import middle
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.prompts import STOCK_POSITIONS
 
@@ -106,10 +107,17 @@ def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[i
         ((100, 100), [200, 400, 0, 50, 100, 100])
     """
     scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
+
+    def place(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The scaled size, and left and top of the cut in it."""
+        width, height = (max(resolution, round(side * scale)) for side in size)
+        return (width, height), ((width - resolution) // 2, (height - resolution) // 2)
+
+    near = image.crop(middle(*image.size))
+    size, (left, top) = place(near.size)
+    scaled = near.resize(size, Image.Resampling.LANCZOS)
     cut = scaled.crop((left, top, left + resolution, top + resolution))
+    _, (left, top) = place(image.size)
     return cut, [image.height, image.width, top, left, resolution, resolution]
 
 

@@ -146,7 +146,11 @@ def build_loader(
             **share,
         )
         return DataLoader(shards, batch_size=None, **options)
-    data = open_images(arguments.data, split="train", images=arguments.images)
+    data = open_images(
+        arguments.data, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
+    )
+    if data.left_out:
+        accelerator.print(data.left_out)
     if arguments.region_weight and not data.regions(0):
         raise ValueError(regions_wanted)
     order = EpochBatches(len(data), data.group_size, arguments.batch_size, arguments.seed, **share)
@@ -247,6 +251,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
                 result = evaluate_retrieval(model, eval_data, tokenizer, image_processor, progress=False)
                 figures |= retrieval_figures(result)
                 bar.write(f"step {step}\n{result}")
+                if result.unreadable:
+                    bar.write(f"left out {len(result.unreadable):,} that cannot be read; first {result.unreadable[0]}")
                 if progress["best"] is None or figures["recall"] > progress["best"]:
                     progress["best"] = figures["recall"]
                     run.save_model("best", model, tokenizer, image_processor)
@@ -301,6 +307,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "a path, or miniature:SCENES (default for the miniature: miniature:20000)")  # fmt: skip
     add("--epoch-size", type=count, metavar="PAIRS", help="that count as an epoch of webdataset shards")
     add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the data")
+    add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
     add("--eval-data", default=None, metavar="KIND:PATH", help="for retrieval, or none (default: none, or for the "
         "miniature miniature:500)")  # fmt: skip
     add("--eval-images", type=Path, metavar="FOLDER", help="of the images to evaluate on")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from abc import ABC, abstractmethod
-from pathlib import Path
-from typing import IO
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .regions import Region
+
+MAX_CAPTION = 100_000  # characters, where 248 tokens are some 1,200: a longer one comes of a file that is broken
 
 
 class UnreadableImageError(OSError):
@@ -21,9 +23,11 @@ class CaptionedImages(ABC):
 
     Attributes:
         group_size: consecutive images that training puts into one batch, since they are hard negatives of each other.
+        left_out: a sentence that counts what was left out and names the first; empty if nothing was.
     """
 
     group_size: int = 1
+    left_out: str = ""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -50,24 +54,26 @@ class CaptionedImages(ABC):
         return ()
 
 
-def read_image(file: Path | IO[bytes], name: str) -> Image.Image:
-    """An image as RGB, turned upright as its EXIF orientation says.
+def caption_fault(caption: Any) -> str | None:
+    """What is wrong with a caption that was read from somewhere, as the end of a sentence; None if nothing is.
 
-    Args:
-        file: a path or an open file.
-        name: of the image, for the message.
-
-    Raises:
-        UnreadableImageError: if it is missing or broken.
+    Example:
+        >>> caption_fault("A fox."), caption_fault(["A fox."]), caption_fault(" ")
+        (None, "is ['A fox.'], where text was expected", 'is empty')
     """
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name} cannot be read (it is of no image format).") from error
-    except Exception as error:  # broken files make Pillow's decoders raise almost anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        raise UnreadableImageError(f"{name} cannot be read ({reason}).") from error
+    if not isinstance(caption, str):
+        return f"is {reprlib.repr(caption)}, where text was expected"
+    if not caption.strip():
+        return "is empty"
+    if len(caption) > MAX_CAPTION:
+        return f"has {len(caption):,} characters, where {MAX_CAPTION:,} are the most that is read"
+    return half_character(caption)
+
+
+def half_character(text: str) -> str | None:
+    """As `caption_fault`, of a surrogate, such as `\\ud800` in JSON, that lacks the other half."""
+    half = re.search("[\ud800-\udfff]", text)
+    return None if half is None else f"holds \\u{ord(half[0]):04x}, which is half of a character"
 
 
 def split_sentences(text: str) -> list[str]:

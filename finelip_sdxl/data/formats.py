@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .captioned_images import CaptionedImages, UnreadableImageError, read_image
+from finelip_sdxl.texts import lines_of, read_text
+
+from .captioned_images import CaptionedImages, UnreadableImageError, caption_fault, half_character
+from .images import read_image
 
 SHAREGPT4V_TEST = 1_000  # leading entries that Long-CLIP and FineLIP hold out
 CAPTIONS_PER_IMAGE = 5  # COCO has a few images with more, of which retrieval papers read the first five
@@ -22,7 +26,9 @@ MINIATURE_SCENES = {"train": 24_000, "test": 500}
 Record = tuple[Path, list[str]]  # an image's file and its captions
 
 
-def open_images(spec: str, split: str = "test", images: str | Path | None = None) -> CaptionedImages:
+def open_images(
+    spec: str, split: str = "test", images: str | Path | None = None, skip_missing: bool = False
+) -> CaptionedImages:
     """Open a data set of images with captions.
 
     | spec | what is read |
@@ -30,7 +36,7 @@ def open_images(spec: str, split: str = "test", images: str | Path | None = None
     | `miniature`, `miniature:COUNT` | scenes of the miniature world, drawn when asked for |
     | `sharegpt4v:FILE` | its JSON; the first 1,000 entries are the test split, the others train |
     | `docci:FOLDER` | `docci_descriptions.jsonlines`, `images/`; splits train, test, qual_dev, qual_test |
-    | `urban1k:FOLDER` | `image/`, `caption/`; all of it is the test split |
+    | `urban1k:FOLDER` | `image/`, `caption/` (of each file the first line, as in Long-CLIP); all is the test split |
     | `coco:FOLDER` | `annotations/captions_val2017.json`, `val2017/`; `train2017` for train |
     | `flickr30k:FOLDER` | Karpathy's `dataset_flickr30k.json` (splits train, val, test); or else \
 `results_20130124.token` or `captions.txt`, all of which is the test split, as in Long-CLIP; `flickr30k-images/`, \
@@ -38,16 +44,19 @@ def open_images(spec: str, split: str = "test", images: str | Path | None = None
     | `csv:FILE`, `jsonl:FILE` | columns or keys `image` and `caption`, a row for each caption; the file is the split |
     | `txt:FILE` | a caption in each line that is not empty, and no images; the file is the split |
 
-    Files are not read before their images are asked for.
+    Files are not read before their images are asked for. Lines end at a line feed, a carriage return or both. A caption
+    has at most 100,000 characters.
 
     Args:
         spec: see above.
         split: "train", "test", or another that the data set has.
         images: folder that image paths are relative to, where it is not the published one; for `sharegpt4v`, `csv` and
             `jsonl`, that is the folder of the file.
+        skip_missing: leave out images whose files are not there, such as those that ShareGPT4V names but that come from
+            elsewhere. `left_out` of the result counts them. It looks for every file.
 
     Raises:
-        FileNotFoundError: if a file or folder is missing.
+        FileNotFoundError: if a file or folder is missing, or with `skip_missing` all images are.
         ValueError: if the spec or the split is unknown, or the content is not as it should be (the message says where).
 
     Example:
@@ -66,8 +75,8 @@ def open_images(spec: str, split: str = "test", images: str | Path | None = None
         raise ValueError(f"{spec} is no data set: give miniature, or one of {', '.join(_READERS)} as KIND:PATH.")
     if not path:
         raise ValueError(f"{spec} names no path: give {kind}:PATH.")
-    layout = CaptionLines if kind == "txt" else CaptionedFiles
-    return layout(_READERS[kind](Path(path), split, None if images is None else Path(images)), name=spec)
+    records = _READERS[kind](Path(path), split, None if images is None else Path(images))
+    return CaptionLines(records, spec) if kind == "txt" else CaptionedFiles(records, spec, skip_missing)
 
 
 class CaptionedFiles(CaptionedImages):
@@ -76,24 +85,34 @@ class CaptionedFiles(CaptionedImages):
     Args:
         records: the path of each image and its captions.
         name: of the data set, for messages.
+        skip_missing: leave out images whose files are not there; `left_out` then counts them.
 
     Raises:
-        ValueError: if there is no image, or one has no caption.
+        FileNotFoundError: if `skip_missing` leaves out all.
+        ValueError: if there is no image, or one has no caption, or one that is no text or too long.
 
     Example:
         >>> CaptionedFiles([(Path("fox.jpg"), ["A fox\\nsleeps.", "It is night."])]).captions(0)
         ('A fox sleeps.', 'It is night.')
     """
 
-    def __init__(self, records: Iterable[Record], name: str = "The data set") -> None:
+    def __init__(self, records: Iterable[Record], name: str = "The data set", skip_missing: bool = False) -> None:
         # One buffer instead of millions of strings: those, merely by being counted, would be copied into each worker.
         buffer, ends = bytearray(), [0]
+        missing, first = 0, Path()
         for path, captions in records:
-            if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-                raise ValueError(f"{name} has no caption, or an empty one, for {path}: add it or leave the image out.")
+            if skip_missing and not path.is_file():
+                missing, first = missing + 1, first if missing else path
+                continue
+            _check_captions(captions, path, name)
             captions = [" ".join(caption.split()) for caption in captions]
             buffer += json.dumps([str(path), *captions]).encode()
             ends.append(len(buffer))
+        if missing:
+            total = missing + len(ends) - 1
+            self.left_out = f"{missing:,} of {total:,} images of {name} are not there and are left out; first {first}."
+            if missing == total:
+                raise FileNotFoundError(f"None of the {total:,} images of {name} is there; the first would be {first}.")
         if len(ends) == 1:
             raise ValueError(f"{name} has no images in this split.")
         self._buffer, self._ends = bytes(buffer), np.array(ends)
@@ -146,7 +165,7 @@ def _sharegpt4v(path: Path, split: str, images: Path | None) -> Iterator[Record]
     for number in range(len(entries))[SHAREGPT4V_TEST:] if split == "train" else range(len(entries))[:SHAREGPT4V_TEST]:
         with _parsing(f"Entry {number + 1} of {path}"):
             answers = [turn["value"] for turn in entries[number]["conversations"] if turn["from"] == "gpt"]
-            yield folder / entries[number]["image"], answers[:1]
+            yield _file(folder, entries[number]["image"]), answers[:1]
 
 
 def _docci(path: Path, split: str, images: Path | None) -> Iterator[Record]:
@@ -155,21 +174,21 @@ def _docci(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     for place, entry in _read_json_lines(path / "docci_descriptions.jsonlines"):
         with _parsing(place):
             if entry["split"] == split:
-                yield folder / entry["image_file"], [entry["description"]]
+                yield _file(folder, entry["image_file"]), [entry["description"]]
 
 
 def _urban1k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     _check_split("urban1k", split, ("test",))
     folder = _folder(images or path / "image")
-    files = {file.stem: file for file in folder.glob("[!.]*")}
-    captions = {file.stem: file for file in _folder(path / "caption").glob("[!.]*.txt")}
+    files = _by_stem(folder.glob("[!.]*"))
+    captions = _by_stem(_folder(path / "caption").glob("[!.]*.txt"))
     if lonely := sorted(files.keys() ^ captions.keys()):
         raise FileNotFoundError(
             f"{lonely[0]} has no {'image' if lonely[0] in captions else 'caption'} in {path}: "
             "each needs image/STEM.jpg and caption/STEM.txt."
         )
     for stem in sorted(files):
-        yield files[stem], _read_text(captions[stem]).strip().splitlines()[:1]  # what Long-CLIP reads of it
+        yield files[stem], [line for _, line in lines_of(read_text(captions[stem]))][:1]  # what Long-CLIP reads of it
 
 
 def _coco(path: Path, split: str, images: Path | None) -> Iterator[Record]:
@@ -178,12 +197,20 @@ def _coco(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     file = path / "annotations" / f"captions_{year}.json"
     content = _read_json(file, dict)
     folder = _folder(images or path / year)
-    with _parsing(str(file)):
-        captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
+    captions: dict[Any, list[Any]] = {}
+    for place, image in _entries(content, "images", file):
+        with _parsing(place):
+            if image["id"] in captions:
+                raise ValueError(f"{place} has the id of an earlier one, {image['id']}.")
+            captions[image["id"]] = []
+    for place, annotation in _entries(content, "annotations", file):
+        with _parsing(place):
+            if annotation["image_id"] not in captions:
+                raise ValueError(f"{place} is of image {annotation['image_id']}, which is not among the images.")
             captions[annotation["image_id"]].append(annotation["caption"])
-        for image in content["images"]:
-            yield folder / image["file_name"], captions[image["id"]][:CAPTIONS_PER_IMAGE]
+    for place, image in _entries(content, "images", file):
+        with _parsing(place):
+            yield _file(folder, image["file_name"]), captions[image["id"]][:CAPTIONS_PER_IMAGE]
 
 
 def _flickr30k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
@@ -191,10 +218,11 @@ def _flickr30k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     file = _first(path, "dataset_flickr30k.json", "results_20130124.token", "captions.txt")
     if file.suffix == ".json":
         _check_split("flickr30k", split, ("train", "val", "test"))
-        with _parsing(str(file)):
-            for image in _read_json(file, dict)["images"]:
+        for place, image in _entries(_read_json(file, dict), "images", file):
+            with _parsing(place):
                 if image["split"] == split:
-                    yield _folder(folder) / image["filename"], [sentence["raw"] for sentence in image["sentences"]]
+                    captions = [sentence["raw"] for sentence in image["sentences"]]
+                    yield _file(_folder(folder), image["filename"]), captions
     else:
         _check_split(f"{file.name} of flickr30k", split, ("test",))
         rows = _read_token(file) if file.suffix == ".token" else _read_csv(file)
@@ -212,7 +240,7 @@ def _jsonl(path: Path, split: str, images: Path | None) -> Iterator[Record]:
 def _txt(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     if images is not None:
         raise ValueError(f"{path} holds texts only: there is no folder of images to give.")
-    lines = [(number, line) for number, line in enumerate(_read_text(path).splitlines(), 1) if line.strip()]
+    lines = lines_of(read_text(path))
     if not lines:
         raise ValueError(f"{path} holds no text: write a caption in each line.")
     for number, line in lines:
@@ -233,73 +261,131 @@ _READERS: dict[str, Callable[[Path, str, Path | None], Iterator[Record]]] = {
 
 # What the readers share.
 
-
-def _gather(folder: Path, rows: Iterable[tuple[str, str]]) -> Iterator[Record]:
-    """Rows of an image and a caption to images with all of their captions."""
-    captions: dict[str, list[str]] = {}
-    for image, caption in rows:
-        captions.setdefault(image, []).append(caption)
-    for image, its in captions.items():
-        yield folder / image, its
+Row = tuple[str, Any, Any]  # a place, and there an image and a caption
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, str]]:
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    columns = reader.fieldnames or []
+def _gather(folder: Path, rows: Iterable[Row]) -> Iterator[Record]:
+    """Rows to images with all of their captions."""
+    captions: dict[Path, list[Any]] = {}
+    for place, image, caption in rows:
+        with _parsing(place):
+            captions.setdefault(_file(folder, image), []).append(caption)
+    yield from captions.items()
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    rows = _csv_rows(path)
+    _, columns = next(rows, (1, []))
     image = next((name for name in ("image", "image_name") if name in columns), None)
     caption = next((name for name in ("caption", "comment") if name in columns), None)
     if image is None or caption is None:
         raise ValueError(f"{path} has the columns {', '.join(columns) or 'of none'}: it needs image and caption.")
-    for row in reader:
-        if None in row or not row[image] or not row[caption]:
+    for name in (image, caption):
+        if columns.count(name) > 1:
+            raise ValueError(f"{path} has the column {name} {columns.count(name)} times: it needs it once.")
+    for line, fields in rows:
+        row = dict(zip(columns, fields, strict=False))
+        if len(fields) > len(columns) or not row.get(image) or not row.get(caption):
             raise ValueError(
-                f"Line {reader.line_num} of {path} does not hold an image and a caption as its header says: "
+                f"Line {line} of {path} does not hold an image and a caption as its header says: "
                 "quote captions that have commas."
             )
-        yield row[image], row[caption]
+        yield f"Line {line} of {path}", row[image], row[caption]
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not empty, and the lines that they begin in."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"The row that begins in line {line} of {path} cannot be read ({error}): close each quote, and write "
+                "one within a quoted caption twice."
+            ) from error
+        if fields is None:
+            return
+        if fields:
+            yield line, fields
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
     for place, entry in _read_json_lines(path):
         with _parsing(place):
-            yield entry["image"], entry["caption"]
+            yield place, entry["image"], entry["caption"]
 
 
-def _read_token(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+def _read_token(path: Path) -> Iterator[Row]:
+    for number, line in lines_of(read_text(path)):
         image, _, caption = line.partition("\t")
         if not caption.strip() or "#" not in image:
             raise ValueError(f"Line {number} of {path} is not IMAGE#NUMBER, a tab and a caption.")
-        yield image.rpartition("#")[0], caption
+        yield f"Line {number} of {path}", image.rpartition("#")[0], caption
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The place and the content of each line."""
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"Line {number} of {path}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is not JSON ({error}).") from error
+    for number, line in lines_of(read_text(path)):
+        place = f"Line {number} of {path}"
+        yield place, _parse_json(line, place)
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
+    content = _parse_json(read_text(path), str(path))
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}, where a {kind.__name__} was expected.")
     return content
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is no file.")
+def _parse_json(text: str, place: str) -> Any:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # what nests too deep, and numbers of thousands of digits
+        raise ValueError(f"{place} is not JSON ({error}).") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"an object has {name!r} twice")
+    return content
+
+
+def _entries(content: dict[str, Any], name: str, file: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the content of each entry of a list in a JSON file."""
+    with _parsing(str(file)):
+        entries = content[name]
+        if not isinstance(entries, list):
+            raise TypeError(f"{name} is {reprlib.repr(entries)}, where a list was expected")
+    return ((f"Entry {number} of {name} in {file}", entry) for number, entry in enumerate(entries, 1))
+
+
+def _file(folder: Path, image: Any) -> Path:
+    """Where an entry's image is."""
+    if not isinstance(image, str) or not image.strip():
+        raise TypeError(f"its image is {reprlib.repr(image)}, where a path was expected")
+    if fault := half_character(image):
+        raise TypeError(f"its image {fault}")
+    return folder / image
+
+
+def _by_stem(files: Iterable[Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for file in files:
+        if (other := named.setdefault(file.stem, file)) is not file:
+            raise ValueError(f"{other} and {file} have one name, so that their caption is of both: leave one.")
+    return named
+
+
+def _check_captions(captions: Sequence[Any], path: Path, name: str) -> None:
+    faults = [fault for caption in captions if (fault := caption_fault(caption))]
+    if not captions or "is empty" in faults:
+        raise ValueError(f"{name} has no caption, or an empty one, for {path}: add it or leave the image out.")
+    if faults:
+        raise ValueError(f"The caption of {path} in {name} {faults[0]}: mend it or leave the image out.")
 
 
 def _folder(path: Path) -> Path:

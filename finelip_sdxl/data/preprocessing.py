@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from PIL import Image
 from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPImageProcessorPil, CLIPTokenizer
+from transformers import BatchFeature, CLIPImageProcessorPil, CLIPTokenizer
 
 from finelip_sdxl.miniature import MODEL_NAME
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.text_encoders import check_tokenizer
+
+from .images import middle
 
 POSITIONS = 248
+MAX_SIDE = 4_096  # pixels of an image that a CLIP sees; those in public have up to 560
 _PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, by which pooling finds the end of a text
 _FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "preprocessor_config.json")
 
@@ -33,6 +41,7 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
     Raises:
         FileNotFoundError: if `source` does not exist, or holds no tokenizer.
         OSError: if the hub does not give it.
+        ValueError: if its files are broken, or lack the words.
 
     Example:
         >>> load_tokenizer("miniature-finelip-1").model_max_length
@@ -48,7 +57,9 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
     # Without either file, from_pretrained makes a tokenizer of two tokens and says nothing.
     if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"{source} holds no vocab.json or tokenizer.json: {hint}.")
-    tokenizer = CLIPTokenizer.from_pretrained(directory)
+    with _reading(f"The tokenizer of {source}"):
+        tokenizer = CLIPTokenizer.from_pretrained(directory)
+    check_tokenizer(tokenizer, str(source))
     tokenizer.model_max_length = positions
     return tokenizer
 
@@ -64,6 +75,7 @@ def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImag
     Raises:
         FileNotFoundError: if `source` does not exist.
         OSError: if the hub does not give it.
+        ValueError: if its preprocessor_config.json is broken.
 
     Example:
         >>> from PIL import Image
@@ -78,7 +90,10 @@ def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImag
     if not Path(source).is_file():
         directory = _directory(source)
         if (directory / "preprocessor_config.json").is_file():
-            return CLIPImageProcessorPil.from_pretrained(directory)
+            with _reading(f"{source}'s preprocessor_config.json"):
+                processor = _ImageProcessor.from_pretrained(directory)
+                _check_image_processor(processor)
+            return processor
     return _clip_processor(image_size)
 
 
@@ -125,5 +140,46 @@ def _directory(source: str | os.PathLike) -> Path:
         raise OSError(f"{source} is no path here, and the hub does not give it ({reason}).") from error
 
 
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Says of what transformers cannot read what it is: its own errors are of any type, and name no file."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"{name} cannot be read ({reason}): fetch it again.") from error
+
+
+def _check_image_processor(processor: CLIPImageProcessorPil) -> None:
+    """That it makes pixel values of an image, and a square.
+
+    Raises:
+        Exception: of almost any type, if it does not.
+    """
+    sides = [side for sizes in (processor.size, processor.crop_size) for side in dict(sizes or {}).values()]
+    if wrong := [side for side in sides if side is not None and not 1 <= side <= MAX_SIDE]:
+        raise ValueError(f"it makes images of {wrong[0]} pixels, where 1 to {MAX_SIDE:,} were expected")
+    with np.errstate(all="ignore"):
+        pixels = processor(Image.new("RGB", (3, 2)), return_tensors="np").pixel_values
+    if pixels.shape[:2] != (1, 3) or pixels.shape[2] != pixels.shape[3] or not np.isfinite(pixels).all():
+        raise ValueError("it does not make square images of three colors in finite numbers")
+
+
 def _clip_processor(size: int) -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return _ImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+class _ImageProcessor(CLIPImageProcessorPil):
+    """CLIP's, which does not scale what lies too far from the middle for its center crop."""
+
+    def _preprocess(self, images: list[np.ndarray], **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        if kwargs["do_center_crop"] and kwargs["size"].shortest_edge:
+            boxes = [middle(width, height) for _, height, width in (image.shape for image in images)]
+            images = [
+                image[:, top:bottom, left:right]
+                for image, (left, top, right, bottom) in zip(images, boxes, strict=True)
+            ]
+        return super()._preprocess(images, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}  # which anybody can load

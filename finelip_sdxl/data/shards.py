@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import CLIPImageProcessorPil
 
 from .augmentation import CaptionAugmentation
-from .captioned_images import CaptionedImages, UnreadableImageError, read_image
+from .captioned_images import CaptionedImages, UnreadableImageError, caption_fault
+from .images import read_image
 from .training import make_item
 
+IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that is there counts
+CAPTIONS = ("txt", "json")
 SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which comes next
 
 
@@ -29,8 +31,9 @@ class TrainingShards(IterableDataset):
     reads shards of its own, in an order of the epoch, and begins again where they do not suffice. What comes when
     depends on the seed, the epoch, and the numbers of processes and workers.
 
-    A sample is `KEY.jpg`, `.jpeg`, `.png` or `.webp` with `KEY.txt`, or `KEY.json` that has a `caption`. In place of
-    one that lacks something or cannot be read, the next of its batch is taken.
+    A sample is `KEY.jpg`, `.jpeg`, `.png` or `.webp` with `KEY.txt`, or `KEY.json` that has a `caption`. `KEY` may have
+    dots; what stands beside `a.jpg` as `a.mask.png` is left alone. In place of a sample that lacks something or cannot
+    be read, the next of its batch is taken.
 
     Args:
         pattern: of the shards' paths or addresses, such as `webdataset:/data/laion-{000000..000099}.tar`; the word and
@@ -132,20 +135,50 @@ class _Window(CaptionedImages):
 
     def image(self, index: int) -> Image.Image:
         sample = self.samples[index]
-        content = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
+        content = next((sample[suffix] for suffix in IMAGES if suffix in sample), None)
         if content is None:
             raise UnreadableImageError(f"{self.name(index)} has no jpg, png or webp.")
-        if not self.captions(index)[0]:
-            raise UnreadableImageError(f"{self.name(index)} has no caption.")
-        return read_image(io.BytesIO(content), self.name(index))
+        self.captions(index)
+        return read_image(content, self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        sample = self.samples[index]
+        """As of any data set, but here it may not be there.
+
+        Raises:
+            UnreadableImageError: if it is not, or is no caption.
+        """
         try:
-            text = sample["txt"].decode() if "txt" in sample else json.loads(sample["json"])["caption"]
-            return (" ".join(text.split()),)
-        except (KeyError, TypeError, AttributeError, ValueError):
-            return ("",)
+            text = _caption(self.samples[index])
+        except (ValueError, RecursionError) as error:
+            raise UnreadableImageError(f"{self.name(index)} has no caption ({error}).") from error
+        if fault := caption_fault(text):
+            raise UnreadableImageError(f"The caption of {self.name(index)} {fault}.")
+        return (" ".join(text.split()),)
+
+
+def _caption(sample: dict[str, Any]) -> Any:
+    """What stands where a sample's caption should.
+
+    Raises:
+        ValueError: if nothing does.
+        RecursionError: if its JSON nests too deep.
+    """
+    suffix = next((suffix for suffix in CAPTIONS if suffix in sample), None)
+    if suffix is None:
+        raise ValueError("it lacks a txt or json")
+    try:
+        text = sample[suffix].decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its {suffix} is not UTF-8 text: {error.reason}") from error
+    if suffix == "txt":
+        return text
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"its json is none: {error}") from error
+    if not isinstance(content, dict) or "caption" not in content:
+        raise ValueError("its json lacks a caption")
+    return content["caption"]
 
 
 def _read(urls: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -156,11 +189,28 @@ def _read(urls: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
         for sample in webdataset.DataPipeline(
             webdataset.SimpleShardList(urls),
             webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue),
+            _part_dotted,
             webdataset.shuffle(SHUFFLE_BUFFER, rng=rng),
         ):
             yield sample
         if sample is None:
             raise ValueError(f"There are no samples in {', '.join(urls)}.")
+
+
+def _part_dotted(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Part what webdataset takes for one sample, since it lets names end at their first dot."""
+    for sample in samples:
+        parts: dict[str, dict[str, Any]] = {}  # by what stands between the first dot and the last
+        for name, content in sample.items():
+            stem, _, suffix = name.rpartition(".")
+            if suffix in IMAGES + CAPTIONS:
+                parts.setdefault(stem, {})[suffix] = content
+        whole = [stem for stem, part in parts.items() if part.keys() & set(IMAGES) and part.keys() & set(CAPTIONS)]
+        for stem, part in (parts or {"": {}}).items():
+            beside = any(stem.startswith(f"{other}." if other else "") for other in whole)
+            if stem in whole or not beside:
+                key = f"{sample['__key__']}.{stem}" if stem else sample["__key__"]
+                yield {"__key__": key, "__url__": sample["__url__"], **part}
 
 
 def _webdataset() -> Any:

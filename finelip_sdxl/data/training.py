@@ -103,7 +103,8 @@ def make_item(
             "skipped": tuple(skipped),
         }
     raise UnreadableImageError(
-        f"{len(skipped)} images in a row cannot be read, so the cause may be none of theirs. The first: {skipped[0]}"
+        f"{len(skipped)} images in a row cannot be read, so the cause may be none of theirs. The first: {skipped[0]} "
+        "Where images are missing on purpose, pass --skip-missing-images, or skip_missing=True to open_images."
     )
 
 
