@@ -23,6 +23,34 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _INK, _GRAY = (24, 24, 27), (95, 95, 102)
 
 
+def to_image(pixels: Any) -> Image.Image:
+    """A picture of the numbers that a pipeline gives, as Diffusers makes it, which shows NaN as black.
+
+    Args:
+        pixels: (3, height, width) from 0 to 1, of `output_type="pt"`.
+
+    Raises:
+        ValueError: some are NaN.
+
+    Example:
+        >>> import torch
+        >>> to_image(torch.ones(3, 8, 8)).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    lost = int(pixels.isnan().any(dim=0).sum())
+    if lost:
+        height, width = pixels.shape[-2:]
+        raise ValueError(
+            f"{lost:,} of the picture's {height * width:,} pixels are not a number (NaN): numbers grew too large, or"
+            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (--dtype): SDXL's own VAE"
+            " overflows in float16 unless its config has `force_upcast`. If not, lower the guidance scale and the"
+            " weights in the prompt, or load the model again."
+        )
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels[None]))[0]
+
+
 def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, Any]) -> None:
     """Write a PNG that says how it was made: the prompt as text, and all parameters as JSON.
 
