@@ -87,8 +87,8 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
 def bypass_proxy(host: str) -> None:
     """Have this process ask itself directly, as Gradio does to see whether the page is up, whatever proxy is set."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    direct = [name for name in given.split(",") if name.strip()]
-    direct += [name for name in ("localhost", "127.0.0.1", "::1", host) if name not in direct]
+    hosts = [*given.split(","), "localhost", "127.0.0.1", "::1", host]
+    direct = dict.fromkeys(name.strip() for name in hosts if name.strip())
     # Some programs read the one, some the other.
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(direct)
 
