@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -27,7 +28,7 @@ from finelip_sdxl.miniature import miniature_path, resolve_base
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.model_card import public_name
-from finelip_sdxl.pictures import label_grid
+from finelip_sdxl.pictures import label_grid, to_image
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
@@ -44,6 +45,7 @@ from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, wi
 # The ways of reading, and their titles.
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
+MAX_ROWS = 100  # seeds of one comparison, whose pictures are held until they are put together
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
 
@@ -105,9 +107,13 @@ class Settings:
     def over_seeds(self, count: int) -> list[Settings]:
         """These settings, and the same with each of the next seeds.
 
+        Args:
+            count: of seeds in all, 1 to 100.
+
         Raises:
-            ValueError: a seed would be too large.
+            ValueError: `count` is out of range, or a seed would be too large.
         """
+        _check_number("seeds", count, 1, MAX_ROWS, whole=True)
         return [replace(self, seed=self.seed + number) for number in range(count)]
 
     @classmethod
@@ -146,6 +152,28 @@ class Picture:
         size = {"width": self.image.width, "height": self.image.height}
         about = {"column": self.column, "finelip_sdxl": version("finelip-sdxl")}
         return {**asdict(self.settings), **size, **self.sources, **about}
+
+
+def check_columns(columns: Any) -> list[str]:
+    """`columns` as a list of keys of `COLUMNS`.
+
+    Raises:
+        TypeError: not a list of strings.
+        ValueError: none, an unknown one, or one that is there twice, which would be drawn twice.
+
+    Example:
+        >>> check_columns(("stock", "finelip"))
+        ['stock', 'finelip']
+    """
+    if not isinstance(columns, list | tuple) or not all(isinstance(column, str) for column in columns):
+        raise TypeError(f"`columns` must be a list of {', '.join(map(repr, COLUMNS))}, but is {columns!r:.60}.")
+    if not columns:
+        raise ValueError(f"`columns` is empty; pass at least one of {', '.join(map(repr, COLUMNS))}.")
+    for column in columns:
+        check_choice("column", column[:60], tuple(COLUMNS))
+        if columns.count(column) > 1:
+            raise ValueError(f"`columns` names {column!r} {columns.count(column)} times: pass each column once.")
+    return list(columns)
 
 
 def label_pictures(pictures: Sequence[Picture], described: Sequence[DescribedObject] = ()) -> Image.Image:
@@ -204,6 +232,8 @@ class Comparison:
     ) -> None:
         self._base = _Stage(pipe, device, offload)
         self._refiner = None if refiner is None else _Stage(refiner, device, offload)
+        # Schedulers, hooks and options are the pipeline's: one drawing at a time.
+        self._drawing = threading.Lock()
         self.is_miniature = False
         self.sources: dict[str, str] = {}
 
@@ -271,22 +301,30 @@ class Comparison:
         """The pipeline of FineLIP-SDXL's column."""
         return self._base.pipe
 
-    def read(self, prompt: str, columns: Collection[str] = tuple(COLUMNS)) -> dict[str, EncoderReading]:
-        """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder.
+    def read(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderReading]:
+        """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder, and may be called
+        while another thread draws. compel takes seconds for long texts.
 
         Raises:
-            ValueError: a text that is too long, an unknown column, or what compel cannot parse, if it is to read.
+            TypeError: a prompt that is no text, or columns that are none.
+            ValueError: a text that is too long, an unknown column, one that is there twice, or what compel cannot
+                parse, if it is to read.
         """
+        if not isinstance(prompt, str):
+            raise TypeError(f"`prompt` must be a string, but is {prompt!r:.60}.")
         check_texts("prompt", prompt)
+        # By the tokenizer of our pipeline: those of stock and compel are told to cut while they draw.
+        tokenizer = self.pipe.tokenizer
         read: dict[str, Callable[[], EncoderReading]] = {
-            "stock": lambda: _read_by_stock(self._base.stock, prompt),
-            "compel": lambda: read_by_compel(self._base.compel, prompt),
+            "stock": lambda: _read_by_stock(tokenizer, prompt),
+            "compel": lambda: read_by_compel(tokenizer, prompt),
             "finelip": lambda: self.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
         }
-        return {column: read[check_choice("column", column, tuple(COLUMNS))]() for column in columns}
+        return {column: read[column]() for column in check_columns(columns)}
 
     def draw(self, column: str, settings: Settings, on_step: OnStep | None = None) -> Picture:
-        """Draw one column. The same settings and seed give the same noise in all of them.
+        """Draw one column. The same settings and seed give the same noise in all of them. From several threads, one
+        drawing waits for the other.
 
         Args:
             column: a key of `COLUMNS`.
@@ -294,14 +332,19 @@ class Comparison:
             on_step: called after each step with its number and how many there are. What it raises ends the drawing.
 
         Raises:
-            ValueError: an unknown column, or a prompt that compel cannot parse.
+            ValueError: an unknown column, a prompt that compel cannot parse, or numbers that are none (NaN) in place of
+                a picture.
             MemoryError: the device's memory was not enough; a smaller picture can be drawn afterwards.
         """
-        check_choice("column", column, tuple(COLUMNS))
+        check_columns([column])
+        with self._drawing:
+            return self._draw_alone(column, settings, on_step or (lambda step, steps: None))
+
+    def _draw_alone(self, column: str, settings: Settings, on_step: OnStep) -> Picture:
         started = time.perf_counter()
         ran_out = False
         try:
-            image = self._draw(column, settings, on_step or (lambda step, steps: None))
+            image = to_image(self._draw(column, settings, on_step))
         except RuntimeError as error:
             ran_out = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
             if not ran_out:
@@ -314,12 +357,14 @@ class Comparison:
             _raise_out_of_memory(settings, self.size)
         return Picture(column, image, settings, time.perf_counter() - started, self.sources)
 
-    def _draw(self, column: str, settings: Settings, on_step: OnStep) -> Image.Image:
+    def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
+        """The pixels, (3, height, width)."""
         width, height = settings.width or self.size[0], settings.height or self.size[1]
         common: dict[str, Any] = {
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "generator": torch.Generator().manual_seed(settings.seed),
+            "output_type": "pt",
         }
         base: dict[str, Any] = {
             "width": width,
@@ -335,7 +380,7 @@ class Comparison:
         if self._refiner is not None:
             base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
         with _reading_states(self.pipe, settings.hidden_states):
-            drawn = self._base.draw(column, settings, callback_on_step_end=first, **base, **common)
+            drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
         if self._refiner is None:
             return drawn[0]
         second = _Steps(on_step, settings.steps, already=first.done)
@@ -449,8 +494,8 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
     }
 
 
-def _read_by_stock(stock: Any, prompt: str) -> EncoderReading:
-    reader = PromptReader("text_encoder", stock.tokenizer, STOCK_POSITIONS)
+def _read_by_stock(tokenizer: Any, prompt: str) -> EncoderReading:
+    reader = PromptReader("text_encoder", tokenizer, STOCK_POSITIONS)
     return read_prompts([reader], [[prompt]], long_prompt="truncate", length_buckets=()).readings[0]
 
 

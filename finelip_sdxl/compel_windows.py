@@ -6,15 +6,24 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
-from compel import Compel, CompelForSDXL, ReturnedEmbeddingsType
+from compel import Compel, CompelForSDXL, EmbeddingsProvider, ReturnedEmbeddingsType
 from compel.convenience_wrappers import LabelledConditioning
-from compel.prompt_parser import FlattenedPrompt, Fragment
+from compel.prompt_parser import FlattenedPrompt, Fragment, PromptParser
 from pyparsing import ParseBaseException
 
 from finelip_sdxl.prompts import PROMPT, STOCK_POSITIONS, EncoderReading, Window, tokenize
 
 # Some two seconds.
 MAX_EXTRA_READINGS = 6000
+# What compel's parser ends in: its own errors, and those of Python where it did not think of a text.
+_GIVING_UP = (
+    ParseBaseException,
+    PromptParser.ParsingException,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
 
 
 def open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
@@ -24,6 +33,9 @@ def open_compel(stock: Any, device: str) -> Callable[[str, str | None], Labelled
         stock: a stock SDXL pipeline, or its refiner.
         device: where its encoders run.
 
+    Returns:
+        A function of the prompt and the negative prompt. Without one (None) it gives no negative embeddings.
+
     Example:
         >>> from diffusers import StableDiffusionXLPipeline
         >>> from finelip_sdxl import miniature_path
@@ -32,7 +44,9 @@ def open_compel(stock: Any, device: str) -> Callable[[str, str | None], Labelled
         torch.Size([1, 77, 288])
     """
     if stock.text_encoder is not None:
-        return CompelForSDXL(stock, device=device)
+        both = CompelForSDXL(stock, device=device)
+        # By name: its second argument is the second encoder's prompt.
+        return lambda prompt, negative: both(prompt, negative_prompt=negative)
     # The refiner has but one text encoder, for which compel has no class.
     compel = Compel(
         stock.tokenizer_2,
@@ -44,14 +58,20 @@ def open_compel(stock: Any, device: str) -> Callable[[str, str | None], Labelled
     )
 
     def read(prompt: str, negative: str | None) -> LabelledConditioning:
-        states, pooled = compel([prompt, negative or ""])
+        if negative is None:
+            return LabelledConditioning(*compel(prompt))
+        states, pooled = compel([prompt, negative])
         return LabelledConditioning(states[:1], pooled[:1], states[1:], pooled[1:])
 
     return read
 
 
-def read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
+def read_by_compel(tokenizer: Any, prompt: str) -> EncoderReading:
     """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left.
+
+    Args:
+        tokenizer: of SDXL's first encoder, whatever length it reads.
+        prompt: the text.
 
     Raises:
         ValueError: compel cannot parse the prompt.
@@ -60,14 +80,15 @@ def read_by_compel(compel: CompelForSDXL, prompt: str) -> EncoderReading:
         parsed = Compel.parse_prompt_string(prompt).prompts
     is_plain = len(parsed) == 1 and isinstance(parsed[0], FlattenedPrompt)
     fragments = [part.text for part in parsed[0].children if isinstance(part, Fragment)] if is_plain else [prompt]
-    provider = compel.compel_1.conditioning_provider
+    # Cuts without an encoder.
+    provider = EmbeddingsProvider(tokenizer, None, truncate=False, model_max_length=STOCK_POSITIONS, device="cpu")
     rows = provider.get_token_ids_and_expand_weights(fragments, [1.0] * len(fragments), "cpu")[0]
-    end = provider.tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     windows = [tuple(row[1 : row.index(end, 1)]) for row in rows.unflatten(0, (-1, STOCK_POSITIONS)).tolist()]
     # compel makes one space of any white space; then the text is shown as it was written.
-    ids, _ = tokenize(provider.tokenizer, prompt)
+    ids, _ = tokenize(tokenizer, prompt)
     text = prompt if ids == [token for window in windows for token in window] else " ".join(fragments)
-    _, offsets = tokenize(provider.tokenizer, text)
+    _, offsets = tokenize(tokenizer, text)
     ends = [*accumulate(map(len, windows))]
     starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
     slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
@@ -98,8 +119,12 @@ def parsing(*texts: str) -> Iterator[None]:
         )
     try:
         yield
-    except (RecursionError, ParseBaseException, AttributeError) as error:  # the last is what its `.and()` ends in
-        reason = "brackets within brackets" if isinstance(error, RecursionError) else str(error)
+    except RecursionError:
+        reason = "brackets within brackets"
+    except OverflowError:  # 1.1 to the power of that many plus signs
+        reason = "a weight too large to be a number"
+    except _GIVING_UP as error:
+        reason = f"{str(error) or type(error).__name__:.300}"
     else:
         return
     raise ValueError(

@@ -1,6 +1,8 @@
 """One prompt in three columns: what each reads and draws, with one UNet."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,7 +67,7 @@ def test_the_first_column_is_what_stock_draws(comparison, stock, negative_prompt
 
 @pytest.mark.parametrize("negative_prompt", ["", "a quiet hare"])
 def test_the_second_column_is_what_compel_gives_stock(comparison, stock, negative_prompt) -> None:
-    read = CompelForSDXL(stock)(LONG, negative_prompt or None)
+    read = CompelForSDXL(stock)(LONG, negative_prompt=negative_prompt or None)
     expected = draw(
         stock,
         prompt=None,
@@ -92,6 +94,65 @@ def test_columns_differ_after_77_tokens_alone(comparison) -> None:
     assert all(difference(first, other) <= 1 for other in others)
     first, second, third = images(LONG)
     assert min(difference(first, second), difference(first, third), difference(second, third)) > 1
+
+
+# Up to one window compel gives just what stock does, so stock says what is right.
+SHORT = ["", "a red fox", SENTENCE * 2, "the small blue square, of a quiet hare."]
+NEGATIVES = ["", "  ", "a fox", "a large red square in the quiet. " * 2]
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_a_short_prompt_and_its_negative_are_stock_s_in_compel_s_column(
+    components, force_zeros, guidance_scale
+) -> None:
+    comparison = make_comparison({**components, "force_zeros_for_empty_prompt": force_zeros})
+    for settings in (
+        Settings(prompt, negative, steps=1, guidance_scale=guidance_scale) for prompt in SHORT for negative in NEGATIVES
+    ):
+        assert_same_states(comparison._base, settings)
+    for negative in ("", "a quiet hare"):
+        settings = Settings(SENTENCE, negative, steps=1, guidance_scale=guidance_scale)
+        stock, compel = (comparison.draw(column, settings).image for column in ("stock", "compel"))
+        assert difference(stock, compel) <= 1
+
+
+def assert_same_states(stage, settings: Settings) -> None:
+    """That stock and compel give the UNet the same, to the last bit."""
+    stock, compel = stage._encode_by_stock(settings), stage._encode_by_compel(settings)
+    for name, expected in stock.items():
+        if expected is None:  # without guidance
+            continue
+        found = compel[name]
+        if found is None:  # an absent negative prompt, for which the pipeline takes zeros
+            assert stage.pipe.config.force_zeros_for_empty_prompt
+            found = torch.zeros_like(expected)
+        assert torch.equal(found, expected), name
+
+
+def test_a_negative_prompt_is_negative_in_every_column_of_the_miniature() -> None:
+    comparison = Comparison.load("miniature")
+    prompt = "In the top left is a red star."
+    settings = Settings(prompt, "In the middle right is a blue ring.", steps=1)
+    stock, compel, finelip = (comparison.draw(column, settings).image for column in COLUMNS)
+    assert difference(stock, compel) <= 1
+    assert difference(stock, finelip) <= 1
+    assert difference(stock, comparison.draw("stock", Settings(prompt, steps=1)).image) > 1
+
+
+@pytest.mark.parametrize(("prompt", "negative"), [(SENTENCE, LONG), (LONG, SENTENCE), (LONG, LONG * 2)])
+def test_prompt_and_negative_of_several_lengths_fit_in_compel_s_column(components, prompt, negative) -> None:
+    comparison = make_comparison({**components, "force_zeros_for_empty_prompt": False})
+    settings = Settings(prompt, negative, steps=1)
+    read = comparison._base._encode_by_compel(settings)
+    assert read["prompt_embeds"].shape == read["negative_prompt_embeds"].shape
+    # The two encoders read the same text: where they did not, these were those of another prompt.
+    alone = comparison._base._encode_by_compel(Settings(prompt, prompt, steps=1))
+    length = alone["prompt_embeds"].shape[1]
+    assert torch.equal(read["prompt_embeds"][:, :length], alone["prompt_embeds"])
+    assert torch.equal(read["pooled_prompt_embeds"], alone["pooled_prompt_embeds"])
+    comparison.draw("compel", settings)
+    comparison.draw("compel", Settings(prompt, steps=1))
 
 
 def test_columns_share_their_unet_and_vae(comparison) -> None:
@@ -178,6 +239,78 @@ def test_memory_that_runs_out_is_told_in_a_sentence_and_the_next_picture_works(c
     comparison.draw("finelip", SETTINGS)
 
 
+@pytest.mark.parametrize("column", list(COLUMNS))
+def test_a_picture_that_is_no_number_is_told_in_a_sentence_and_the_next_one_works(
+    comparison, monkeypatch, column
+) -> None:
+    decode = comparison._base.pipe.vae.decode
+
+    def overflow(*args, **kwargs) -> tuple[torch.Tensor]:
+        (pixels,) = decode(*args, **kwargs)
+        pixels[0, 0, 2, 3] = torch.nan
+        return (pixels,)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison._base.pipe.vae, "decode", overflow)
+        with pytest.raises(ValueError, match=r"^1 of the picture's 256 pixels are not a number \(NaN\): .*float32"):
+            comparison.draw(column, SETTINGS)
+    comparison.draw(column, SETTINGS)
+
+
+# Threads
+
+
+def test_drawings_of_several_threads_are_those_of_one(comparison) -> None:
+    settings = [
+        Settings(LONG, "a fox", steps=3, seed=seed, hidden_states=states)
+        for seed, states in enumerate(("published", "penultimate", "published", None))
+    ]
+    jobs = [(column, each) for each in settings for column in COLUMNS]
+    expected = [comparison.draw(*job).image for job in jobs]
+    running, most = [], []
+
+    def draw(job: tuple[str, Settings]) -> Image.Image:
+        def on_step(step: int, steps: int) -> None:
+            most.append(len({*running, threading.get_ident()}))
+            running.append(threading.get_ident())
+            if step == steps:
+                running.clear()
+
+        return comparison.draw(*job, on_step).image
+
+    with ThreadPoolExecutor(4) as threads:
+        drawn = list(threads.map(draw, jobs))
+    assert max(most) == 1
+    assert all(difference(one, other) <= 1 for one, other in zip(drawn, expected, strict=True))
+
+
+def test_a_drawing_that_ends_in_an_error_lets_the_waiting_one_begin(comparison) -> None:
+    begun = threading.Event()
+
+    def fail(step: int, steps: int) -> None:
+        begun.set()
+        raise KeyError("stopped")
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(comparison.draw, "finelip", SETTINGS, fail)
+        begun.wait()
+        second = threads.submit(comparison.draw, "finelip", SETTINGS)
+        with pytest.raises(KeyError):
+            first.result()
+        assert second.result().image.size == (16, 16)
+
+
+def test_prompts_are_read_while_pictures_are_drawn(comparison) -> None:
+    # A tokenizer that is told to cut for stock's column must not cut, or be left uncut, for who reads meanwhile.
+    expected = comparison.read(LONG)
+    states = comparison._base._encode_by_stock(SETTINGS)
+    with ThreadPoolExecutor(3) as threads:
+        readings = [threads.submit(comparison.read, LONG) for _ in range(12)]
+        again = [comparison._base._encode_by_stock(SETTINGS) for _ in range(12)]
+        assert all(reading.result() == expected for reading in readings)
+    assert all(torch.equal(each["prompt_embeds"], states["prompt_embeds"]) for each in again)
+
+
 def test_other_errors_of_the_model_stay_what_they_are(comparison, monkeypatch) -> None:
     def fail(*args, **kwargs) -> None:
         raise RuntimeError("shapes do not match")
@@ -202,8 +335,10 @@ def refiner(components) -> dict:
     return {**parts, "unet": unet, "text_encoder": None, "tokenizer": None}
 
 
-def make_refiner(refiner: dict) -> FineLIPSDXLImg2ImgPipeline:
-    pipe = FineLIPSDXLImg2ImgPipeline(**refiner, requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)
+def make_refiner(refiner: dict, force_zeros: bool = False) -> FineLIPSDXLImg2ImgPipeline:
+    pipe = FineLIPSDXLImg2ImgPipeline(
+        **refiner, requires_aesthetics_score=True, force_zeros_for_empty_prompt=force_zeros
+    )
     pipe.swap_text_encoders()
     return pipe
 
@@ -222,6 +357,17 @@ def test_a_refiner_draws_the_last_fifth_as_stock_s_would(components, refiner, st
     latents = stock(LONG, denoising_end=0.8, output_type="latent", guidance_scale=5.0, **common).images
     expected = last(LONG, image=latents, denoising_start=0.8, guidance_scale=5.0, **common).images[0]
     assert difference(drawn.image, expected) <= 1
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_a_short_prompt_and_its_negative_are_stock_s_in_the_refiner_too(components, refiner, force_zeros) -> None:
+    comparison = make_comparison(components, make_refiner(refiner, force_zeros))
+    for settings in (Settings(prompt, negative, steps=5) for prompt in SHORT for negative in NEGATIVES):
+        assert_same_states(comparison._refiner, settings)
+    stock, compel = (
+        comparison.draw(column, Settings("a fox", "a hare", steps=5)).image for column in ("stock", "compel")
+    )
+    assert difference(stock, compel) <= 1
 
 
 def test_too_few_steps_for_a_refiner_are_named(components, refiner) -> None:
@@ -321,6 +467,8 @@ def test_white_space_is_shown_as_it_was_written(comparison) -> None:
         ("(" * 10 + "a fox", "compel would take minutes for so many brackets"),
         ("((((a fox, " + "a hare, " * 50, "compel would take minutes for so many brackets"),
         ('("a fox", "a hare").blend(0.5, 0.5) above', "compel cannot read this prompt .*: take out what it knows"),
+        ("a fox" + "+" * 7448, "compel cannot read this prompt .a weight too large to be a number.: take out"),
+        ("a fox\x0b in the snow", "compel cannot read this prompt .*: take out what it knows"),
     ],
 )
 def test_what_compel_cannot_parse_is_told_in_a_sentence(comparison, prompt, message) -> None:
@@ -341,6 +489,30 @@ def test_what_compel_parses_soon_is_not_refused(comparison, prompt) -> None:
 def test_a_text_that_is_too_long_is_refused_before_it_is_read(comparison) -> None:
     with pytest.raises(ValueError, match="has 30,000 characters; at most 20,000 are read"):
         comparison.read("a fox " * 5000)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        (["stock"] * 300, ValueError, "`columns` names 'stock' 300 times: pass each column once"),
+        (["finelip", "stock", "finelip"], ValueError, "`columns` names 'finelip' 2 times"),
+        ([], ValueError, "`columns` is empty; pass at least one of 'stock', 'compel', 'finelip'"),
+        (["other"], ValueError, "`column` must be one of 'stock', 'compel', 'finelip', but is 'other'"),
+        ("stock", TypeError, "`columns` must be a list of .*, but is 'stock'"),
+        (None, TypeError, "`columns` must be a list of .*, but is None"),
+        ([["stock"]], TypeError, "`columns` must be a list of"),
+        ({"stock": 1}, TypeError, "`columns` must be a list of"),
+    ],
+)
+def test_columns_that_are_no_columns_are_named(comparison, columns, error, message) -> None:
+    with pytest.raises(error, match=message):
+        comparison.read("a fox", columns)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a fox"], {}])
+def test_what_is_no_text_is_not_read(comparison, prompt) -> None:
+    with pytest.raises(TypeError, match="`prompt` must be a string, but is"):
+        comparison.read(prompt)
 
 
 # Settings
@@ -408,6 +580,12 @@ def test_a_grid_has_a_row_for_each_seed_and_counts_what_is_right() -> None:
     assert plain.height > 2 * 256
     assert counted.height > plain.height
     assert counted.width == plain.width < 3 * 256 + 200
+
+
+@pytest.mark.parametrize("count", [0, -1, 101, 10**9, 2.0, None, True, float("nan")])
+def test_a_number_of_seeds_out_of_range_is_named(count) -> None:
+    with pytest.raises(ValueError, match=r"`seeds` is .*; expected a whole number from 1 to 100"):
+        Settings("a fox").over_seeds(count)
 
 
 def test_seeds_follow_one_another_up_to_the_largest() -> None:

@@ -77,6 +77,7 @@ def write(page, prompt: str) -> None:
 
 
 def meter_lines(page) -> list[str]:
+    page.locator("#meter .meter-pending").wait_for(state="detached")  # compel's part follows
     return [line.replace("\n", " ") for line in page.locator("#meter .meter-line").all_inner_texts()]
 
 
