@@ -55,6 +55,7 @@ from recipe import (
     build_accelerator,
     check_run,
     count_broken,
+    end,
     endless,
     fill_in,
     fixed_settings,
@@ -163,7 +164,9 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     check(arguments)
     accelerator = build_accelerator(arguments)
     with only_run(arguments.out, accelerator):
-        return align_alone(arguments, accelerator)
+        progress = align_alone(arguments, accelerator)
+    end(accelerator, progress)
+    return progress
 
 
 def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -298,8 +301,6 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
             with together(accelerator):
                 method.save(run, "last" if is_last else f"after-{stage.name}")
         first += stage.steps
-    accelerator.print(json.dumps(progress))
-    accelerator.end_training()
     return progress
 
 
@@ -526,7 +527,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group = add_run_flags(parser, Path("runs/alignment"), models="last/ and, of two stages, after-text/ result")
     add = group.add_argument
     add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="between pictures of the "
-        "validation prompts by stock and aligned, to validation/ and TensorBoard; 0 for none (default: %(default)s)")  # fmt: skip
+        "validation prompts by stock and aligned, to validation/ and TensorBoard; 0 for none (default: "
+        "%(default)s)")  # fmt: skip
     add("--validation-prompts", type=path, metavar="FILE", help="a prompt a line (default: the first four captions)")
     add_preset(group, "guidance-scale", guidance, "X", "of those pictures", presets)
     add_accelerator_flags(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -306,6 +307,14 @@ class Health:
 def count_broken(parameters: Iterable[Tensor]) -> Tensor:
     """How many of some tensors hold a number that is not finite."""
     return torch.stack([~parameter.detach().isfinite().all() for parameter in parameters]).sum().float()
+
+
+def end(accelerator: Accelerator, progress: dict[str, Any]) -> None:
+    """Print what came out of a run, of which nothing else is held any more, and leave the other processes."""
+    accelerator.print(json.dumps(progress))
+    # Where the model is the last that holds Gloo's group, both wait for each other without end.
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 # Around it

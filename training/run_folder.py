@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, load
+from accelerate.utils import gather_object, load
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -61,8 +61,8 @@ class RunFolder:
             ValueError: if all are damaged, or if it is of other settings or of another model, or holds code beside
                 tensors and numbers.
         """
-        found: list[Any] = list(self._newest_whole()) if self.accelerator.is_main_process else [None, None]
-        newest, notes = broadcast_object_list(found)
+        found = self._newest_whole() if self.accelerator.is_main_process else None
+        newest, notes = gather_object([found])[0]  # all go on from the one that the main process sees
         if newest is None and notes:
             raise ValueError(
                 f"{' '.join(notes)} No checkpoint is left to go on from: delete {self.folder / 'checkpoints'} to begin"

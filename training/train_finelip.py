@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from recipe import (
     build_accelerator,
     check_run,
     count_broken,
+    end,
     endless,
     fill_in,
     fixed_settings,
@@ -180,7 +180,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     parallel = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
     accelerator = build_accelerator(arguments, handlers=[parallel])
     with only_run(arguments.out, accelerator):
-        return train_alone(arguments, accelerator)
+        progress = train_alone(arguments, accelerator)
+    end(accelerator, progress)
+    return progress
 
 
 def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -281,8 +283,6 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
                 run.save(progress)
     with together(accelerator):
         run.save_model("last", model, tokenizer, image_processor)
-    accelerator.print(json.dumps(progress))
-    accelerator.end_training()
     return progress
 
 
