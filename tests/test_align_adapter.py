@@ -105,6 +105,7 @@ def load_pair(base: Path, **options: Any) -> tuple[FineLIPSDXLPipeline, StableDi
 
 def build(method: str, pipe: FineLIPSDXLPipeline) -> Adapter | Lora:
     """What is trained, somewhat changed: a new one gives no gradient to what stands before its zeros."""
+    torch.manual_seed(0)
     made = Adapter(pipe, hidden_dim=8) if method == "adapter" else Lora(pipe, rank=2)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -682,7 +682,7 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
         ("--learning-rate nan", "--learning-rate: expected a number of at least 0 instead of nan"),
         ("--triplet-weight -1", "--triplet-weight: expected a number of at least 0 instead of -1"),
         ("--keep 0", "--keep: expected a whole number above 0"),
-        ("--drop-first 2", "drop_first is 2.0: expected a probability"),
+        ("--drop-first 2", "--drop-first: expected a number of at most 1 instead of 2"),
         ("--triplet-weight 0 --contrastive-weight 0 --region-weight 0 --pull-weight 0", "All losses have weight 0"),
         ("--mixed-precision fp16", "--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no"),
     ],

@@ -42,20 +42,30 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from precompute import Precomputed, precompute
 from recipe import (
+    AMOUNT,
+    BATCH,
+    MOST_STEPS,
+    SEED,
+    SHARE,
+    STEPS_OR_NONE,
+    Health,
     add_accelerator_flags,
     add_preset,
     add_run_flags,
     build_accelerator,
     check_run,
+    count_broken,
+    end,
     endless,
     fill_in,
     fixed_settings,
     forget_stretch,
     number,
+    path,
     run_recipe,
     schedule,
 )
-from run_folder import RunFolder
+from run_folder import RunFolder, only_run, together, writing
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -154,6 +164,14 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run; gives its progress."""
     check(arguments)
     accelerator = build_accelerator(arguments)
+    with only_run(arguments.out, accelerator):
+        progress = align_alone(arguments, accelerator)
+    end(accelerator, progress)
+    return progress
+
+
+def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """`align`, in a folder that no other run writes to."""
     device = accelerator.device
     set_seed(arguments.seed)
     data = open_images(
@@ -172,8 +190,11 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     pictures = None
     if arguments.image_steps:  # encoded before anything is trained: an adapter gets what the encoders give
         place(models_of(pipe, stock), (*ENCODERS, "vae"), device)
-        with accelerator.main_process_first():
-            pictures = precompute(data, pipe, arguments.resolution, not is_lora, precomputed_folder(arguments))
+        folder = precomputed_folder(arguments)
+        with together(accelerator):
+            if accelerator.is_local_main_process:
+                precompute(data, pipe, arguments.resolution, not is_lora, folder)
+        pictures = Precomputed(folder)
     method = Lora(pipe, arguments.rank) if is_lora else Adapter(pipe, arguments.hidden_dim)
     models = models_of(pipe, stock)
     if arguments.gradient_checkpointing:
@@ -209,50 +230,54 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.report_to != "none":
         accelerator.init_trackers("align_adapter", config=fixed)
 
+    health = Health()
+
     def train_stage(stage: Stage, first: int) -> None:
         """From the step of `progress` on; `first` is the one that the stage began with."""
         source = stage.batches((progress["step"] - first) * arguments.accumulation)
-        bar = tqdm(
+        pairs = arguments.batch_size * arguments.accumulation * accelerator.num_processes
+        with tqdm(
             initial=progress["step"] - first,
             total=stage.steps,
             desc=f"aligning by {stage.name}s",
             unit="step",
             disable=not accelerator.is_main_process,
-        )
-        pairs = arguments.batch_size * arguments.accumulation * accelerator.num_processes
-        while progress["step"] < first + stage.steps:
-            started = time.perf_counter()
-            factor = schedule(progress["step"] - first, stage.steps // 20, stage.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = arguments.learning_rate * factor
-            sums: dict[str, Tensor] = {}
-            for _ in range(arguments.accumulation):
-                with accelerator.accumulate(objective):
-                    parts = objective(stage.name, next(source))
-                    accelerator.backward(parts["loss"])
-                    if accelerator.sync_gradients and arguments.max_grad_norm:
-                        accelerator.clip_grad_norm_(method.parameters, arguments.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for name, part in parts.items():
-                    sums[name] = sums.get(name, 0) + part.detach() / arguments.accumulation
-            average.step(method.parameters)
-            progress["step"] = step = progress["step"] + 1
-            figures = {name: part.item() for name, part in accelerator.reduce(sums, reduction="mean").items()}
-            figures["captions_per_second"] = pairs / (time.perf_counter() - started)
-            bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
-            bar.update()
-            accelerator.log({f"{stage.name}/{name}": figure for name, figure in figures.items()}, step=step)
-            if step == first + stage.steps:  # the average is what comes out, and what the next stage begins with
-                average.copy_to(method.parameters)
-                optimizer.state.clear()
-            if step % arguments.save_every == 0 or step == first + stage.steps:
-                run.save(progress)
-            if arguments.validate_every and (step % arguments.validate_every == 0 or step == first + stage.steps):
-                place(models, (*ENCODERS, *TEACHERS, "unet", "vae"), device)
-                validate(step)
-                place(models, stage.models, device)
-        bar.close()
+        ) as bar:
+            while progress["step"] < first + stage.steps:
+                started = time.perf_counter()
+                factor = schedule(progress["step"] - first, stage.steps // 20, stage.steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = arguments.learning_rate * factor
+                sums: dict[str, Tensor] = {}
+                for _ in range(arguments.accumulation):
+                    with accelerator.accumulate(objective):
+                        parts = objective(stage.name, next(source))
+                        accelerator.backward(parts["loss"])
+                        if accelerator.sync_gradients and arguments.max_grad_norm:
+                            accelerator.clip_grad_norm_(method.parameters, arguments.max_grad_norm)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    for name, part in parts.items():
+                        sums[name] = sums.get(name, 0) + part.detach() / arguments.accumulation
+                average.step(method.parameters)
+                sums["broken"] = count_broken(method.parameters)
+                progress["step"] = step = progress["step"] + 1
+                figures = {name: part.item() for name, part in accelerator.reduce(sums, reduction="mean").items()}
+                health.check(step, figures["loss"], figures.pop("broken"), optimizer.step_was_skipped)
+                figures["captions_per_second"] = pairs / (time.perf_counter() - started)
+                bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
+                bar.update()
+                accelerator.log({f"{stage.name}/{name}": figure for name, figure in figures.items()}, step=step)
+                if step == first + stage.steps:  # the average is what comes out, and what the next stage begins with
+                    average.copy_to(method.parameters)
+                    optimizer.state.clear()
+                if step % arguments.save_every == 0 or step == first + stage.steps:
+                    run.save(progress)
+                if arguments.validate_every and (step % arguments.validate_every == 0 or step == first + stage.steps):
+                    place(models, (*ENCODERS, *TEACHERS, "unet", "vae"), device)
+                    with together(accelerator):
+                        validate(step)
+                    place(models, stage.models, device)
 
     def validate(step: int) -> None:
         """Draw the validation captions by stock, which cuts them, and aligned; to a file and to TensorBoard."""
@@ -263,9 +288,11 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
         grid = draw(stock, pipe, prompts, arguments)
         average.restore(method.parameters)
         folder = run.folder / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / f"step-{step:06d}.png") as temporary:
-            grid.save(temporary, format="PNG")
+        file = folder / f"step-{step:06d}.png"
+        with writing(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            with written_whole(file) as temporary:
+                grid.save(temporary, format="PNG")
         if arguments.report_to == "tensorboard":
             writer = accelerator.get_tracker("tensorboard", unwrap=True)
             writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
@@ -276,18 +303,20 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
             place(models, stage.models, device)
             train_stage(stage, first)
             is_last = stage is stages[-1] or not arguments.image_steps
-            method.save(run, "last" if is_last else f"after-{stage.name}")
+            with together(accelerator):
+                method.save(run, "last" if is_last else f"after-{stage.name}")
         first += stage.steps
-    accelerator.print(json.dumps(progress))
-    accelerator.end_training()
     return progress
 
 
 def check(arguments: argparse.Namespace) -> None:
     """What is known to go wrong, before anything is loaded."""
     check_run(arguments)
-    if not arguments.text_steps + arguments.image_steps:
+    steps = arguments.text_steps + arguments.image_steps
+    if not steps:
         raise ValueError("--text-steps and --image-steps are both 0: give one of the stages steps.")
+    if steps > MOST_STEPS:
+        raise ValueError(f"--text-steps and --image-steps are {steps:,} in all: {MOST_STEPS:,} are the most.")
     if arguments.batch_size < 2 or not 0 < arguments.short_share < 1:
         raise ValueError(
             f"--batch-size is {arguments.batch_size} and --short-share {arguments.short_share:g}: each batch needs long"
@@ -297,6 +326,16 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--resolution is {arguments.resolution}; expected a multiple of 8, such as 512.")
     if arguments.captions.startswith("txt:") and arguments.image_steps:
         raise ValueError(f"{arguments.captions} has no images: pass --image-steps 0 to align by texts alone.")
+    is_file = Path(arguments.base).is_file()
+    if arguments.config is not None and not is_file:
+        raise ValueError(
+            f"--config {arguments.config} goes with a single file, but --base {arguments.base} is none: leave it out."
+        )
+    if arguments.variant is not None and is_file:
+        raise ValueError(
+            f"--variant {arguments.variant} goes with a directory or hub id, but --base {arguments.base} is a single"
+            " file: leave it out."
+        )
 
 
 def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
@@ -450,7 +489,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    count, whole, amount = number(int, positive=True), number(int), number(float)
+    hidden_dim, rank = number(int, above=0, most=16_384), number(int, above=0, most=1024)
+    resolution, guidance = number(int, above=0, most=4096), number(float, least=0, most=100)
+    gamma, decay = number(float, above=0), number(float, least=0, below=1)
     presets = SDXL, MINIATURE
 
     group = parser.add_argument_group("what is aligned with what")
@@ -464,43 +505,46 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "(default: that encoder, stretched; for the miniature miniature-finelip-1)")  # fmt: skip
     add("--finelip-2", metavar="CLIP", help="replaces the second (default: as above)")
     add("--method", choices=("adapter", "lora"), default="adapter", help="what is trained (default: %(default)s)")
-    add_preset(group, "hidden-dim", count, "N", "width of the adapter's hidden layers", presets)
-    add_preset(group, "rank", count, "N", "of the LoRA", presets)
+    add_preset(group, "hidden-dim", hidden_dim, "N", "width of the adapter's hidden layers", presets)
+    add_preset(group, "rank", rank, "N", "of the LoRA", presets)
 
     group = parser.add_argument_group("what it learns from")
     add = group.add_argument
     add("--captions", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or, for stage "
         "1 alone, txt (a caption a line) and a path, or miniature:SCENES (default for the miniature: "
         f"{MINIATURE['captions']})")  # fmt: skip
-    add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the captions")
+    add("--images", type=path, metavar="FOLDER", help="of the images, if they are not beside the captions")
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
-    add("--short-share", type=float, default=0.4, metavar="SHARE", help="of short captions in a batch: without them, "
+    add("--short-share", type=SHARE, default=0.4, metavar="SHARE", help="of short captions in a batch: without them, "
         "short prompts get worse (default: %(default)s)")  # fmt: skip
-    add_preset(group, "resolution", count, "PIXELS", "of the square that is cut from the middle of each image", presets)
-    add("--precomputed", type=Path, metavar="FOLDER", help="of latents and text states, which runs can share (default: "
+    add_preset(
+        group, "resolution", resolution, "PIXELS", "of the square that is cut from the middle of each image", presets
+    )
+    add("--precomputed", type=path, metavar="FOLDER", help="of latents and text states, which runs can share (default: "
         "precomputed/ in --out)")  # fmt: skip
 
     group = parser.add_argument_group("optimization")
-    add_preset(group, "text-steps", whole, "N", "of stage 1; 0 leaves it out", presets)
-    add_preset(group, "image-steps", whole, "N", "of stage 2; 0 leaves it out", presets)
-    add_preset(group, "batch-size", count, "CAPTIONS", "of each process and step", presets)
-    add_preset(group, "learning-rate", amount, "X", "peak, in both stages", presets)
+    add_preset(group, "text-steps", STEPS_OR_NONE, "N", "of stage 1; 0 leaves it out", presets)
+    add_preset(group, "image-steps", STEPS_OR_NONE, "N", "of stage 2; 0 leaves it out", presets)
+    add_preset(group, "batch-size", BATCH, "CAPTIONS", "of each process and step", presets)
+    add_preset(group, "learning-rate", AMOUNT, "X", "peak, in both stages", presets)
     add = group.add_argument
-    add("--accumulation", type=count, default=1, metavar="N", help="batches a step (default: %(default)s)")
-    add("--weight-decay", type=amount, default=1e-2, metavar="X", help="of AdamW (default: %(default)s)")
-    add("--max-grad-norm", type=amount, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
-    add("--snr-gamma", type=number(float, positive=True), metavar="X", help="weigh timesteps by min-SNR, customarily "
+    add("--accumulation", type=BATCH, default=1, metavar="N", help="batches a step (default: %(default)s)")
+    add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help="of AdamW (default: %(default)s)")
+    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
+    add("--snr-gamma", type=gamma, metavar="X", help="weigh timesteps by min-SNR, customarily "
         "with 5 (default: all alike)")  # fmt: skip
-    add("--ema-decay", type=amount, default=0.995, metavar="X", help="of the average of weights that comes out "
-        "(default: %(default)s)")  # fmt: skip
-    add("--seed", type=whole, default=0, metavar="N", help="of weights, order and noise (default: %(default)s)")
+    add("--ema-decay", type=decay, default=0.995, metavar="X", help="of the average of weights that comes "
+        "out (default: %(default)s)")  # fmt: skip
+    add("--seed", type=SEED, default=0, metavar="N", help="of weights, order and noise (default: %(default)s)")
 
     group = add_run_flags(parser, Path("runs/alignment"), models="last/ and, of two stages, after-text/ result")
     add = group.add_argument
-    add("--validate-every", type=whole, default=100, metavar="STEPS", help="between pictures of the validation prompts "
-        "by stock and aligned, to validation/ and TensorBoard; 0 for none (default: %(default)s)")  # fmt: skip
-    add("--validation-prompts", type=Path, metavar="FILE", help="a prompt a line (default: the first four captions)")
-    add_preset(group, "guidance-scale", amount, "X", "of those pictures", presets)
+    add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="between pictures of the "
+        "validation prompts by stock and aligned, to validation/ and TensorBoard; 0 for none (default: "
+        "%(default)s)")  # fmt: skip
+    add("--validation-prompts", type=path, metavar="FILE", help="a prompt a line (default: the first four captions)")
+    add_preset(group, "guidance-scale", guidance, "X", "of those pictures", presets)
     add_accelerator_flags(group)
     options = parser.parse_args(arguments)
 

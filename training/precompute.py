@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from alignment import captions_of, read
 from PIL import Image
-from safetensors import safe_open
+from run_folder import held, writing
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -51,50 +55,148 @@ class Precomputed(Dataset):
 def precompute(
     data: CaptionedImages, pipe: FineLIPSDXLPipeline, resolution: int, with_states: bool, folder: Path
 ) -> Precomputed:
-    """Encode what is not in the folder yet; images that cannot be read are named and left out.
+    """Encode what is not in the folder yet, and what has been made of other captions, images or weights, which is said.
+
+    Images that cannot be read are named and left out, until they can.
 
     Args:
         data: images and captions; of several, the first is the long one.
         pipe: whose VAE and text encoders, not adapted, encode.
         resolution: of the square that is cut from the middle of each image, in pixels.
         with_states: also encode captions, each kind padded alike: for what trains nothing before these states.
-        folder: of the files; one data set, one folder.
+        folder: of the files; one data set, one folder. Runs may share it: one at a time writes to it.
 
     Raises:
         UnreadableImageError: if no image can be read.
+        OSError: if the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    dtype = pipe.vae.dtype
-    pipe.vae.float()  # SDXL's overflows in half precision
-    chunks = range(0, len(data), CHUNK)
-    for first in tqdm(chunks, desc="encoding images", unit_scale=CHUNK, unit="image", disable=None):
-        file = folder / f"chunk-{first // CHUNK:06d}.safetensors"
-        if file.exists():
-            continue
-        images, captions = [], []
-        for index in range(first, min(first + CHUNK, len(data))):
-            try:
-                images.append(data.image(index))
-            except UnreadableImageError as error:
-                tqdm.write(f"skipped: {error}")
-                continue
-            captions.append(captions_of(data, index, pipe.tokenizer))
-        if not images:
-            continue
-        pixels, time_ids = zip(*(cut_square(image, resolution) for image in images), strict=True)
-        tensors = {"latents": to_latents(pipe, list(pixels)), "time_ids": torch.tensor(time_ids)}
-        if with_states:
-            for kind in ("long", "short"):
-                states, pooled = read_all(pipe, [caption[kind] for caption in captions], kind)
-                tensors |= {f"{kind}_states": states, f"{kind}_pooled": pooled}
-        with written_whole(file) as temporary:
-            contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata={"captions": json.dumps(captions)})
-    pipe.vae.to(dtype)
+    with held(folder):
+        for left in folder.glob(".chunk-*"):  # by a run that was killed
+            left.unlink()
+        encoded_by = digest_of(*digests_of_models(pipe, with_states), resolution)
+        chunks = {
+            folder / f"chunk-{first // CHUNK:06d}.safetensors": range(first, min(first + CHUNK, len(data)))
+            for first in range(0, len(data), CHUNK)
+        }
+        made_of = {file: {"models": encoded_by, "data": digest_of_data(data, chunks[file])} for file in chunks}
+        stale = {file: reason for file in chunks if (reason := why_stale(file, made_of[file], data)) is not None}
+        for reason, count in Counter(reason for file, reason in stale.items() if file.exists()).items():
+            tqdm.write(f"{folder}: {count} of {len(chunks)} files are encoded again, since {reason}.")
+        for file in folder.glob("chunk-*.safetensors"):
+            if file in stale or file not in chunks:
+                file.unlink()
+
+        dtype = pipe.vae.dtype
+        pipe.vae.float()  # SDXL's overflows in half precision
+        for file in tqdm(stale, desc="encoding images", unit_scale=CHUNK, unit="image", disable=None):
+            encode_chunk(data, pipe, resolution, with_states, file, chunks[file], made_of[file])
+        pipe.vae.to(dtype)
     items = Precomputed(folder)
     if not len(items):
         raise UnreadableImageError(f"None of the {len(data)} images can be read: look at the messages above.")
     return items
+
+
+def encode_chunk(
+    data: CaptionedImages,
+    pipe: FineLIPSDXLPipeline,
+    resolution: int,
+    with_states: bool,
+    file: Path,
+    indices: Iterable[int],
+    made_of: dict[str, str],
+) -> None:
+    """A file of some images and their captions; none, if no image of them can be read."""
+    images, captions, skipped = [], [], []
+    for index in indices:
+        try:
+            images.append(data.image(index))
+        except UnreadableImageError as error:
+            tqdm.write(f"skipped: {error}")
+            skipped.append(index)
+            continue
+        captions.append(captions_of(data, index, pipe.tokenizer))
+    if not images:
+        return
+    pixels, time_ids = zip(*(cut_square(image, resolution) for image in images), strict=True)
+    tensors = {"latents": to_latents(pipe, list(pixels)), "time_ids": torch.tensor(time_ids)}
+    if with_states:
+        for kind in ("long", "short"):
+            states, pooled = read_all(pipe, [caption[kind] for caption in captions], kind)
+            tensors |= {f"{kind}_states": states, f"{kind}_pooled": pooled}
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**made_of, "captions": json.dumps(captions), "skipped": json.dumps(skipped)}
+    with writing(file), written_whole(file) as temporary:
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+# What a file was made of
+
+
+def why_stale(file: Path, made_of: dict[str, str], data: CaptionedImages) -> str | None:
+    """What a file is not any more; None if it can stay. Images that it lacks are tried again, and named."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            found = tensors.metadata() or {}
+    except FileNotFoundError:
+        return "they are not there"
+    except (SafetensorError, OSError):
+        return "they are damaged"
+    if "models" not in found:
+        return "an earlier version made them, which did not say of what"
+    if found["models"] != made_of["models"]:
+        return "the weights of the VAE or the text encoders have changed"
+    if found["data"] != made_of["data"]:
+        return "captions or images have changed"
+    for index in json.loads(found["skipped"]):
+        try:
+            data.image(index)
+        except UnreadableImageError as error:
+            tqdm.write(f"skipped: {error}")
+        else:
+            return "images that could not be read now can"
+    return None
+
+
+def digest_of_data(data: CaptionedImages, indices: Iterable[int]) -> str:
+    """Of captions, and of images by path, size and time: a million of them are not read for this."""
+    return digest_of(*([data.captions(index), data.short_caption(index), seen(data, index)] for index in indices))
+
+
+def seen(data: CaptionedImages, index: int) -> tuple[Any, ...]:
+    """What can be seen of an image from outside."""
+    file = data.image_file(index)
+    try:
+        state = None if file is None else file.stat()
+    except OSError:
+        state = None
+    return (None if file is None else str(file), state and state.st_size, state and state.st_mtime_ns)
+
+
+def digests_of_models(pipe: FineLIPSDXLPipeline, with_states: bool) -> Iterator[Any]:
+    """Of all that makes latents, and states if they are wanted, from images and captions."""
+    models = {"vae": pipe.vae}
+    if with_states:
+        models |= {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    for name, model in models.items():
+        config = model.config if name == "vae" else model.config.to_dict()
+        # Not where it was loaded from, nor by which version.
+        yield name, {key: repr(value) for key, value in config.items() if key[0] != "_" and "version" not in key}
+        for key, tensor in sorted(model.state_dict().items()):
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            yield key, str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        yield tokenizer.model_max_length, sorted(tokenizer.get_vocab().items())
+
+
+def digest_of(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part).encode() + b"\n")
+    return found.hexdigest()
+
+
+# What it holds
 
 
 def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[int]]:

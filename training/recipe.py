@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
+import os
+import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+from run_folder import MODELS
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +27,10 @@ from finelip_sdxl.files import check_writable
 
 # Flags of every recipe that may change when a run goes on: what it learns from one batch is the same with any of them.
 FREE_RUN_FLAGS = {"out", "save_every", "keep", "gradient_checkpointing", "cpu", "report_to"}
+
+MOST = 10**9  # of any number that no other bound is given for
+MOST_STEPS = 9_999_999  # that the names of checkpoints have room for
+MOST_SKIPPED = 100  # steps in a row: as often, fp16 halves a scale of 65,536 to one that nothing overflows at
 
 
 # Flags
@@ -42,11 +51,11 @@ def add_run_flags(parser: argparse.ArgumentParser, out: Path, models: str) -> An
             cpu=False, report_to='none')
     """
     group = parser.add_argument_group("the run")
-    add, count = group.add_argument, number(int, positive=True)
-    add("--out", type=Path, default=out, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: a run that "
+    add = group.add_argument
+    add("--out", type=path, default=out, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: a run that "
         "finds some goes on (default: %(default)s)")  # fmt: skip
-    add("--save-every", type=count, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
-    add("--keep", type=count, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
+    add("--save-every", type=STEPS, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
+    add("--keep", type=KEEP, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
     return group
 
 
@@ -84,25 +93,63 @@ def fill_in(options: argparse.Namespace, preset: dict[str, Any]) -> None:
             setattr(options, name, value)
 
 
-def number(kind: type, positive: bool = False) -> Callable[[str], float]:
-    """What reads a flag's number, and refuses what is below 0, or also 0.
+def number(
+    kind: type,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = MOST,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """What reads a flag's number, and refuses what is no number or out of bounds.
+
+    Args:
+        kind: int or float.
+        least: the lowest that is taken.
+        above: in place of `least`, what all that are taken lie above.
+        most: the highest that is taken.
+        below: in place of `most`, what all that are taken lie below.
 
     Example:
-        >>> number(int, positive=True)("8")
+        >>> number(int, above=0)("8")
         8
-        >>> number(float)("-1")
+        >>> number(float, least=0, below=1)("1")
         Traceback (most recent call last):
-        argparse.ArgumentTypeError: expected a number of at least 0 instead of -1
+        argparse.ArgumentTypeError: expected a number below 1 instead of 1
     """
+    name = "whole number" if kind is int else "number"
 
-    def read(text: str) -> float:
+    def read(text: str) -> Any:
+        value = math.nan
         with contextlib.suppress(ValueError):
-            if math.isfinite(value := kind(text)) and (value > 0 or (value == 0 and not positive)):
-                return value
-        whole, range_ = "whole number" if kind is int else "number", "above 0" if positive else "of at least 0"
-        raise argparse.ArgumentTypeError(f"expected a {whole} {range_} instead of {text}")
+            value = kind(text)
+        bounds = {
+            f"above {above}": above is None or value > above,
+            f"of at least {least}": least is None or value >= least,
+            f"below {below}": below is None or value < below,
+            f"of at most {most:,}": value <= most,
+        }
+        for bound, is_met in bounds.items():
+            if not is_met:
+                raise argparse.ArgumentTypeError(f"expected a {name} {bound} instead of {text:.60}")
+        return value
 
     return read
+
+
+def path(text: str) -> Path:
+    """What reads a flag's file or folder; nothing would be the folder where one stands."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path instead of nothing")
+    return Path(text)
+
+
+# What the flags of both recipes take.
+COUNT, AMOUNT, SHARE = number(int, above=0), number(float, least=0), number(float, least=0, most=1)
+BATCH = number(int, above=0, most=65_536)
+STEPS, STEPS_OR_NONE = number(int, above=0, most=MOST_STEPS), number(int, least=0, most=MOST_STEPS)
+SEED = number(int, least=0, most=2**32 - 1)  # NumPy takes no other
+KEEP = number(int, above=0, most=10_000)
 
 
 # Before the first step
@@ -112,7 +159,7 @@ def check_run(arguments: argparse.Namespace) -> None:
     """What is known to go wrong with the flags of a run, before anything is loaded.
 
     Raises:
-        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or the folder is a file.
+        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or --out is no folder for a run.
         OSError: if the folder cannot be written to.
     """
     # Accelerate takes it, and trains nothing.
@@ -121,9 +168,15 @@ def check_run(arguments: argparse.Namespace) -> None:
     tracker = arguments.report_to
     if tracker != "none" and find_spec(tracker) is None:
         raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out} is a file: pass the name of a folder.")
-    check_writable(arguments.out)
+    out = arguments.out
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: pass the name of a folder.")
+    if out.absolute().resolve() == Path(out.absolute().anchor):
+        raise ValueError(f"--out {out} is the root of all folders: pass one of the run's own.")
+    for place in (out / "checkpoints", *(out / name for name in MODELS)):
+        if os.path.lexists(place) and (not place.is_dir() or (place.is_symlink() and place.name in MODELS)):
+            raise ValueError(f"{place} is no folder, but a run saves one there: move it, or pass another --out.")
+    check_writable(out)
 
 
 def uses_cpu(arguments: argparse.Namespace) -> bool:
@@ -217,6 +270,53 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
+class Health:
+    """Ends a run that has diverged, in all processes at once, before anything of it is saved."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+
+    def check(self, step: int, loss: float, broken: float, skipped: bool) -> None:
+        """See whether a step was one of training.
+
+        Args:
+            step: its number, from 1.
+            loss: of all processes.
+            broken: more than 0 if weights are not finite, see `count_broken`.
+            skipped: whether the optimizer left the step out, as with fp16 where gradients overflow: then the weights
+                are those of before, and a smaller scale follows.
+
+        Raises:
+            ValueError: if the loss or the weights are not finite, or steps are left out without end.
+        """
+        self.skipped = self.skipped + 1 if skipped else 0
+        problem = None
+        if broken:
+            problem = f"Step {step} made weights that are not finite"
+        elif not math.isfinite(loss) and not skipped:
+            problem = f"The loss of step {step} is {loss}"
+        elif self.skipped >= MOST_SKIPPED:
+            problem = f"The gradients of {MOST_SKIPPED} steps in a row, the last of them step {step}, are not finite"
+        if problem is not None:
+            raise ValueError(
+                f"{problem}: training has diverged, and nothing of this is saved. Train anew in another --out with a"
+                " lower --learning-rate, or with gradients that --max-grad-norm limits."
+            )
+
+
+def count_broken(parameters: Iterable[Tensor]) -> Tensor:
+    """How many of some tensors hold a number that is not finite."""
+    return torch.stack([~parameter.detach().isfinite().all() for parameter in parameters]).sum().float()
+
+
+def end(accelerator: Accelerator, progress: dict[str, Any]) -> None:
+    """Print what came out of a run, of which nothing else is held any more, and leave the other processes."""
+    accelerator.print(json.dumps(progress))
+    # Where the model is the last that holds Gloo's group, both wait for each other without end.
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 # Around it
 
 
@@ -226,7 +326,7 @@ def run_recipe(
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
     arguments: Sequence[str] | None,
 ) -> None:
-    """A recipe as a program: libraries are quiet, and what is wrong with its input ends it in one line.
+    """A recipe as a program: libraries are quiet, and what is wrong with its input, or a signal, ends it in one line.
 
     Args:
         script: its file name, which such a line begins with.
@@ -235,7 +335,8 @@ def run_recipe(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        train(parse(arguments))
+        with interrupted_by_signals():
+            train(parse(arguments))
     except KeyboardInterrupt:
         sys.exit(f"{script}: stopped; the same command goes on from the last checkpoint")
     except (ValueError, OSError, ImportError) as error:
@@ -243,3 +344,23 @@ def run_recipe(
         if "Original Traceback" in message:  # from a process that prepares data; the error itself is the last line
             message = message.splitlines()[-1].partition(": ")[2]
         sys.exit(f"{script}: error: {' '.join(message.split())}")
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """What asks a program to end, or hangs up, is as Ctrl-C here; what is ignored, as under nohup, stays so."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        taken = []  # others may not
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

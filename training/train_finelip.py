@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -29,21 +28,33 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from objective import LOSSES, Base, Objective
 from recipe import (
+    AMOUNT,
+    BATCH,
+    COUNT,
+    MOST_STEPS,
+    SEED,
+    SHARE,
+    STEPS,
+    STEPS_OR_NONE,
+    Health,
     add_accelerator_flags,
     add_preset,
     add_run_flags,
     build_accelerator,
     check_run,
+    count_broken,
+    end,
     endless,
     fill_in,
     fixed_settings,
     forget_stretch,
     number,
+    path,
     run_recipe,
     schedule,
     to_device,
 )
-from run_folder import RunFolder
+from run_folder import RunFolder, only_run, together
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -172,6 +183,14 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     check(arguments)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
     accelerator = build_accelerator(arguments, handlers=[parallel])
+    with only_run(arguments.out, accelerator):
+        progress = train_alone(arguments, accelerator)
+    end(accelerator, progress)
+    return progress
+
+
+def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """`train`, in a folder that no other run writes to."""
     set_seed(arguments.seed)
     model = load_base(arguments.base)
     base = Base(model) if arguments.pull_weight else None
@@ -200,8 +219,13 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     fixed = fixed_settings(arguments, free, accelerator.num_processes)
     run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep)
     progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
+    if progress["best"] is not None and not run.holds("best"):
+        accelerator.print(f"{arguments.out / 'best'} is not whole any more: it begins anew with the next evaluation.")
+        progress["best"] = None
     steps_an_epoch = len(loader) / arguments.accumulation
     steps = arguments.max_steps or math.ceil(arguments.epochs * steps_an_epoch)
+    if steps > MOST_STEPS:
+        raise ValueError(f"--epochs {arguments.epochs:g} are {steps:,} steps of this data: pass --max-steps.")
     ramp_steps = arguments.ramp_epochs * steps_an_epoch
     if progress["step"] >= steps:
         accelerator.print(f"{arguments.out} is complete, with {progress['step']} steps: nothing is left to train.")
@@ -210,60 +234,62 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     source = endless(loader, partial(set_epoch, loader), first=progress["step"] * arguments.accumulation)
     batches_a_step = arguments.accumulation * accelerator.num_processes
-    bar = tqdm(
-        initial=progress["step"], total=steps, desc="training", unit="step", disable=not accelerator.is_main_process
-    )
+    health = Health()
     objective.train()
-    while progress["step"] < steps:
-        step, started = progress["step"], time.perf_counter()
-        factor = schedule(step, arguments.warmup_steps, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        ramp = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
-        sums = dict.fromkeys(("loss", *(name for name in LOSSES if weights[name]), "skipped"), 0.0)
-        for _ in range(arguments.accumulation):
-            batch = to_device(next(source), accelerator.device)
-            for name in batch["skipped"]:
-                bar.write(f"skipped: {name}")
-            if base is not None:
-                batch["base_states"], batch["base_embeds"] = base.read(batch["short_input_ids"])
-            with accelerator.accumulate(objective):
-                losses = objective(batch)
-                accelerator.backward(ramp * losses["loss"])
-                if accelerator.sync_gradients and arguments.max_grad_norm:
-                    accelerator.clip_grad_norm_(objective.parameters(), arguments.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, loss in losses.items():
-                sums[name] += loss.detach()
-            sums["skipped"] += torch.tensor(len(batch["skipped"]), device=accelerator.device)
-        progress["step"] = step = step + 1
+    with tqdm(
+        initial=progress["step"], total=steps, desc="training", unit="step", disable=not accelerator.is_main_process
+    ) as bar:
+        while progress["step"] < steps:
+            step, started = progress["step"], time.perf_counter()
+            factor = schedule(step, arguments.warmup_steps, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            ramp = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
+            sums = dict.fromkeys(("loss", *(name for name in LOSSES if weights[name]), "skipped"), 0.0)
+            for _ in range(arguments.accumulation):
+                batch = to_device(next(source), accelerator.device)
+                for name in batch["skipped"]:
+                    bar.write(f"skipped: {name}")
+                if base is not None:
+                    batch["base_states"], batch["base_embeds"] = base.read(batch["short_input_ids"])
+                with accelerator.accumulate(objective):
+                    losses = objective(batch)
+                    accelerator.backward(ramp * losses["loss"])
+                    if accelerator.sync_gradients and arguments.max_grad_norm:
+                        accelerator.clip_grad_norm_(objective.parameters(), arguments.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                for name, loss in losses.items():
+                    sums[name] += loss.detach()
+                sums["skipped"] += torch.tensor(len(batch["skipped"]), device=accelerator.device)
+            sums["broken"] = count_broken(objective.parameters())
+            progress["step"] = step = step + 1
 
-        sums = {name: value.item() for name, value in accelerator.reduce(sums).items()}
-        progress["skipped"] += int(sums.pop("skipped"))
-        figures = {name: value / batches_a_step for name, value in sums.items()}
-        figures["pairs_per_second"] = arguments.batch_size * batches_a_step / (time.perf_counter() - started)
-        bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
-        bar.update()
-        figures["learning_rate"] = arguments.learning_rate * factor
-        if eval_data is not None and (step % arguments.eval_every == 0 or step == steps):
-            if accelerator.is_main_process:
-                result = evaluate_retrieval(model, eval_data, tokenizer, image_processor, progress=False)
-                figures |= retrieval_figures(result)
-                bar.write(f"step {step}\n{result}")
-                if result.unreadable:
-                    bar.write(f"left out {len(result.unreadable):,} that cannot be read; first {result.unreadable[0]}")
-                if progress["best"] is None or figures["recall"] > progress["best"]:
-                    progress["best"] = figures["recall"]
-                    run.save_model("best", model, tokenizer, image_processor)
-            accelerator.wait_for_everyone()
-        accelerator.log(figures, step=step)
-        if step % arguments.save_every == 0 or step == steps:
-            run.save(progress)
-    bar.close()
-    run.save_model("last", model, tokenizer, image_processor)
-    accelerator.print(json.dumps(progress))
-    accelerator.end_training()
+            sums = {name: value.item() for name, value in accelerator.reduce(sums).items()}
+            health.check(step, sums["loss"] / batches_a_step, sums.pop("broken"), optimizer.step_was_skipped)
+            progress["skipped"] += int(sums.pop("skipped"))
+            figures = {name: value / batches_a_step for name, value in sums.items()}
+            figures["pairs_per_second"] = arguments.batch_size * batches_a_step / (time.perf_counter() - started)
+            bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
+            bar.update()
+            figures["learning_rate"] = arguments.learning_rate * factor
+            if eval_data is not None and (step % arguments.eval_every == 0 or step == steps):
+                with together(accelerator):
+                    if accelerator.is_main_process:
+                        result = evaluate_retrieval(model, eval_data, tokenizer, image_processor, progress=False)
+                        figures |= retrieval_figures(result)
+                        bar.write(f"step {step}\n{result}")
+                        if result.unreadable:
+                            count, first = len(result.unreadable), result.unreadable[0]
+                            bar.write(f"left out {count:,} that cannot be read; first {first}")
+                        if progress["best"] is None or figures["recall"] > progress["best"]:
+                            progress["best"] = figures["recall"]
+                            run.save_model("best", model, tokenizer, image_processor)
+            accelerator.log(figures, step=step)
+            if step % arguments.save_every == 0 or step == steps:
+                run.save(progress)
+    with together(accelerator):
+        run.save_model("last", model, tokenizer, image_processor)
     return progress
 
 
@@ -271,6 +297,13 @@ def check(arguments: argparse.Namespace) -> None:
     """What is known to go wrong, before anything is loaded."""
     if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
         raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
+    is_stream = arguments.data.startswith("webdataset:")
+    if arguments.epoch_size is not None and not is_stream:
+        raise ValueError(f"--epoch-size goes with webdataset shards, but --data is {arguments.data}: leave it out.")
+    if arguments.images is not None and is_stream:
+        raise ValueError(f"--images {arguments.images} goes with files, but shards hold their images: leave it out.")
+    if arguments.eval_images is not None and arguments.eval_data == "none":
+        raise ValueError(f"--eval-images {arguments.eval_images} goes with --eval-data, which is none: leave it out.")
     check_run(arguments)
 
 
@@ -295,7 +328,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    count, whole, amount = number(int, positive=True), number(int), number(float)
+    padding, margin = number(int, least=0, most=1000), number(float, least=0, most=10)
+    workers = number(int, least=0, most=128)
     preset = partial(add_preset, presets=(PAPER, MINIATURE))
 
     group = parser.add_argument_group("what is trained on what")
@@ -305,17 +339,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
     add("--data", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or webdataset and "
         "a path, or miniature:SCENES (default for the miniature: miniature:20000)")  # fmt: skip
-    add("--epoch-size", type=count, metavar="PAIRS", help="that count as an epoch of webdataset shards")
-    add("--images", type=Path, metavar="FOLDER", help="of the images, if they are not beside the data")
+    add("--epoch-size", type=COUNT, metavar="PAIRS", help="that count as an epoch of webdataset shards")
+    add("--images", type=path, metavar="FOLDER", help="of the images, if they are not beside the data")
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
     add("--eval-data", default=None, metavar="KIND:PATH", help="for retrieval, or none (default: none, or for the "
         "miniature miniature:500)")  # fmt: skip
-    add("--eval-images", type=Path, metavar="FOLDER", help="of the images to evaluate on")
-    add("--drop-first", type=float, default=0.0, metavar="P", help="drop a caption's first sentence, its summary, with "
+    add("--eval-images", type=path, metavar="FOLDER", help="of the images to evaluate on")
+    add("--drop-first", type=SHARE, default=0.0, metavar="P", help="drop a caption's first sentence, its summary, with "
         "this probability (default: %(default)s)")  # fmt: skip
-    add("--sample-sentences", type=float, default=0.0, metavar="P", help="keep a random part of a caption's sentences "
+    add("--sample-sentences", type=SHARE, default=0.0, metavar="P", help="keep a random part of a caption's sentences "
         "with this probability (default: %(default)s)")  # fmt: skip
-    add("--prefix-padding", type=whole, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
+    add("--prefix-padding", type=padding, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
         "caption (default: %(default)s)")  # fmt: skip
 
     group = parser.add_argument_group("losses (default: the paper's / the miniature's)")
@@ -325,31 +359,31 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("region-weight", "of phrases against their regions, for data that knows them (the miniature)"),
         ("pull-weight", "of the pull towards the base's own states on short captions"),
     ):
-        preset(group, name, amount, "X", text)
+        preset(group, name, AMOUNT, "X", text)
     add = group.add_argument
-    add("--margin", type=amount, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
+    add("--margin", type=margin, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
     add("--hardest", action="store_true", help="count a pair's hardest negative only")
-    preset(group, "ramp-epochs", amount, "X", "over which all losses grow linearly from 0")
+    preset(group, "ramp-epochs", AMOUNT, "X", "over which all losses grow linearly from 0")
 
     group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
-    preset(group, "epochs", number(float, positive=True), "X", "passes over the data")
-    group.add_argument("--max-steps", type=count, metavar="N", help="optimizer steps, in place of --epochs")
-    preset(group, "batch-size", count, "PAIRS", "of each process and step; the paper has 512 in all")
+    preset(group, "epochs", number(float, above=0), "X", "passes over the data")
+    group.add_argument("--max-steps", type=STEPS, metavar="N", help="optimizer steps, in place of --epochs")
+    preset(group, "batch-size", BATCH, "PAIRS", "of each process and step; the paper has 512 in all")
     add = group.add_argument
-    add("--accumulation", type=count, default=1, metavar="N", help="batches a step; negatives are those of each batch "
+    add("--accumulation", type=BATCH, default=1, metavar="N", help="batches a step; negatives are those of each batch "
         "(default: %(default)s)")  # fmt: skip
-    preset(group, "learning-rate", amount, "X", "peak, of CLIP")
-    preset(group, "refinement-learning-rate", amount, "X", "peak, of the token refinement")
-    preset(group, "weight-decay", amount, "X", "of AdamW")
-    preset(group, "warmup-steps", whole, "N", "before the cosine")
+    preset(group, "learning-rate", AMOUNT, "X", "peak, of CLIP")
+    preset(group, "refinement-learning-rate", AMOUNT, "X", "peak, of the token refinement")
+    preset(group, "weight-decay", AMOUNT, "X", "of AdamW")
+    preset(group, "warmup-steps", STEPS_OR_NONE, "N", "before the cosine")
     add = group.add_argument
-    add("--max-grad-norm", type=amount, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
-    add("--seed", type=whole, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
+    add("--seed", type=SEED, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
 
     group = add_run_flags(parser, Path("runs/finelip"), models="best/ and last/ model")
     add = group.add_argument
-    add("--eval-every", type=count, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
-    add("--workers", type=whole, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
+    add("--eval-every", type=STEPS, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
+    add("--workers", type=workers, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
     add_accelerator_flags(group)
     options = parser.parse_args(arguments)
 

@@ -41,6 +41,10 @@ class CaptionedImages(ABC):
             UnreadableImageError: if it is missing or broken.
         """
 
+    def image_file(self, index: int) -> Path | None:
+        """Where one image lies; None for images that do not lie in files of their own."""
+        return None
+
     @abstractmethod
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of one image, at least one."""

@@ -124,6 +124,9 @@ class CaptionedFiles(CaptionedImages):
         path = self._record(index)[0]
         return read_image(Path(path), path)
 
+    def image_file(self, index: int) -> Path | None:
+        return Path(self._record(index)[0])
+
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(self._record(index)[1:])
 
