@@ -120,7 +120,11 @@ def with_max_length(tokenizer: Any, length: int) -> Any:
     """A copy of a tokenizer that reads `length` tokens. (A deep copy of `CLIPTokenizer` decodes wrongly.)"""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        return type(tokenizer).from_pretrained(folder, model_max_length=length)
+        copied = type(tokenizer).from_pretrained(folder, model_max_length=length)
+    # Saved with it is how its last call cut and padded, which programs that read the file alone would go on doing.
+    copied.backend_tokenizer.no_truncation()
+    copied.backend_tokenizer.no_padding()
+    return copied
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
