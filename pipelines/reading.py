@@ -269,8 +269,8 @@ class ReadingMixin(_Parent):
         """For each encoder its negative prompts; None where stock uses zeros instead."""
         if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
             return None
-        texts = check_texts("negative_prompt", negative_prompt or "")
-        if isinstance(negative_prompt or "", str):
+        texts = check_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        if negative_prompt is None or isinstance(negative_prompt, str):
             texts = texts * batch_size
         if isinstance(negative_prompt_2, str) and negative_prompt_2:
             negative_prompt_2 = [negative_prompt_2] * batch_size
@@ -282,7 +282,8 @@ class ReadingMixin(_Parent):
 
     def _batches(self, texts: list[str], name_2: str, value_2: Any) -> list[list[str]]:
         """For each encoder its texts."""
-        texts_2 = check_texts(name_2, value_2) if value_2 else texts
+        is_absent = value_2 is None or (isinstance(value_2, str) and not value_2)  # as in stock
+        texts_2 = texts if is_absent else check_texts(name_2, value_2)
         if len(texts_2) != len(texts):
             raise ValueError(
                 f"`{name_2}` holds {len(texts_2)} texts and `{name_2[:-2]}` {len(texts)}: pass as many of both."
