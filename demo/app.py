@@ -21,8 +21,8 @@ from finelip_sdxl.arguments import (
     count,
     device_and_dtype,
     loading_arguments,
-    quiet_transformers,
 )
+from finelip_sdxl.console import quiet_transformers
 
 MAX_UPLOAD = "32mb"  # more than a PNG of this page has
 

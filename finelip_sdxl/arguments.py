@@ -9,6 +9,7 @@ from typing import Any
 
 from finelip_sdxl.prompts import FINELIP_MERGE
 
+MAX_COUNT = 10**9  # what is larger is refused by its flag; most have a smaller limit
 DTYPES = ("float32", "float16", "bfloat16")
 # Arguments of a pipeline's loading: of what it is made, and how it reads.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
@@ -65,9 +66,9 @@ def add_refiner(command: argparse.ArgumentParser) -> None:
     command.add_argument("--refiner", metavar="SDXL", help=text)
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+def count(text: str, most: int = MAX_COUNT) -> int:
+    if not (text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text:.60} is not a whole number of at least 1 and at most {most:,}")
     return int(text)
 
 
@@ -103,7 +104,8 @@ def open_text_to_image(base: str, **arguments: Any) -> Any:
     """`open_pipeline` for an SDXL that draws from a prompt alone.
 
     Raises:
-        ValueError: a refiner, which has one text encoder and draws on; and what `open_pipeline` raises.
+        ValueError: a refiner, which has one text encoder and draws on; a UNet that wants more than noise, as those for
+            inpainting do; and what `open_pipeline` raises.
     """
     from finelip_sdxl.pipelines import FineLIPSDXLPipeline
 
@@ -111,6 +113,16 @@ def open_text_to_image(base: str, **arguments: Any) -> Any:
     if pipe.text_encoder is None or pipe.text_encoder_2 is None:
         raise ValueError(
             f"{base} has not SDXL's two text encoders, as a refiner has not: pass an SDXL that begins pictures."
+        )
+    taken, given, latents = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
+    if (taken, given) != (latents, latents):
+        kinds = {
+            2 * latents + 1: "It is one for inpainting: use it in Python, by FineLIPSDXLInpaintPipeline",
+            2 * latents: "It is one that edits pictures, such as InstructPix2Pix: use it by Diffusers' own pipeline",
+        }
+        raise ValueError(
+            f"{base} does not draw from a prompt alone: its UNet takes {taken} channels and gives {given}, and its VAE"
+            f" has {latents}. {kinds.get(taken, 'They do not belong together')}, or pass another base."
         )
     return pipe
 
@@ -128,22 +140,19 @@ def open_device(name: str | None) -> Any:
     """The device of a name; without one, an accelerator or else the CPU."""
     import torch
 
-    device: Any = name
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device: use one such as cpu, cuda, cuda:1 or mps.") from error
-    if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise ValueError(f"--device {device} is not available on this machine: use --device cpu.")
+        device = torch.device(name)
+    except (RuntimeError, ValueError, TypeError):
+        device = None
+    if device is None or str(device) != name:  # torch takes cuda:256 for cuda:0
+        raise ValueError(f"--device {name!r:.60} is no device: use one such as cpu, cuda, cuda:1 or mps.")
+    there = [torch.device("cpu"), torch.device("cpu:0")]
+    if accelerator is not None:
+        numbers = range(torch.accelerator.device_count())
+        there += [accelerator, *(torch.device(accelerator.type, number) for number in numbers)]
+    if device not in there:
+        raise ValueError(f"--device {device} is not on this machine: use one of {', '.join(map(str, there))}.")
     return device
-
-
-def quiet_transformers() -> None:
-    """Errors only: importing Diffusers makes it advise on image processors that no SDXL uses, and it shows a bar for
-    weights that load in milliseconds."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

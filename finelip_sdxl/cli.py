@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,18 +35,21 @@ from finelip_sdxl.arguments import (
     open_device,
     open_pipeline,
     open_text_to_image,
-    quiet_transformers,
 )
+from finelip_sdxl.console import printing_stops_nothing, quiet_transformers
 from finelip_sdxl.files import check_file, check_writable, stopped_by_signals, written_folder, written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
     LENGTH_BUCKETS,
     LONG_PROMPT,
+    MAX_CHARACTERS,
     SHORT_PROMPT,
     STOCK_POSITIONS,
     EncoderReading,
     PromptReader,
+    check_choice,
+    check_length_buckets,
     check_texts,
     read_prompts,
 )
@@ -53,9 +57,11 @@ from finelip_sdxl.weighting import WEIGHTING
 
 FORMATS = ("diffusers", "comfyui")
 COLUMNS = ("stock", "compel", "finelip")  # the keys of finelip_sdxl.comparison.COLUMNS, whose import is heavy
+MAX_PICTURES, MAX_BATCH = 100, 4096
 NAMED = 5  # images that cannot be read and are named on the screen
 
 
+@printing_stops_nothing()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `arguments` are those of the shell by default.
 
@@ -88,44 +94,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def generate(options: argparse.Namespace) -> None:
     """A prompt to one or more PNG files."""
     prompt, files = _prompt(options), _image_files(options.out, options.num_images)
-    for name, text in (("prompt", prompt), ("negative_prompt", options.negative_prompt or "")):
-        check_texts(name, text)
-    seed = random.randrange(2**32) if options.seed is None else options.seed
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed is {seed}; expected a whole number from 0 to {2**63 - 1}.")
-
     quiet_transformers()
     import torch
 
+    from finelip_sdxl import comparison
     from finelip_sdxl.pictures import save_png, to_image
 
+    seeds = [settings.seed for settings in _settings(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)
     pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
-    print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt))
+    print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt), flush=True)
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
-    images = pipe(
-        prompt,
-        negative_prompt=options.negative_prompt,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        width=options.width,
-        height=options.height,
-        num_images_per_prompt=options.num_images,
-        conditioning_adapter_scale=options.conditioning_adapter_scale,
-        # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
-        generator=[torch.Generator().manual_seed(seed + number) for number in range(options.num_images)],
-        output_type="pt",
-    ).images
+    try:
+        images = pipe(
+            prompt,
+            negative_prompt=options.negative_prompt,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            width=options.width,
+            height=options.height,
+            num_images_per_prompt=options.num_images,
+            conditioning_adapter_scale=options.conditioning_adapter_scale,
+            # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+    except RuntimeError as error:
+        if not comparison.is_out_of_memory(error):
+            raise
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        comparison.raise_out_of_memory(options.width or side, options.height or side, options.num_images)
 
     parameters = _parameters(options, prompt, dtype, pipe)
-    for number, (pixels, file) in enumerate(zip(images, files, strict=True)):
+    for seed, pixels, file in zip(seeds, images, files, strict=True):
         image = to_image(pixels)
         size = {"width": image.width, "height": image.height}
-        save_png(image, file, {**parameters, **size, "seed": seed + number})
-        print(f"{file} (seed {seed + number})")
+        save_png(image, file, {**parameters, **size, "seed": seed})
+        print(f"{file} (seed {seed})", flush=True)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -139,17 +147,7 @@ def compare(options: argparse.Namespace) -> None:
     from finelip_sdxl.model_card import public_name
     from finelip_sdxl.pictures import save_png
 
-    first = comparison.Settings(
-        prompt,
-        options.negative_prompt or "",
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        seed=random.randrange(2**31) if options.seed is None else options.seed,
-        width=options.width,
-        height=options.height,
-        conditioning_adapter_scale=options.conditioning_adapter_scale,
-    )
-    rows = first.over_seeds(options.seeds)
+    rows = _settings(options, prompt, options.seeds)
     device, dtype = device_and_dtype(options)
     opened = comparison.Comparison.load(
         options.base,
@@ -176,7 +174,7 @@ def compare(options: argparse.Namespace) -> None:
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,
         "columns": columns,
-        "seed": first.seed,
+        "seed": rows[0].seed,
         "seeds": [settings.seed for settings in rows],
     }
     save_png(comparison.label_pictures(pictures, described), file, parameters)
@@ -241,10 +239,10 @@ def tokens(options: argparse.Namespace) -> None:
         readers,
         [prompt] * len(readers),
         None if negative is None else [negative] * len(readers),
-        short_prompt=chosen.get("short_prompt", SHORT_PROMPT[0]),
-        long_prompt=chosen.get("long_prompt", LONG_PROMPT[0]),
-        length_buckets=chosen.get("length_buckets", LENGTH_BUCKETS) or (),
-        weighting=chosen.get("weighting"),
+        short_prompt=check_choice("short_prompt", chosen.get("short_prompt", SHORT_PROMPT[0]), SHORT_PROMPT),
+        long_prompt=check_choice("long_prompt", chosen.get("long_prompt", LONG_PROMPT[0]), LONG_PROMPT),
+        length_buckets=check_length_buckets(chosen.get("length_buckets", LENGTH_BUCKETS)),
+        weighting=check_choice("weighting", chosen.get("weighting"), WEIGHTING),
     )
     print(report)
 
@@ -305,14 +303,7 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
 def _prompt(options: argparse.Namespace) -> str:
     given = [text for text in (options.text, options.prompt) if text is not None]
     if options.prompt_file is not None:
-        try:
-            given.append(Path(options.prompt_file).read_text(encoding="utf-8-sig").strip())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt-file {options.prompt_file} is not text in UTF-8: {error}.") from error
-        except OSError as error:
-            raise ValueError(
-                f"--prompt-file {options.prompt_file} cannot be read ({error.strerror}): pass a text file."
-            ) from error
+        given.append(_read_prompt(options.prompt_file))
     if len(given) != 1:
         raise ValueError(
             f"Pass one prompt, as an argument, with --prompt or with --prompt-file, instead of {len(given) or 'none'}."
@@ -324,6 +315,43 @@ def _described(options: argparse.Namespace) -> str | None:
     """Where configs and tokenizers of the base are; None for a single file that none were given for."""
     described = options.config if Path(options.base).is_file() else options.base
     return None if described is None else resolve_base(described)
+
+
+def _read_prompt(name: str) -> str:
+    file, most = Path(name), 4 * MAX_CHARACTERS + 3  # bytes in UTF-8, with a mark at the beginning
+    try:
+        # /dev/zero never ends, and a named pipe may never begin; what the shell puts in the place of <(…) does.
+        if file.exists() and not (file.is_file() or file.is_dir() or name.startswith(("/dev/fd/", "/dev/stdin"))):
+            raise ValueError(f"--prompt-file {name} is no file but a device or a pipe: pass a text file.")
+        with file.open("rb") as opened:
+            read = opened.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"--prompt-file {name} cannot be read ({error.strerror}): pass a text file.") from error
+    if len(read) > most:
+        raise ValueError(
+            f"--prompt-file {name} is too long: at most {MAX_CHARACTERS:,} characters are read, shorten it."
+        )
+    try:
+        return read.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {name} is not text in UTF-8: {error}.") from error
+
+
+def _settings(options: argparse.Namespace, prompt: str, pictures: int) -> list[Any]:
+    """What pictures of consecutive seeds are drawn from, within the bounds of `comparison.Settings`."""
+    from finelip_sdxl.comparison import Settings
+
+    first = Settings(
+        prompt,
+        options.negative_prompt or "",
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        seed=random.randrange(2**31) if options.seed is None else options.seed,
+        width=options.width,
+        height=options.height,
+        conditioning_adapter_scale=options.conditioning_adapter_scale,
+    )
+    return first.over_seeds(pictures)
 
 
 def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
@@ -451,6 +479,7 @@ def _outline(reading: EncoderReading) -> str:
 
 def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
     """The encoders of a base as `from_pretrained` makes them, and the options that are saved with it."""
+    quiet_transformers()
     from diffusers import DiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -493,13 +522,14 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="generate | compare | convert | export | tokens | evaluate"
     )
 
+    up_to_pictures = partial(count, most=MAX_PICTURES)
     command = _command(commands, "generate", generate, "draw a prompt")
     _add_prompt(command)
     command.add_argument(
         "--out", default="finelip-sdxl.png", metavar="PNG", help="file to write (default: %(default)s)"
     )
     command.add_argument(
-        "--num-images", type=count, default=1, metavar="N", help="images to draw (default: %(default)s)"
+        "--num-images", type=up_to_pictures, default=1, metavar="N", help="images to draw (default: %(default)s)"
     )
     _add_drawing(command)
     _add_reading(command)
@@ -511,7 +541,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "what to draw, side by side (default: all)"
     command.add_argument("--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help=text)
     text = "how many seeds to draw, a row each (default: %(default)s)"
-    command.add_argument("--seeds", type=count, default=1, metavar="N", help=text)
+    command.add_argument("--seeds", type=up_to_pictures, default=1, metavar="N", help=text)
     _add_drawing(command)
     add_refiner(command)
     _add_reading(command)
@@ -629,7 +659,7 @@ def _add_retrieval(command: argparse.ArgumentParser) -> None:
     text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
     command.add_argument("--fusion-sweep", action="store_true", help=text)
     text = "images or texts to encode at a time (default: %(default)s)"
-    command.add_argument("--batch-size", type=count, default=64, metavar="N", help=text)
+    command.add_argument("--batch-size", type=partial(count, most=MAX_BATCH), default=64, metavar="N", help=text)
     text = "such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
     command.add_argument("--device", metavar="NAME", help=text)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")

@@ -346,7 +346,7 @@ class Comparison:
         try:
             image = to_image(self._draw(column, settings, on_step))
         except RuntimeError as error:
-            ran_out = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            ran_out = is_out_of_memory(error)
             if not ran_out:
                 raise
         finally:
@@ -354,7 +354,7 @@ class Comparison:
             if self._refiner is not None:
                 self._refiner.free()
         if ran_out:  # outside of the handler, where the error no longer holds on to what filled the memory
-            _raise_out_of_memory(settings, self.size)
+            raise_out_of_memory(settings.width or self.size[0], settings.height or self.size[1])
         return Picture(column, image, settings, time.perf_counter() - started, self.sources)
 
     def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
@@ -499,13 +499,21 @@ def _read_by_stock(tokenizer: Any, prompt: str) -> EncoderReading:
     return read_prompts([reader], [[prompt]], long_prompt="truncate", length_buckets=()).readings[0]
 
 
-def _raise_out_of_memory(settings: Settings, size: tuple[int, int]) -> NoReturn:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that the device's memory was not enough."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def raise_out_of_memory(width: int, height: int, pictures: int = 1) -> NoReturn:
+    """Free what can be freed, and raise a MemoryError that says what to do."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    width, height = settings.width or size[0], settings.height or size[1]
+    what, less = "a picture", "a smaller one"
+    if pictures > 1:
+        what, less = f"{pictures} pictures", "fewer at a time (--num-images), smaller ones"
     raise MemoryError(
-        f"The memory did not suffice for a picture of {width} × {height} pixels: try a smaller one, half precision"
+        f"The memory did not suffice for {what} of {width} × {height} pixels: try {less}, half precision"
         " (--dtype float16) or --offload, and close what else uses the device."
     )
 

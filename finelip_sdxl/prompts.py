@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,6 +18,9 @@ from finelip_sdxl.weighting import WeightedText, parse_weights
 
 MAX_CHARACTERS = 20_000
 """Longest text that is read, in characters. Longer ones are refused before any work is done on them."""
+
+MAX_POSITIONS = 100 * 248
+"""Most positions that the windows of a text may have: the UNet takes in all of them at every step."""
 
 STOCK_POSITIONS = 77
 """Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
@@ -176,8 +180,8 @@ class _Text:
 
     def spans(self, size: int) -> list[tuple[int, int]]:
         """Windows as first and one past last token, none across a break."""
-        starts = [sum(start < place for start, _ in self.offsets) for place in self.weighted.breaks]
-        borders = [0, *starts, len(self.offsets)]
+        firsts = [first for first, _ in self.offsets]
+        borders = [0, *(bisect_left(firsts, place) for place in self.weighted.breaks), len(self.offsets)]
         parts = [(first, last) for first, last in pairwise(borders) if last > first] or [(0, 0)]
         return [
             (first + start, first + stop)
@@ -221,7 +225,8 @@ def read_prompts(
         shape: (windows, positions) when embeddings that were passed in fix them.
 
     Raises:
-        ValueError: a text does not fit and `long_prompt="error"`, or does not fit `shape` and must not be cut.
+        ValueError: a text does not fit and `long_prompt="error"`, does not fit `shape` and must not be cut, or needs
+            windows of more than `MAX_POSITIONS` in all.
 
     Example:
         >>> from finelip_sdxl.prompts import PromptReader, read_prompts
@@ -249,6 +254,13 @@ def read_prompts(
         for text in texts
     ]
     windows = max(map(len, spans))
+    most = max(1, MAX_POSITIONS // capacity)
+    if windows > most:
+        text = texts[[*map(len, spans)].index(windows)]
+        raise ValueError(
+            f"The {text.role} needs {windows:,} windows of {capacity} positions, and every step of a picture takes in"
+            f' all of them; expected at most {most}: shorten it, take BREAKs out, or set long_prompt="truncate".'
+        )
     if shape and windows > shape[0]:
         raise ValueError(
             f"The text needs {windows} windows of {capacity} positions, but the embeddings passed beside it have"
@@ -330,9 +342,20 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
         >>> len(tokenize(load_tokenizer("miniature-clip-1"), "a red star")[0])
         3
     """
-    # verbose=False: "longer than the maximum length" is no news here, the report says what happens to the rest.
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoding["input_ids"], encoding["offset_mapping"]
+    # Not by calling it: that would switch off what another thread's call has just switched on, truncation and padding,
+    # which belong to the tokenizer and not to the call. Where they are on, the encoding comes in parts, with padding.
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    parts = [
+        [
+            (token, place)
+            for token, place, is_text in zip(part.ids, part.offsets, part.attention_mask, strict=True)
+            if is_text
+        ]
+        for part in (encoding, *encoding.overflowing)
+    ]
+    parts.sort(key=lambda part: [place for _, place in part])  # cut on the left, they come from the end
+    tokens = [token for part in parts for token in part]
+    return [token for token, _ in tokens], [place for _, place in tokens]
 
 
 def empty_row(tokenizer: Any, positions: int) -> list[int]:
@@ -379,8 +402,8 @@ def check_texts(name: str, value: Any) -> list[str]:
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """`value` if it is one of `choices`, else a ValueError that names them."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r}.")
+    if not isinstance(value, str | None) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r:.60}.")
     return value
 
 
@@ -390,7 +413,7 @@ def check_length_buckets(value: Any) -> tuple[int, ...]:
     if not isinstance(buckets, list | tuple) or not all(type(length) is int and length > 2 for length in buckets):
         raise ValueError(
             "`length_buckets` must be a list of lengths in tokens, each at least 3, such as (77, 154), or empty to"
-            f" pad every prompt to full length, but is {value!r}."
+            f" pad every prompt to full length, but is {value!r:.60}."
         )
     return tuple(sorted(set(buckets)))
 

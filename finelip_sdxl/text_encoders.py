@@ -151,29 +151,6 @@ def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
         name: of where it comes from, for messages.
 
     Raises:
-        ValueError: it does not.
-
-    Example:
-        >>> check_tokenizer(CLIPTokenizer(), "tokenizer")
-        Traceback (most recent call last):
-        ValueError: tokenizer knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or ...
-    """
-    if not json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges"):
-        raise ValueError(
-            f"{name} knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or empty, so"
-            " fetch them again."
-        )
-
-
-def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
-    """That a tokenizer knows words. Without its files, transformers makes one that knows letters, or nothing, and says
-    nothing of it.
-
-    Args:
-        tokenizer: of a CLIP.
-        name: of where it comes from, for messages.
-
-    Raises:
         ValueError: it does not, or hardly any of its own.
 
     Example:

@@ -260,5 +260,6 @@ def _factor(syntax: str, bracket: str, weight: str | None) -> float:
     if weight is None:
         return {"(": 1.1, "[": 1 / 1.1}[bracket] if syntax == "a1111" else 1.0
     if weight[0] in "+-" and not weight.strip("+-"):
-        return (1.1 if weight[0] == "+" else 0.9) ** len(weight)
+        # So many are out of range, and a power of thousands is more than a float holds.
+        return (1.1 if weight[0] == "+" else 0.9) ** min(len(weight), 999)
     return float(weight)

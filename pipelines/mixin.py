@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+from numbers import Real
 from typing import Any, get_type_hints
 
 from diffusers import DiffusionPipeline
@@ -11,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.pipelines.loading import ADAPTER, HELD, OPTIONS, UNSWAPPED, LoadingMixin
+from finelip_sdxl.pipelines.reading import EMBEDDINGS, adapter_scale, one_at_a_time
 from finelip_sdxl.prompts import LENGTH_BUCKETS
 
 
@@ -72,7 +74,6 @@ class LongPromptMixin(LoadingMixin):
         self.long_prompt = long_prompt
         self.length_buckets = length_buckets
         self.weighting = weighting
-        self._conditioning_adapter_scale = 1.0
         self._said: set[str] = set()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,8 +134,12 @@ class LongPromptMixin(LoadingMixin):
             if issubclass(base, DiffusionPipeline) and not issubclass(base, LongPromptMixin)
         )
 
+    @one_at_a_time
     def __call__(self, *args: Any, conditioning_adapter_scale: float = 1.0, **kwargs: Any) -> Any:
         """Draw, as the parent does; its arguments are the parent's.
+
+        A second thread waits until the first has drawn, also on another pipeline that `from_pipe` made of this one; one
+        with a scheduler of its own draws at the same time.
 
         Args:
             conditioning_adapter_scale: how much of the conditioning adapter counts, from 0 (nothing) to 1.
@@ -142,16 +147,19 @@ class LongPromptMixin(LoadingMixin):
         Raises:
             ValueError: a scale out of range; and what `encode_prompt` and the parent raise.
         """
-        if not 0 <= conditioning_adapter_scale <= 1:
+        scale = conditioning_adapter_scale
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= scale <= 1:
             raise ValueError(
-                f"conditioning_adapter_scale is {conditioning_adapter_scale}; expected a number from 0, without the"
-                " adapter, to 1, with all of it."
+                f"conditioning_adapter_scale is {scale!r:.60}; expected a number from 0, without the adapter, to 1,"
+                " with all of it."
             )
-        self._conditioning_adapter_scale = conditioning_adapter_scale
+        # The parent would look at their shapes first.
+        self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
+        token = adapter_scale.set((self, float(scale)))
         try:
             return super().__call__(*args, **kwargs)
         finally:
-            self._conditioning_adapter_scale = 1.0
+            adapter_scale.reset(token)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the parent. Encoders whose weights keep a fused LoRA note it in their configs: nothing else tells then."""

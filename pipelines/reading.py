@@ -5,11 +5,15 @@ it cares how long they are, so the denoising loops stay Diffusers' own.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
+from threading import Lock, RLock
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
@@ -19,12 +23,14 @@ from finelip_sdxl.prompts import (
     NEGATIVE_PROMPT,
     PROMPT,
     STOCK_POSITIONS,
+    EncoderReading,
     PromptReader,
     PromptReport,
     check_texts,
     empty_row,
     read_prompts,
     token_rows,
+    tokenize,
     weight_rows,
 )
 from finelip_sdxl.stretch import stretched_row_indices
@@ -35,8 +41,33 @@ logger = logging.getLogger(__name__)
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
+# Of the call that is running: the pipeline, and how much of its conditioning adapter counts.
+adapter_scale: ContextVar[tuple[Any, float]] = ContextVar("adapter_scale", default=(None, 1.0))
+
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+_locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
+_locks_lock = Lock()
+
 # To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
 _Parent: Any = object
+
+
+def one_at_a_time(method: Callable) -> Callable:
+    """Makes a method of a pipeline wait while another thread is in one.
+
+    Diffusers keeps what belongs to a call on the pipeline (guidance, steps), its scheduler (the step that it is at) and
+    its layers (a LoRA's scale). Pipelines that `from_pipe` makes of one another share the scheduler, so the turn is the
+    scheduler's: those with one of their own draw at the same time.
+    """
+
+    @wraps(method)
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _locks_lock:
+            lock = _locks.setdefault(self if self.scheduler is None else self.scheduler, RLock())
+        with lock:
+            return method(self, *args, **kwargs)
+
+    return wait
 
 
 class ReadingMixin(_Parent):
@@ -66,6 +97,7 @@ class ReadingMixin(_Parent):
         negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
         return self._read(prompts, negatives)
 
+    @one_at_a_time
     def encode_prompt(
         self,
         prompt: str | list[str] | None,
@@ -95,12 +127,20 @@ class ReadingMixin(_Parent):
 
         Raises:
             TypeError: a prompt that is not a string or a list of strings.
-            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters, one that does
-                not fit where `long_prompt="error"` or embeddings passed beside it fix the length, or weights that
-                `finelip_sdxl.weighting.parse_weights` refuses.
+            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters or more windows
+                than `finelip_sdxl.prompts.MAX_POSITIONS` allows, one that does not fit where `long_prompt="error"` or
+                embeddings passed beside it fix the length, weights that `finelip_sdxl.weighting.parse_weights` refuses,
+                a `clip_skip` beyond an encoder's layers, or embeddings of other shapes.
         """
+        self._check_embeddings(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+        )
         if prompt_embeds is None:
             self._check_weighting()
+            self._check_clip_skip(clip_skip)
         if self._reads_long_prompts():
             prompts, negatives, shape = None, None, None
             if prompt_embeds is None:
@@ -167,7 +207,7 @@ class ReadingMixin(_Parent):
                 tokenizer,
                 positions=min(num_positions(getattr(self, name)), tokenizer.model_max_length),
                 has_stock=self._stock_reader(name) is not None,
-                expand=partial(self.maybe_convert_prompt, tokenizer=tokenizer)
+                expand=partial(self.maybe_convert_prompt, tokenizer=_without_state(tokenizer))
                 if _has_added_tokens(tokenizer)
                 else None,
             )
@@ -183,6 +223,43 @@ class ReadingMixin(_Parent):
                 f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
             )
 
+    def _check_clip_skip(self, clip_skip: Any) -> None:
+        if clip_skip is None:
+            return
+        most = min((getattr(self, name).config.num_hidden_layers for name, _ in self._encoders()), default=1) - 1
+        if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
+            raise ValueError(
+                f"`clip_skip` is {clip_skip!r:.60}; expected a whole number of layers from 0 to {most}, which the text"
+                " encoders have before their penultimate states, or None."
+            )
+
+    def _check_embeddings(self, **given: Any) -> None:
+        """That embeddings which are passed in, by the names of their arguments, have shapes that the UNet takes.
+
+        Raises:
+            ValueError: one is no tensor of floats, (batch, tokens, dim) or, pooled, (batch, dim), or their batches
+                differ.
+        """
+        tensors = {name: value for name, value in given.items() if value is not None}
+        for name, value in tensors.items():
+            shape = "(batch, dim)" if "pooled" in name else "(batch, tokens, dim)"
+            if not (
+                isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == shape.count(",") + 1
+            ):
+                is_tensor = isinstance(value, torch.Tensor)
+                found = f"{value.dtype} of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+                raise ValueError(f"`{name}` must be a tensor of floats, {shape}, but is {found}.")
+            if 0 in value.shape:
+                raise ValueError(f"`{name}` is empty: its shape is {tuple(value.shape)}.")
+            dim = self.unet.config.cross_attention_dim if self.unet is not None else None
+            if "pooled" not in name and isinstance(dim, int) and value.shape[-1] != dim:
+                raise ValueError(f"`{name}` are {value.shape[-1]} wide, but the UNet takes {dim}: pass an SDXL's own.")
+        for texts, pooled in (EMBEDDINGS[::2], EMBEDDINGS[1::2]):
+            if texts in tensors and pooled in tensors and len(tensors[texts]) != len(tensors[pooled]):
+                raise ValueError(
+                    f"`{texts}` are {len(tensors[texts])} and `{pooled}` {len(tensors[pooled])}: pass as many of both."
+                )
+
     def _prompt_batches(self, prompt: Any, prompt_2: Any) -> list[list[str]]:
         return self._batches(check_texts("prompt", prompt), "prompt_2", prompt_2)
 
@@ -192,8 +269,8 @@ class ReadingMixin(_Parent):
         """For each encoder its negative prompts; None where stock uses zeros instead."""
         if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
             return None
-        texts = check_texts("negative_prompt", negative_prompt or "")
-        if isinstance(negative_prompt or "", str):
+        texts = check_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        if negative_prompt is None or isinstance(negative_prompt, str):
             texts = texts * batch_size
         if isinstance(negative_prompt_2, str) and negative_prompt_2:
             negative_prompt_2 = [negative_prompt_2] * batch_size
@@ -205,7 +282,8 @@ class ReadingMixin(_Parent):
 
     def _batches(self, texts: list[str], name_2: str, value_2: Any) -> list[list[str]]:
         """For each encoder its texts."""
-        texts_2 = check_texts(name_2, value_2) if value_2 else texts
+        is_absent = value_2 is None or (isinstance(value_2, str) and not value_2)  # as in stock
+        texts_2 = texts if is_absent else check_texts(name_2, value_2)
         if len(texts_2) != len(texts):
             raise ValueError(
                 f"`{name_2}` holds {len(texts_2)} texts and `{name_2[:-2]}` {len(texts)}: pass as many of both."
@@ -270,7 +348,8 @@ class ReadingMixin(_Parent):
         token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
         states, pooled = [], None
         for window in token_ids.unbind(dim=1):
-            output = encode(window)
+            with _ending_at(encoder, tokenizer.eos_token_id, readings):
+                output = encode(window)
             states.append(self._states(output, as_stock, clip_skip))
             if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
                 pooled = output[0]
@@ -300,7 +379,8 @@ class ReadingMixin(_Parent):
         if self.hidden_states != "penultimate" or clip_skip is not None:
             self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
             return pooled
-        scale = self._conditioning_adapter_scale
+        pipe, scale = adapter_scale.get()
+        scale = scale if pipe is self else 1.0
         if scale == 0:
             return pooled
         for kind in ("states", "empty", "without"):
@@ -355,7 +435,6 @@ class ReadingMixin(_Parent):
         if scale is None or not USE_PEFT_BACKEND:
             yield
             return
-        self._lora_scale = scale
         encoders = [getattr(self, name) for name, _ in self._encoders()]
         for encoder in encoders:
             scale_lora_layers(encoder, scale)
@@ -424,7 +503,31 @@ def _was_extended(encoder: Any, held: Any) -> bool:
     return any(hasattr(module, "base_layer") for module in encoder.modules())
 
 
+@contextmanager
+def _ending_at(encoder: Any, end: int, readings: Sequence[EncoderReading]) -> Iterator[None]:
+    """With an encoder that pools at the end token, also behind the tokens of a textual inversion.
+
+    Under the old configs that say `eos_token_id=2`, as SDXL's do, it takes the largest id for the end, and those of an
+    inversion are larger. Without one, nothing is touched.
+    """
+    tower = getattr(encoder, "text_model", encoder)
+    before = tower.eos_token_id
+    if any(token > end for reading in readings for window in reading.windows for token in window.token_ids):
+        tower.eos_token_id = end
+    try:
+        yield
+    finally:
+        tower.eos_token_id = before
+
+
 def _has_added_tokens(tokenizer: Any) -> bool:
-    """Whether a textual inversion may be in a prompt. (To look for one, Diffusers tokenises the whole prompt, which
-    logs a warning of "indexing errors" for long ones.)"""
+    """Whether a textual inversion may be in a prompt, for which Diffusers would have to look."""
     return not tokenizer.get_added_vocab().keys() <= set(tokenizer.all_special_tokens)
+
+
+def _without_state(tokenizer: Any) -> Any:
+    """As much of a tokenizer as Diffusers needs to look for textual inversions, see `finelip_sdxl.prompts.tokenize`."""
+    return SimpleNamespace(
+        tokenize=lambda text: tokenizer.convert_ids_to_tokens(tokenize(tokenizer, text)[0]),
+        added_tokens_encoder=tokenizer.added_tokens_encoder,
+    )

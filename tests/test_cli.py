@@ -1,7 +1,9 @@
 """The command line, run in this process on the tiny SDXL."""
 
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +22,9 @@ from PIL import Image
 from single_file import save_single_file
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, cli, comparison, miniature_path
+from finelip_sdxl.arguments import open_device
 from finelip_sdxl.cli import main
+from finelip_sdxl.console import printing_stops_nothing
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.world import make_scene
 from finelip_sdxl.pictures import read_parameters
@@ -60,12 +64,12 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, pictu
 def test_generate_takes_options_and_a_prompt_from_a_file(stock_folder, picture, tmp_path, capsys) -> None:
     (tmp_path / "prompt.txt").write_text(LONG * 3, encoding="utf-8")
     arguments = ["--base", stock_folder, "--steps", "1", "--out", picture, "--num-images", "2", "--device", "cpu"]
-    more = ["--dtype", "bfloat16", "--long-prompt", "truncate", "--width", "24", "--hidden-states", "published"]
+    more = ["--dtype", "bfloat16", "--long-prompt", "truncate", "--width", "72", "--hidden-states", "published"]
     assert main(["generate", "--prompt-file", str(tmp_path / "prompt.txt"), *arguments, *more]) == 0
     assert "are CUT" in capsys.readouterr().out
     first, second = (parameters(picture.replace(".png", f"-{number}.png")) for number in (1, 2))
     assert second["seed"] == first["seed"] + 1
-    assert (first["width"], first["height"], first["dtype"]) == (24, 16, "bfloat16")
+    assert (first["width"], first["height"], first["dtype"]) == (72, 16, "bfloat16")
     assert (first["long_prompt"], first["hidden_states"]) == ("truncate", "published")
 
 
@@ -84,7 +88,7 @@ def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path
     assert parameters(picture)["conditioning_adapter_scale"] == 1
     capsys.readouterr()
     assert main([*arguments, "--conditioning-adapter-scale", "2"]) == 2
-    assert "conditioning_adapter_scale is 2.0" in capsys.readouterr().err
+    assert "`conditioning_adapter_scale` is 2.0" in capsys.readouterr().err
 
 
 def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, picture) -> None:
@@ -577,12 +581,12 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["generate", "a", "--base", "{stock}", "--device", "nowhere"], "is no device"),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),
         (
-            ["generate", "a", "--base", "{stock}", "--device", "cpu", "--width", "12", "--out", "{png}"],
-            "divisible by 8",
+            ["generate", "a", "--base", "{stock}", "--device", "cpu", "--width", "100", "--out", "{png}"],
+            "`width` is 100; expected a multiple of 8",
         ),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--finelip", "x.pt", "--out", "{png}"], "x.pt"),
         (["generate", "a", "--base", "{empty}", "--device", "cpu", "--out", "{png}"], "model_index.json"),
-        (["generate", "a", "--device", "cpu", "--seed", "-1", "--out", "{png}"], "--seed is -1; expected"),
+        (["generate", "a", "--device", "cpu", "--seed", "-1", "--out", "{png}"], "`seed` is -1; expected"),
         (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "is no directory here"),
         *[([command, "a", "--out", "/proc/1/a.png"], "cannot be written to") for command in ("generate", "compare")],
         (["convert", "{stock}", "/proc/none/long"], "cannot be written to"),
@@ -639,6 +643,218 @@ def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, argumen
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize("command", ["generate", "compare"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "9"], "`width` is 9; expected a whole number from 64 to 2048"),
+        (["--width", "100000000"], "`width` is 100000000; expected"),
+        (["--width", "80000", "--height", "80000"], "`width` is 80000; expected"),
+        (["--height", "100"], "`height` is 100; expected a multiple of 8, such as 96"),
+        (["--steps", "201"], "`steps` is 201; expected a whole number from 1 to 200"),
+        *[([f"--guidance-scale={value}"], f"`guidance_scale` is {value}") for value in ("nan", "inf", "-1.0", "51.0")],
+        *[([f"--conditioning-adapter-scale={value}"], f"scale` is {value}") for value in ("nan", "-inf", "1.1")],
+        (["--seed", str(2**32)], "`seed` is 4294967296; expected a whole number from 0 to 4294967295"),
+        (["--seed", "-1"], "`seed` is -1"),
+        (["--negative-prompt", "a" * 20_001], "`negative_prompt` has 20,001 characters"),
+        (["--negative-prompt", "\udcff"], "`negative_prompt` holds half of a surrogate pair"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_loaded(command, arguments, message, tmp_path, capsys) -> None:
+    options = ["--base", "no/such/folder", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    assert main([command, "a fox", *options, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_last_of_several_seeds_is_in_range_too(tmp_path, capsys) -> None:
+    options = ["--device", "cpu", "--out", str(tmp_path / "a.png"), "--seed", str(2**32 - 2)]
+    assert main(["generate", "a fox", *options, "--num-images", "3"]) == 2
+    assert "`seed` is 4294967296" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "cpu:1", "cpu:256", "CPU", "None", "meta", "xla", "fpga", "hpu", "privateuseone", "cuda:99", "cuda:-1",
+     "cuda:256", "cuda:99999999999", "mps:7", "\0", "\udcff", "狐", "a" * 1000],
+)  # fmt: skip
+def test_no_string_but_a_device_is_one(name) -> None:
+    with pytest.raises(ValueError, match=r"--device .* (is no device|is not on this machine): use one"):
+        open_device(name)
+
+
+def test_devices_of_this_machine_are_taken() -> None:
+    assert open_device("cpu") == torch.device("cpu")
+    assert open_device("cpu:0") == torch.device("cpu", 0)
+    assert open_device(None).type == open_device(str(open_device(None))).type
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ({"in_channels": 9}, "takes 9 channels and gives 4, and its VAE has 4. .*by FineLIPSDXLInpaintPipeline"),
+        ({"in_channels": 8}, "takes 8 channels and gives 4.*InstructPix2Pix"),
+        ({"in_channels": 5}, "takes 5 channels.*They do not belong together"),
+        ({"out_channels": 8}, "takes 4 channels and gives 8"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "compare"])
+def test_a_unet_that_draws_from_more_than_a_prompt_is_refused(
+    command, channels, message, components, tmp_path, capsys
+) -> None:
+    unet = components["unet"]
+    components["unet"] = type(unet).from_config({**unet.config, **channels})
+    StableDiffusionXLPipeline(**components).save_pretrained(tmp_path / "base")
+    options = ["--base", str(tmp_path / "base"), "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    assert main([command, "a fox", *options]) == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_generate_says_in_one_line_that_the_memory_did_not_suffice(
+    error, stock_folder, picture, monkeypatch, capsys
+) -> None:
+    def draw(self, *args, **kwargs) -> None:
+        raise error
+
+    monkeypatch.setattr(FineLIPSDXLPipeline, "__call__", draw)
+    options = ["--base", stock_folder, "--device", "cpu", "--out", picture]
+    assert main(["generate", "a fox", *options, "--width", "64", "--num-images", "2"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "The memory did not suffice for 2 pictures of 64 × 16 pixels: try fewer at a time" in line
+    assert not Path(picture).exists()
+
+
+def test_a_prompt_file_is_read_up_to_the_limit(tmp_path, capsys) -> None:
+    file = tmp_path / "prompt.txt"
+    with file.open("wb") as opened:  # sparse: takes no room
+        opened.truncate(10 * 2**30)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long.txt").write_text("狐" * 20_001, encoding="utf-8")
+    (tmp_path / "cut.txt").write_bytes("狐".encode()[:2])
+    for name, message in (
+        (str(file), "is too long: at most 20,000 characters"),
+        (str(tmp_path / "long.txt"), "20,001 characters; at most 20,000"),
+        (str(tmp_path / "cut.txt"), "is not text in UTF-8"),
+        ("/dev/zero", "is no file but a device or a pipe"),
+        (str(tmp_path / "pipe"), "is no file but a device or a pipe"),
+        (str(tmp_path), "cannot be read (Is a directory)"),
+        (str(tmp_path / "none.txt"), "cannot be read (No such file or directory)"),
+        ("", "cannot be read"),
+        ("a" * 300, "cannot be read (File name too long)"),
+        ("a\0b", "embedded null byte"),
+    ):
+        assert main(["tokens", "--prompt-file", name]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_a_prompt_file_may_be_what_the_shell_puts_there(capsys) -> None:
+    read, write = os.pipe()
+    os.write(write, b"a red star\n")
+    os.close(write)
+    assert main(["tokens", "--prompt-file", f"/dev/fd/{read}"]) == 0
+    os.close(read)
+    assert '"a red star"' in capsys.readouterr().out
+
+
+# The terminal
+
+COMMAND = [sys.executable, "-m", "finelip_sdxl.cli"]
+
+
+def said(done: subprocess.CompletedProcess) -> list[str]:
+    """What stands on stderr beside bars."""
+    return [line for line in re.split(r"[\r\n]+", done.stderr) if line and not re.search(r"%\|", line)]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_the_answer_stands_alone() -> None:
+    """Whatever is installed beside it: the test extra's torchao, for one, has much to say."""
+    done = run([*COMMAND, "tokens", "a red star"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "text_encoder and text_encoder_2 read prompt: 5 tokens in 1 window of 77 positions,"
+        " as stock SDXL reads it; nothing is cut",
+        '  window 1, 5 tokens: "a red star"',
+    ]
+
+
+@pytest.mark.slow
+def test_the_pictures_and_figures_of_commands_stand_alone(tmp_path) -> None:
+    picture, grid = str(tmp_path / "a.png"), str(tmp_path / "grid.png")
+    drawing = ["--steps", "1", "--device", "cpu", "--seed", "0"]
+    done = run([*COMMAND, "generate", "a red star", *drawing, "--out", picture])
+    assert done.stdout.splitlines()[2:] == [f"{picture} (seed 0)"]
+    assert said(done) == []
+    done = run([*COMMAND, "compare", "a red star", *drawing, "--out", grid])
+    assert (len(done.stdout.splitlines()), said(done)) == (7, [])
+    done = run([*COMMAND, "evaluate", "retrieval", "--data", "miniature:2", "--device", "cpu"])
+    assert (done.returncode, said(done)) == (0, [])
+    done = run([*COMMAND, "convert", "miniature", str(tmp_path / "long"), "--conditioning-adapter", "none"])
+    assert (done.stdout, said(done)) == (f"{tmp_path / 'long'}\n", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["training/train_finelip.py", "training/align_adapter.py", "demo/app.py"])
+def test_scripts_say_nothing_of_what_they_import(script) -> None:
+    done = run([sys.executable, script, "--help"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("ascii", r"\u72d0 caf\xe9 \udcff"), ("latin-1", r"\u72d0 café \udcff"), ("utf-8", r"狐 café \udcff")],
+)
+def test_characters_that_a_terminal_lacks_are_spelled(encoding, printed, monkeypatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with printing_stops_nothing():
+        print("狐 café \udcff")
+    assert terminal.buffer.getvalue().decode(encoding) == f"{printed}\n"
+    assert sys.stdout is terminal
+
+
+def test_a_terminal_that_lacks_characters_stops_no_drawing(stock_folder, tmp_path) -> None:
+    file = tmp_path / "\udcff" / "狐.png"  # the folder's name is no UTF-8
+    options = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--seed", "0", "--out", str(file)]
+    done = run([*COMMAND, "generate", "狐 🦊", *options], PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert file.exists()
+    assert r'"\u72d0 \U0001f98a"' in done.stdout
+    assert r"\udcff" in done.stdout
+
+
+def test_an_argument_that_is_no_text_is_refused_in_a_sentence() -> None:
+    done = subprocess.run([*COMMAND, "tokens", b"a \xff fox"], capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "half of a surrogate pair" in line
+
+
+def test_output_that_nobody_reads_stops_no_work(stock_folder, picture) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    options = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", picture]
+    done = subprocess.run([*COMMAND, "generate", "a fox", *options], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0
+    assert Path(picture).exists()
+    assert "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def make_odd(name: str, stock_folder: str, tmp_path) -> str:
     """A Stable Diffusion 1 by its index, an SDXL without its first text encoder, or one whose file is cut short."""
     folder = shutil.copytree(stock_folder, tmp_path / name)
@@ -666,6 +882,14 @@ def make_odd(name: str, stock_folder: str, tmp_path) -> str:
         (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
         (["generate", "a", "--short-prompt", "long"], "invalid choice"),
         (["compare", "a", "--columns", "midjourney"], "invalid choice: 'midjourney'"),
+        (["generate", "a", "--num-images", "100000000000"], "and at most 100"),
+        (["generate", "a", "--num-images", "101"], "and at most 100"),
+        (["compare", "a", "--seeds", "1000000000"], "and at most 100"),
+        (["generate", "a", "--width", "9" * 5000], "is not a whole number of at least 1"),
+        (["generate", "a", "--steps", "-1"], "whole number of at least 1"),
+        (["generate", "a", "--steps", ""], "whole number of at least 1"),
+        (["evaluate", "retrieval", "--batch-size", "1000000"], "and at most 4,096"),
+        (["evaluate", "retrieval", "--max-tokens", "1e3"], "whole number of at least 1"),
         (["compare", "a", "--seeds", "0"], "whole number of at least 1"),
     ],
 )

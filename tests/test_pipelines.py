@@ -1,6 +1,12 @@
 """The four pipelines: each against its stock parent, and what the parents can't do."""
 
+import copy
+import json
 import logging
+import pickle
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +16,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    EulerDiscreteScheduler,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -18,6 +25,7 @@ from diffusers import (
 from peft import LoraConfig
 
 from finelip_sdxl import (
+    ConditioningAdapter,
     FineLIPSDXLControlNetPipeline,
     FineLIPSDXLImg2ImgPipeline,
     FineLIPSDXLInpaintPipeline,
@@ -377,6 +385,147 @@ def test_textual_inversion_of_several_vectors(components) -> None:
     assert ours.describe_prompt(prompt).readings[0].tokens == 2 + 7
 
 
+def add_scene(pipe) -> None:
+    for name, tokenizer, width in (("text_encoder", pipe.tokenizer, 32), ("text_encoder_2", pipe.tokenizer_2, 48)):
+        vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+        encoder = getattr(pipe, name)
+        pipe.load_textual_inversion({"<scene>": vectors}, token="<scene>", text_encoder=encoder, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("rest", [" square", MIDDLE], ids=["77", "248"])
+@pytest.mark.parametrize("offload", [None, "enable_model_cpu_offload", "enable_group_offload"])
+def test_pooled_vectors_know_what_stands_behind_a_textual_inversion(components, rest, offload) -> None:
+    """Under SDXL's own configs, which say `eos_token_id=2`, stock takes the inversion's last token for the end."""
+    encoder = components["text_encoder_2"]
+    encoder.text_model.eos_token_id = encoder.config.eos_token_id = 2
+    stock = StableDiffusionXLPipeline(**copy.deepcopy(components))
+    add_scene(stock)
+    pooled = [embeddings(stock, prompt=f"a <scene> {color}")[2] for color in ("red", "blue")]
+    assert torch.equal(*pooled)
+
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    plain = embeddings(pipe, prompt=f"a red{rest}")
+    add_scene(pipe)
+    if offload == "enable_model_cpu_offload":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif offload:
+        pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    found = [embeddings(pipe, prompt=f"a <scene> {color}{rest}")[2] for color in ("red", "blue")]
+    assert not torch.equal(*found)
+    assert_same(embeddings(pipe, prompt=f"a red{rest}"), plain)
+    assert pipe.text_encoder_2.text_model.eos_token_id == 2
+    pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # as the corrected configs say
+    again = [embeddings(pipe, prompt=f"a <scene> {color}{rest}")[2] for color in ("red", "blue")]
+    assert_same(found, again)
+
+
+# Threads
+
+
+def in_threads(*calls) -> list:
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [drawn.result() for drawn in [threads.submit(call) for call in calls]]
+
+
+def with_adapter(components) -> FineLIPSDXLPipeline:
+    torch.manual_seed(0)
+    adapter = ConditioningAdapter([32, 48], 24, 8)
+    for weight in adapter.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return FineLIPSDXLPipeline(**stretched(components), conditioning_adapter=adapter.eval(), short_prompt="stretched")
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one pipeline", "one made of the other"])
+def test_two_threads_draw_what_each_has_asked_for(components, shared) -> None:
+    pipe = with_adapter(components)
+    other = FineLIPSDXLPipeline.from_pipe(pipe) if shared else pipe
+    asked = [
+        (pipe, {"prompt": LONG, "conditioning_adapter_scale": 0.0, "num_inference_steps": 3}),
+        (other, {"prompt": "a fox", "num_inference_steps": 2, "guidance_scale": 1.0}),
+    ]
+    alone = [draw(each, **arguments) for each, arguments in asked]
+    assert not np.array_equal(draw(pipe, LONG, num_inference_steps=3), alone[0]), "the adapter counts"
+    drawn = in_threads(*[lambda each=each, own=own: draw(each, **own) for each, own in asked] * 4)
+    for number, image in enumerate(drawn):
+        assert np.array_equal(image, alone[number % 2])
+
+
+def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
+    pipe = with_adapter(components)
+    other = FineLIPSDXLPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()}, short_prompt="stretched")
+    whole, none = embeddings(pipe, prompt=LONG), []
+    inside = []
+
+    def look(pipe, step, timestep, tensors) -> dict:
+        (encoded,) = in_threads(lambda: embeddings(other, prompt=LONG))
+        inside.extend([embeddings(other, prompt=LONG), encoded])
+        none.append(embeddings(pipe, prompt=LONG))
+        return {}
+
+    draw(pipe, LONG, conditioning_adapter_scale=0.0, num_inference_steps=1, callback_on_step_end=look)
+    for encoded in (*inside, embeddings(pipe, prompt=LONG)):
+        assert_same(encoded, whole)
+    assert not torch.equal(none[0][0], whole[0]), "inside, it is the call's"
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, LONG, conditioning_adapter_scale=0.0, callback_on_step_end=lambda *arguments: 1 / 0)
+    assert_same(embeddings(pipe, prompt=LONG), whole)
+
+
+def test_a_lora_s_scale_is_no_other_call_s(components) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt="stretched")
+    torch.manual_seed(0)
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        add_lora(encoder)
+    scales = (0.0, 0.5, None)
+    alone = [embeddings(pipe, lora_scale=scale) for scale in scales]
+    found = in_threads(*[lambda scale=scale: embeddings(pipe, lora_scale=scale) for scale in scales] * 8)
+    for number, encoded in enumerate(found):
+        assert_same(encoded, alone[number % 3])
+
+
+def test_pipelines_with_schedulers_of_their_own_draw_at_the_same_time(components) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components))
+    copies = [
+        FineLIPSDXLPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()}),
+        copy.deepcopy(pipe),
+        pickle.loads(pickle.dumps(pipe)),
+    ]
+    for other in copies:
+        both = threading.Barrier(2, timeout=60)  # which one that waited for the other would never pass
+
+        def meet(pipe, step, timestep, tensors, both=both) -> dict:
+            both.wait()
+            return {}
+
+        calls = [lambda each=each: draw(each, callback_on_step_end=meet) for each in (pipe, other)]
+        assert np.array_equal(*in_threads(*calls))
+
+
+def test_how_a_tokenizer_last_cut_is_not_saved(components, tmp_path) -> None:
+    embeddings(StableDiffusionXLPipeline(**components), prompt=LONG)
+    assert components["tokenizer"].backend_tokenizer.padding is not None
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    draw(pipe, LONG)
+    pipe.save_pretrained(tmp_path)
+    for name in ("tokenizer", "tokenizer_2"):
+        saved = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+def test_a_report_does_not_wait_for_a_drawing(components) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components))
+    reports = []
+
+    def report(pipe, step, timestep, tensors) -> dict:
+        reports.extend([pipe.describe_prompt(LONG), *in_threads(lambda: pipe.describe_prompt(LONG))])
+        return {}
+
+    draw(pipe, LONG, callback_on_step_end=report)
+    assert Counter(map(str, reports)) == {str(pipe.describe_prompt(LONG)): 4}
+
+
 # Diffusers' machinery
 
 
@@ -463,6 +612,9 @@ def test_offloading(components) -> None:
         ("length_buckets", [77, "154"]),
         ("length_buckets", [2]),
         ("length_buckets", [True]),
+        ("weighting", True),
+        ("weighting", ["a1111"]),
+        ("hidden_states", np.array(["penultimate", "published"])),
     ],
 )
 def test_unknown_options_are_refused_on_construction_and_later(components, option, value) -> None:
@@ -490,6 +642,17 @@ def test_options_are_readable_and_settable(components) -> None:
         ({"prompt": 3}, TypeError, "`prompt` must be a string or a list of strings, but is int"),
         ({"prompt": ["a", 3]}, TypeError, r"`prompt\[1\]` must be a string, but is int"),
         ({"prompt": []}, ValueError, "`prompt` is an empty list"),
+        ({"prompt": [["a"]]}, TypeError, r"`prompt\[0\]` must be a string, but is list"),
+        ({"prompt": {"a": 1}}, TypeError, "`prompt` must be a string or a list of strings, but is dict"),
+        ({"prompt": b"a"}, TypeError, "`prompt` must be a string or a list of strings, but is bytes"),
+        ({"prompt": float("nan")}, TypeError, "`prompt` must be a string or a list of strings, but is float"),
+        ({"prompt": "a", "prompt_2": 3}, TypeError, "`prompt_2` must be a string"),
+        ({"prompt": "a", "negative_prompt": 3}, TypeError, "`negative_prompt` must be a string"),
+        ({"prompt": "a", "negative_prompt": ["a", None]}, TypeError, r"`negative_prompt\[1\]` must be a string"),
+        ({"prompt": "a", "negative_prompt": "a", "negative_prompt_2": 3.5}, TypeError, "`negative_prompt_2` must be"),
+        ({"prompt": "a", "negative_prompt": []}, ValueError, "`negative_prompt` is an empty list"),
+        ({"prompt": "a", "prompt_2": []}, ValueError, "`prompt_2` is an empty list"),
+        ({"prompt": "a", "negative_prompt": 0}, TypeError, "`negative_prompt` must be a string"),
         ({"prompt": "a" * 100_000}, ValueError, "100,000 characters; at most 20,000"),
         ({"negative_prompt": ["a" * 20_001]}, ValueError, r"`negative_prompt\[0\]` has 20,001 characters"),
         ({"prompt": "fox \ud83e"}, ValueError, "surrogate"),
@@ -511,6 +674,58 @@ def test_bad_prompts_are_refused_before_any_work(components, arguments, error, m
     pipe.text_encoder.forward = pipe.text_encoder_2.forward = None
     with pytest.raises(error, match=message):
         embeddings(pipe, **arguments)
+
+
+@pytest.mark.parametrize("clip_skip", [3, 11, -1, -2, 10**30, True, 1.0, "1", [1], float("nan")])
+@pytest.mark.parametrize("ours", PARENTS, ids=lambda ours: ours.__name__)
+def test_a_clip_skip_beyond_the_layers_is_refused(components, controlnet, ours, clip_skip) -> None:
+    for weighting in (None, "a1111"):
+        pipe = build(ours, stretched(components), controlnet, weighting=weighting)
+        with pytest.raises(ValueError, match=r"`clip_skip` is .*; expected a whole number of layers from 0 to 2"):
+            draw(pipe, "a (red:0.5) fox", clip_skip=clip_skip)
+    with pytest.raises(ValueError, match=r"`clip_skip` is .*from 0 to 2"):
+        draw(build(ours, components, controlnet), clip_skip=clip_skip)
+    assert draw(pipe, clip_skip=2).shape == (1, 16, 16, 3)
+
+
+EMBEDS, POOLED = torch.zeros(1, 77, 80), torch.zeros(1, 24)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"prompt_embeds": [[0.0]]},
+            r"`prompt_embeds` must be a tensor of floats, \(batch, tokens, dim\), but is list",
+        ),
+        ({"prompt_embeds": EMBEDS.numpy()}, "but is ndarray"),
+        ({"prompt_embeds": EMBEDS[0]}, r"but is torch.float32 of shape \(77, 80\)"),
+        ({"prompt_embeds": EMBEDS.long()}, "but is torch.int64"),
+        ({"prompt_embeds": EMBEDS[..., :79]}, "`prompt_embeds` are 79 wide, but the UNet takes 80"),
+        ({"prompt_embeds": EMBEDS[:, :0]}, "`prompt_embeds` is empty"),
+        ({"prompt_embeds": EMBEDS[:0]}, "`prompt_embeds` is empty"),
+        ({"pooled_prompt_embeds": EMBEDS}, r"`pooled_prompt_embeds` must be a tensor of floats, \(batch, dim\)"),
+        ({"pooled_prompt_embeds": POOLED.repeat(2, 1)}, "`prompt_embeds` are 1 and `pooled_prompt_embeds` 2"),
+        (
+            {"negative_prompt_embeds": "red", "negative_pooled_prompt_embeds": POOLED},
+            "`negative_prompt_embeds` must be",
+        ),
+        ({"negative_prompt_embeds": EMBEDS, "negative_pooled_prompt_embeds": 1.0}, "but is float"),
+    ],
+)
+def test_embeddings_that_are_none_are_refused(components, given, message) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components))
+    arguments = {"prompt_embeds": EMBEDS, "pooled_prompt_embeds": POOLED, **given}
+    with pytest.raises(ValueError, match=message):
+        draw(pipe, None, **arguments)
+    with pytest.raises(ValueError, match=message):
+        embeddings(pipe, prompt=None, **arguments)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 1.1, float("nan"), float("inf"), "1", None, [1], True, torch.ones(2)])
+def test_a_scale_that_is_none_is_refused(components, scale) -> None:
+    with pytest.raises(ValueError, match=r"conditioning_adapter_scale is .*; expected a number from 0"):
+        draw(FineLIPSDXLPipeline(**components), conditioning_adapter_scale=scale)
 
 
 def test_prompt_and_embeddings_together_are_refused(components) -> None:

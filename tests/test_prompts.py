@@ -1,16 +1,23 @@
 """How texts are split, padded and reported, without any model."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 from conftest import make_tokenizer
 
 from finelip_sdxl.prompts import (
     MAX_CHARACTERS,
+    MAX_POSITIONS,
     PromptReader,
+    check_choice,
     check_length_buckets,
     check_texts,
     read_prompts,
     split_windows,
     token_rows,
+    tokenize,
 )
 
 TOKENIZER = make_tokenizer(248)
@@ -168,3 +175,92 @@ def test_texts_of_every_kind_are_checked() -> None:
 def test_length_buckets_are_sorted_and_unique() -> None:
     assert check_length_buckets([154, 77, 77]) == (77, 154)
     assert check_length_buckets(None) == check_length_buckets([]) == ()
+
+
+@pytest.mark.parametrize("value", [5, None, ["stock"], {"stock"}, np.array(["stock", "stretched"]), "s" * 10_000, True])
+def test_what_is_no_choice_is_named_in_short(value) -> None:
+    with pytest.raises(ValueError, match="`short_prompt` must be one of 'stock', 'stretched', but is ") as raised:
+        check_choice("short_prompt", value, ("stock", "stretched"))
+    assert len(str(raised.value)) < 150
+
+
+@pytest.mark.parametrize("value", [[10**9] * 5000 + ["a"], "77", 77, {77}, [77.0], [True], [float("nan")], [[77]]])
+def test_what_are_no_buckets_is_named_in_short(value) -> None:
+    with pytest.raises(ValueError, match="`length_buckets` must be a list of lengths") as raised:
+        check_length_buckets(value)
+    assert len(str(raised.value)) < 250
+
+
+# How many windows there may be
+
+
+def test_windows_are_bounded() -> None:
+    most = MAX_POSITIONS // 248
+    fits = "fox " * (246 * most)
+    (read,) = read_prompts([reader()], [[fits[:MAX_CHARACTERS]]]).readings
+    assert len(read.windows) == -(-MAX_CHARACTERS // 4 // 246)
+    for prompts, negatives, role in (
+        (["a", "狐" * MAX_CHARACTERS], None, "prompt"),
+        (["a"], ["狐" * MAX_CHARACTERS], "negative prompt"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"The {role} needs 244 windows of 248 positions.*expected at most {most}"
+        ):
+            read_prompts([reader()], [prompts], None if negatives is None else [negatives])
+    (read,) = read_prompts([reader()], [["狐" * MAX_CHARACTERS]], long_prompt="truncate").readings
+    assert read.cut_tokens == 3 * MAX_CHARACTERS - 246
+
+
+def test_breaks_are_bounded_as_windows_are() -> None:
+    most = MAX_POSITIONS // 248
+    assert read_prompts([reader()], [["a BREAK " * most]], weighting="a1111").windows == most
+    with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}: shorten it, take BREAKs out"):
+        read_prompts([reader()], [["a BREAK " * 2500]], weighting="a1111")
+
+
+# A tokenizer that others use as well
+
+
+def test_tokens_are_read_whole_however_the_tokenizer_was_left() -> None:
+    tokenizer = make_tokenizer()
+    text = "a red fox, 狐 🦊, and the hare. " * 20
+    expected = tokenize(tokenizer, text)
+    called = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    assert expected == (called.input_ids, called.offset_mapping)
+    for side in ("right", "left"):
+        for padding_side in ("right", "left"):
+            for length in (77, 10, 500):
+                tokenizer.truncation_side, tokenizer.padding_side = side, padding_side
+                tokenizer(text, truncation=True, padding="max_length", max_length=length)
+                assert tokenize(tokenizer, text) == expected
+                assert tokenize(tokenizer, "") == ([], [])
+
+
+def test_reading_leaves_the_tokenizer_as_it_is() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer("a fox", truncation=True, padding="max_length", max_length=77)
+    before = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    read_prompts([PromptReader("text_encoder", tokenizer, 248)], [["a red fox " * 100]])
+    assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == before
+
+
+def test_a_prompt_may_be_read_while_another_thread_encodes_with_the_same_tokenizer() -> None:
+    tokenizer = make_tokenizer()
+    text = "a red fox, 狐 🦊, and the hare. " * 20
+    expected = tokenize(tokenizer, text)
+
+    def encode() -> bool:
+        return len(tokenizer(text, truncation=True, padding="max_length", max_length=77).input_ids) == 77
+
+    def read() -> bool:
+        return tokenize(tokenizer, text) == expected
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            done = [threads.submit(call) for call in [encode, read] * 400]
+            wrong = sum(not call.result() for call in done)
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == 0

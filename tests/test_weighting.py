@@ -60,6 +60,10 @@ def difference(states: torch.Tensor, others: torch.Tensor) -> float:
         ("compel", "(red)1.3fox", "red fox", [1.3]),
         ("compel", "(red)(fox)", "red fox", []),
         ("compel", "(red fox", "(red fox", []),
+        ("compel", "fox" + "-" * 7448, "fox", [0]),
+        ("compel", "+" * 7448, "+" * 7448, []),
+        ("compel", "(red)1e999", "red e999", []),  # as compel itself reads it
+        ("a1111", "(red:1e308)", "red:1e308", [1.1]),
         ("compel", "a well-known t-shirt - 1.5+ a+b", "a well-known t-shirt - 1.5+ a+b", []),
         ("compel", "a  red\n fox", "a  red\n fox", []),
         (None, "a (red:1.3) fox++", "a (red:1.3) fox++", []),
@@ -106,6 +110,16 @@ def test_compel_s_own_parser_finds_the_same_weights(text) -> None:
         ("compel", "(" * 2000, f"more than {MAX_DEPTH} brackets within one another"),
         ("compel", '("a fox", "a hare").blend(0.5, 0.5)', "more than weights"),
         ("compel", "a fox.swap(a hare)", "more than weights"),
+        *[
+            ("compel", f"{word}{'+' * 7448}", "has weight .* expected one from 0 to 10")
+            for word in ("fox", "(a fox)", '"a"')
+        ],
+        ("compel", "(" * 50 + "a" + ")++++++" * 50, "'a' has weight .* expected one from 0 to 10"),
+        ("compel", f"((a fox){'9' * 400})0", "has weight nan"),
+        ("compel", f"(a fox){'9' * 10_000}", "'a fox' has weight inf"),
+        ("a1111", f"(a fox:{'9' * 400})", "'a fox' has weight inf"),
+        ("a1111", f"((a fox:{'9' * 400}):0)", "'a fox' has weight nan"),
+        ("a1111", "(" * 50 + "a", "'a' has weight 117"),
         ("a1111", "[a] fox " * 51, "51 parts with weights below 1.*expected at most 50"),
     ],
 )

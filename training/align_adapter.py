@@ -29,6 +29,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the imports that would speak
+    from finelip_sdxl.console import quiet_imports
+
+    quiet_imports()
+
 import numpy as np
 import torch
 from accelerate import Accelerator

@@ -23,6 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # before the imports that would speak
+    from finelip_sdxl.console import quiet_imports
+
+    quiet_imports()
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
