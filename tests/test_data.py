@@ -960,6 +960,13 @@ def test_of_samples_with_dots_what_lacks_something_is_named_by_its_name(tmp_path
     }
 
 
+def test_a_name_in_a_shard_may_be_no_text(tmp_path) -> None:
+    files = {"caf\udce9.jpg": encode(1), "caf\udce9.txt": "A cup.", "t\udce9.jpg": encode(1), "t\udce9.txt": ""}
+    captions, (message,) = read_shard(tmp_path, files)
+    assert captions == {"A cup."}
+    assert message == rf"The caption of t\udce9 in {tmp_path}/x.tar is empty."
+
+
 @pytest.mark.parametrize(
     ("suffix", "content", "fault"),
     [
