@@ -555,6 +555,12 @@ def test_a_photograph_is_turned_upright(tmp_path) -> None:
     assert (image.size, image.mode) == ((4, 8), "RGB")
 
 
+@pytest.mark.parametrize("captions", [None, [], [""], ["A.", " "]])
+def test_records_without_a_caption_are_refused(captions) -> None:
+    with pytest.raises(ValueError, match=r"^The data set has no caption, or an empty one, for a\.jpg: add it"):
+        CaptionedFiles([(Path("a.jpg"), captions)])
+
+
 def test_captions_are_packed_so_that_workers_need_no_copy() -> None:
     data = CaptionedFiles((Path(f"{k}.jpg"), [f"Naïve {k}."]) for k in range(100))
     assert data.captions(99) == ("Naïve 99.",)
