@@ -555,6 +555,12 @@ def test_a_photograph_is_turned_upright(tmp_path) -> None:
     assert (image.size, image.mode) == ((4, 8), "RGB")
 
 
+@pytest.mark.parametrize("captions", [None, [], [""], ["A.", " "]])
+def test_records_without_a_caption_are_refused(captions) -> None:
+    with pytest.raises(ValueError, match=r"^The data set has no caption, or an empty one, for a\.jpg: add it"):
+        CaptionedFiles([(Path("a.jpg"), captions)])
+
+
 def test_captions_are_packed_so_that_workers_need_no_copy() -> None:
     data = CaptionedFiles((Path(f"{k}.jpg"), [f"Naïve {k}."]) for k in range(100))
     assert data.captions(99) == ("Naïve 99.",)
@@ -958,6 +964,13 @@ def test_of_samples_with_dots_what_lacks_something_is_named_by_its_name(tmp_path
         f"a.3 {place} has no jpg, png or webp.",
         f"b {place} has no jpg, png or webp.",
     }
+
+
+def test_a_name_in_a_shard_may_be_no_text(tmp_path) -> None:
+    files = {"caf\udce9.jpg": encode(1), "caf\udce9.txt": "A cup.", "t\udce9.jpg": encode(1), "t\udce9.txt": ""}
+    captions, (message,) = read_shard(tmp_path, files)
+    assert captions == {"A cup."}
+    assert message == rf"The caption of t\udce9 in {tmp_path}/x.tar is empty."
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from finelip_sdxl.data import UnreadableImageError, load_image_processor
 from finelip_sdxl.data.images import MAX_RATIO, middle, read_image
 
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # which Pillow says, and reads on
+
 WIDE = [0, 0x0100, 0x8080, 0xFFFF]  # of 16 bits
 NARROW = [0, 1, 128, 255]  # the same of 8
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8))
@@ -261,6 +263,16 @@ def test_a_path_that_cannot_be_is_refused(tmp_path) -> None:
     for name in ("a\0b", "a" * 300, "\ud800", "none"):
         with pytest.raises(UnreadableImageError, match="cannot be read"):
             read_image(tmp_path / name, "a")
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path) -> None:
+    file = tmp_path / "caf\udce9.png"
+    file.write_bytes(saved(NOISE, "PNG"))
+    assert read_image(file, str(file)).tobytes() == NOISE.tobytes()
+    file.write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match=r"caf\\udce9\.png cannot be read") as raised:
+        read_image(file, str(file))
+    assert str(raised.value).encode()
 
 
 def test_a_picture_that_unpacks_to_too_much_is_refused() -> None:

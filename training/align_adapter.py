@@ -387,17 +387,9 @@ def save_memory(pipe: FineLIPSDXLPipeline) -> None:
 
 def precomputed_folder(arguments: argparse.Namespace) -> Path:
     """One of its own for whatever gives other latents or states."""
-    names = (
-        "base",
-        "finelip",
-        "finelip_2",
-        "captions",
-        "images",
-        "skip_missing_images",
-        "resolution",
-        "mixed_precision",
-    )
-    made_of = {name: str(getattr(arguments, name)) for name in names} | {"states": arguments.method == "adapter"}
+    names = ("base", "finelip", "finelip_2", "captions", "images", "resolution", "mixed_precision")
+    made_of: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
+    made_of |= {"states": arguments.method == "adapter", "skip_missing_images": arguments.skip_missing_images}
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return (arguments.precomputed or arguments.out / "precomputed") / digest[:16]
 

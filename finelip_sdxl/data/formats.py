@@ -384,7 +384,7 @@ def _by_stem(files: Iterable[Path]) -> dict[str, Path]:
 
 
 def _check_captions(captions: Sequence[Any], path: Path, name: str) -> None:
-    faults = [fault for caption in captions if (fault := caption_fault(caption))]
+    faults = [fault for caption in captions or () if (fault := caption_fault(caption))]
     if not captions or "is empty" in faults:
         raise ValueError(f"{name} has no caption, or an empty one, for {path}: add it or leave the image out.")
     if faults:

@@ -35,6 +35,7 @@ def read_image(file: Path | bytes, name: str) -> Image.Image:
     Raises:
         UnreadableImageError: if it is missing or broken, no regular file, or its numbers have no known white.
     """
+    name = name.encode(errors="backslashreplace").decode()  # on a disk it can be any bytes, which cannot be printed
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a pipe or device may never end
             raise ValueError("it is no regular file")

@@ -131,7 +131,8 @@ class _Window(CaptionedImages):
         return len(self.samples)
 
     def name(self, index: int) -> str:
-        return f"{self.samples[index]['__key__']} in {self.samples[index]['__url__']}"
+        name = f"{self.samples[index]['__key__']} in {self.samples[index]['__url__']}"
+        return name.encode(errors="backslashreplace").decode()  # of a tar file, a name can be any bytes
 
     def image(self, index: int) -> Image.Image:
         sample = self.samples[index]
