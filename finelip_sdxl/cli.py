@@ -57,7 +57,8 @@ from finelip_sdxl.weighting import WEIGHTING
 
 FORMATS = ("diffusers", "comfyui")
 COLUMNS = ("stock", "compel", "finelip")  # the keys of finelip_sdxl.comparison.COLUMNS, whose import is heavy
-MAX_PICTURES, MAX_BATCH = 100, 4096
+MAX_PICTURES = 100
+MAX_BATCH = 4096
 NAMED = 5  # images that cannot be read and are named on the screen
 
 
