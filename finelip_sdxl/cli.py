@@ -96,7 +96,7 @@ def generate(options: argparse.Namespace) -> None:
     quiet_transformers()
     import torch
 
-    from finelip_sdxl.pictures import save_png
+    from finelip_sdxl.pictures import save_png, to_image
 
     device, dtype = device_and_dtype(options)
     pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
@@ -116,10 +116,12 @@ def generate(options: argparse.Namespace) -> None:
         conditioning_adapter_scale=options.conditioning_adapter_scale,
         # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
         generator=[torch.Generator().manual_seed(seed + number) for number in range(options.num_images)],
+        output_type="pt",
     ).images
 
     parameters = _parameters(options, prompt, dtype, pipe)
-    for number, (image, file) in enumerate(zip(images, files, strict=True)):
+    for number, (pixels, file) in enumerate(zip(images, files, strict=True)):
+        image = to_image(pixels)
         size = {"width": image.width, "height": image.height}
         save_png(image, file, {**parameters, **size, "seed": seed + number})
         print(f"{file} (seed {seed + number})")

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo, PngStream
 
 from finelip_sdxl.files import written_whole
 
-MAX_BYTES = 64 * 2**20  # of a PNG whose parameters are read
+MAX_BYTES, MAX_CHUNKS = 64 * 2**20, 20_000  # of a PNG whose parameters are read; a chunk of pixels has 8 KiB or more
 MIN_SIDE = 256  # of a picture in a grid: smaller ones leave no room for labels
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _INK, _GRAY = (24, 24, 27), (95, 95, 102)
@@ -44,7 +44,7 @@ def to_image(pixels: Any) -> Image.Image:
         height, width = pixels.shape[-2:]
         raise ValueError(
             f"{lost:,} of the picture's {height * width:,} pixels are not a number (NaN): numbers grew too large, or"
-            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (--dtype): SDXL's own VAE"
+            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (--dtype): SDXL's VAE"
             " overflows in float16 unless its config has `force_upcast`. If not, lower the guidance scale and the"
             " weights in the prompt, or load the model again."
         )
@@ -86,7 +86,8 @@ def read_parameters(file: str | os.PathLike) -> dict[str, Any]:
         What was passed to `save_png`. The file may have been edited since: check values before using them.
 
     Raises:
-        ValueError: no such file, one that is too large, no PNG, a damaged one, or one without parameters of ours.
+        ValueError: no such file, one that is too large or of too many chunks, no PNG, a damaged one, or one without
+            parameters of ours.
     """
     path = Path(file)
     if not path.is_file():
@@ -185,7 +186,7 @@ def _png_texts(file: Path) -> dict[str, str]:
             raise ValueError(f"{file.name} is not a PNG: pass a PNG that FineLIP-SDXL wrote.")
         chunks = PngStream(stream)  # limits what texts may unpack to
         try:
-            while True:
+            for _ in range(MAX_CHUNKS):
                 kind, position, length = chunks.read()
                 if kind == b"IEND":
                     return dict(chunks.im_text)
@@ -197,6 +198,7 @@ def _png_texts(file: Path) -> dict[str, str]:
             raise ValueError(
                 f"{file.name} is a PNG that is damaged or cut short: pass it as it was written."
             ) from error
+    raise ValueError(f"{file.name} has more than {MAX_CHUNKS:,} chunks: pass a PNG as FineLIP-SDXL wrote it.")
 
 
 @dataclass(frozen=True)

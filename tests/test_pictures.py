@@ -1,14 +1,19 @@
 """PNGs that say how they were made, and grids with labels."""
 
+import io
 import zlib
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo, putchunk
+from PIL.PngImagePlugin import PngInfo, PngStream, putchunk
 
 from finelip_sdxl import pictures
-from finelip_sdxl.pictures import label_grid, read_parameters, save_png
+from finelip_sdxl.cli import main
+from finelip_sdxl.pictures import label_grid, read_parameters, save_png, to_image
 
 PARAMETERS = {"prompt": "a red fox, 狐\0, " * 40, "seed": 2**32 - 1, "guidance_scale": 3.5, "width": None}
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -116,6 +121,48 @@ def test_texts_that_unpack_to_far_more_are_refused(file) -> None:
     plain().save(file, pnginfo=info)
     with pytest.raises(ValueError, match="damaged"):
         read_parameters(file)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"IDAT", b"none"])
+def test_a_picture_of_millions_of_chunks_is_not_read_to_its_end(file, monkeypatch, kind) -> None:
+    chunks = io.BytesIO()
+    putchunk(chunks, kind, b"a\0b")
+    with open(file, "wb") as stream:
+        stream.write(b"\x89PNG\r\n\x1a\n" + chunks.getvalue() * 1_000_000)
+        putchunk(stream, b"IEND", b"")
+    read, count = PngStream.read, []
+    monkeypatch.setattr(PngStream, "read", lambda self: count.append(1) or read(self))
+    with pytest.raises(ValueError, match=r"^picture.png has more than 20,000 chunks: pass a PNG as FineLIP-SDXL"):
+        read_parameters(file)
+    assert len(count) == pictures.MAX_CHUNKS
+
+
+@pytest.mark.parametrize("where", ["all", "one pixel", "one channel"])
+def test_a_picture_of_nan_is_refused(where) -> None:
+    pixels = torch.zeros(3, 8, 16)
+    lost = {"all": slice(None), "one pixel": (slice(None), 2, 3), "one channel": (1, 0, 0)}[where]
+    pixels[lost] = torch.nan
+    count = 128 if where == "all" else 1
+    with pytest.raises(ValueError, match=rf"^{count} of the picture's 128 pixels are not a number .*float32"):
+        to_image(pixels)
+
+
+def test_generate_says_that_a_picture_is_no_number(stock_folder, tmp_path, monkeypatch, capsys) -> None:
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *args, **options: (decode(*args, **options)[0] * torch.nan,))
+    arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    assert main(["generate", "a fox", *arguments]) == 2
+    assert "256 of the picture's 256 pixels are not a number (NaN)" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_picture_is_made_of_numbers_as_diffusers_makes_it(dtype) -> None:
+    pixels = torch.linspace(0, 1, 3 * 8 * 16).reshape(1, 3, 8, 16).to(dtype)
+    (expected,) = VaeImageProcessor().postprocess(2 * pixels - 1, output_type="pil")
+    assert (
+        to_image(VaeImageProcessor().postprocess(2 * pixels - 1, output_type="pt")[0]).tobytes() == expected.tobytes()
+    )
 
 
 def test_a_file_that_is_too_large_is_not_read(file, monkeypatch) -> None:
