@@ -24,6 +24,8 @@ from finelip_sdxl.arguments import (
     quiet_transformers,
 )
 
+MAX_UPLOAD = "32mb"  # more than a PNG of this page has
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
@@ -58,18 +60,37 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
         **loading_arguments(options),
     )
     page = build_page(comparison, folder / "pictures", options.max_side)
-    page.queue(max_size=options.max_waiting).launch(
-        server_name=options.host,
-        server_port=options.port,
-        share=options.share,
-        prevent_thread_lock=not wait,
-        theme=THEME,
-        css=STYLE,
-        max_file_size="64mb",
-        footer_links=["api", "settings"],
-        show_error=True,
-    )
+    bypass_proxy(options.host)
+    try:
+        # Closed: what is posted past the queue would draw beside those who wait for their turn.
+        page.queue(max_size=options.max_waiting, api_open=False).launch(
+            server_name=options.host,
+            server_port=options.port,
+            share=options.share,
+            prevent_thread_lock=not wait,
+            theme=THEME,
+            css=STYLE,
+            max_file_size=MAX_UPLOAD,
+            footer_links=["api", "settings"],
+            show_error=True,
+        )
+    except OSError:  # such as a port that is taken, which Gradio names
+        raise
+    except Exception as error:  # Gradio has no narrower one
+        raise OSError(
+            f"The page was opened, but does not answer this machine ({error!s:.300}). A proxy or a firewall may stand"
+            f" between: look at http_proxy and no_proxy in the environment, or try --host 127.0.0.1."
+        ) from error
     return page
+
+
+def bypass_proxy(host: str) -> None:
+    """Have this process ask itself directly, as Gradio does to see whether the page is up, whatever proxy is set."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [*given.split(","), "localhost", "127.0.0.1", "::1", host]
+    direct = dict.fromkeys(name.strip() for name in hosts if name.strip())
+    # Some programs read the one, some the other.
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(direct)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

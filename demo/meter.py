@@ -3,7 +3,7 @@
 `render_meter` gives the HTML and `STYLE` the CSS, both with classes that begin with `meter-`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from html import escape
 from itertools import accumulate, pairwise
 
@@ -59,7 +59,12 @@ STYLE = """
 """
 
 
-def render_meter(prompt: str, readings: Mapping[str, EncoderReading], titles: Mapping[str, str]) -> str:
+def render_meter(
+    prompt: str,
+    readings: Mapping[str, EncoderReading],
+    titles: Mapping[str, str],
+    pending: Collection[str] = (),
+) -> str:
     """How much of a prompt each column reads: a line with a bar for each, then the prompt with what is lost struck out.
 
     Start and end token are counted once, however many windows have them, so that the columns' numbers can be compared.
@@ -68,6 +73,7 @@ def render_meter(prompt: str, readings: Mapping[str, EncoderReading], titles: Ma
         prompt: the text as it was written.
         readings: for each column, such as `"stock"`, what its encoder reads of it. Windows must know their tokens.
         titles: for each column its name for people.
+        pending: columns whose reading follows.
 
     Returns:
         HTML for `STYLE`; text that came in is escaped. Where a column's windows do not join to the prompt (compel's
@@ -84,7 +90,11 @@ def render_meter(prompt: str, readings: Mapping[str, EncoderReading], titles: Ma
     if not prompt.strip():
         return f'<div class="meter"><div class="meter-hint">{HINT}</div></div>'
     names = {column: escape(titles[column]) for column in readings}
-    lines = "".join(_line(column, names[column], reading) for column, reading in readings.items())
+    lines = "".join(
+        _line(column, names[column], readings[column]) if column in readings else _pending(column, escape(title))
+        for column, title in titles.items()
+        if column in readings or column in pending
+    )
     legend = "".join(f"<span>{item}</span>" for item in _legend(prompt, readings, names))
     legend = f'<div class="meter-legend">{legend}</div>' if legend else ""
     return f'<div class="meter">{lines}{_praise(readings, names)}{legend}{_text(prompt, readings, names)}</div>'
@@ -101,6 +111,13 @@ def _line(column: str, name: str, reading: EncoderReading) -> str:
         f'<div class="meter-line meter-{column}"><span class="meter-title">{name}</span>'
         f"<span{loses}>{_sentence(reading)}</span>"
         f'<span class="meter-bar" aria-hidden="true">{bar}</span></div>'
+    )
+
+
+def _pending(column: str, name: str) -> str:
+    return (
+        f'<div class="meter-line meter-pending meter-{column}"><span class="meter-title">{name}</span>'
+        '<span>is still reading</span><span class="meter-bar" aria-hidden="true"></span></div>'
     )
 
 

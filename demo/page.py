@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import secrets
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,7 @@ EXAMPLES = Path(__file__).parent / "examples"
 MAX_CHARACTERS = 6000
 MAX_STEPS = 100
 MAX_SEEDS = 8
+KEPT_SECONDS = 3600  # pictures of those who never say that they leave, such as clients of the API
 OUTPUTS = 5  # components of each column
 # The settings in the order in which events take them.
 FIELDS = (
@@ -90,7 +96,7 @@ class _Page:
                 elem_id="examples",
                 api_visibility="private",
             )
-            reading = gr.HTML(self.render_meter(self.defaults.prompt), elem_id="meter")
+            reading = gr.HTML(self._meter(self.defaults.prompt), elem_id="meter")
             fields, random_seed, columns, upload = self._build_options(prompt)
             with gr.Tabs():
                 with gr.Tab("Compare"):
@@ -100,7 +106,11 @@ class _Page:
             self._build_notes()
 
             private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-            prompt.change(self.render_meter, prompt, reading, queue=False, trigger_mode="always_last", **private)
+            # compel's parser takes seconds for long texts: its part follows, and what is typed does not wait for it.
+            soon: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **private}
+            prompt.change(self.render_meter, prompt, reading, **soon).then(
+                self.render_whole_meter, prompt, reading, **soon
+            )
             upload.upload(self.load_settings, upload, [*fields, random_seed], **private)
             columns.change(self.show_columns, columns, compared, queue=False, **private)
             page.unload(self.leave)
@@ -214,52 +224,73 @@ class _Page:
 
     # Reading
 
-    def render_meter(self, prompt: str) -> str:
+    def render_meter(self, prompt: str, request: gr.Request) -> str:
+        """The meter without compel, at once."""
+        self.visitors.types(_session(request), prompt)
+        return self._meter(prompt, pending=("compel",))
+
+    def render_whole_meter(self, prompt: str, request: gr.Request) -> Any:
+        """The meter with compel, unless other text was typed meanwhile."""
+        whole = self._meter(prompt)
+        return gr.skip() if self.visitors.typed_since(_session(request), prompt) else whole
+
+    def _meter(self, prompt: str | None, pending: tuple[str, ...] = ()) -> str:
+        prompt = prompt or ""
         if len(prompt) > MAX_CHARACTERS:
             return _hint(_too_long(prompt))
         readings, trouble = {}, ""
-        for column in COLUMNS:
+        for column in (column for column in COLUMNS if column not in pending):
             try:
                 readings |= self.comparison.read(prompt, [column])
             except ValueError as error:  # such as brackets that compel cannot read, while they are typed
                 trouble += _hint(str(error))
-        return meter.render_meter(prompt, readings, COLUMNS) + trouble
+        return meter.render_meter(prompt, readings, COLUMNS, pending) + trouble
 
     def tokens(self, prompt: str) -> dict[str, Any]:
         """What each column reads of a prompt: its windows, as texts and in tokens, and the text that is cut."""
-        _check_length(prompt)
-        return {
-            column: {
-                "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in reading.windows],
-                "cut_text": reading.cut_text,
-                "cut_tokens": reading.cut_tokens,
+        with _answered("Not read"):
+            _check_text("prompt", prompt)
+            return {
+                column: {
+                    "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in reading.windows],
+                    "cut_text": reading.cut_text,
+                    "cut_tokens": reading.cut_tokens,
+                }
+                for column, reading in self.comparison.read(prompt).items()
             }
-            for column, reading in _explained(self.comparison.read)(prompt).items()
-        }
 
     # Settings
 
     def settings(self, values: tuple[Any, ...]) -> Settings:
-        """Those of the page's fields, checked."""
+        """Those of the page's fields, or of a call of the API, checked.
+
+        Raises:
+            ValueError, TypeError: one of them is out of range, or no such thing.
+        """
         named = dict(zip(FIELDS, values, strict=True))
         for name in ("prompt", "negative_prompt"):
-            named[name] = named[name] or ""
-            _check_length(named[name])
+            named[name] = "" if named[name] is None else named[name]
+            _check_text(name, named[name])
         if not named["prompt"].strip():
-            raise _refusal("The prompt is empty: write one, or click on an example.", title="No prompt")
+            raise ValueError("The prompt is empty: write one, or click on an example.")
         for name in ("steps", "seed", "width", "height"):
             if named[name] is None:
-                raise _refusal(f"There is no {name}: enter a whole number.")
-            named[name] = int(named[name])
-        if max(named["width"], named["height"]) > self.max_side:
-            raise _refusal(f"Width and height are bounded to {self.max_side} pixels here.")
-        if named["steps"] > MAX_STEPS:
-            raise _refusal(f"Steps are bounded to {MAX_STEPS} here.")
-        return _explained(Settings)(**named)
+                raise ValueError(f"There is no {name}: enter a whole number.")
+            named[name] = _whole(named[name])
+        if any(isinstance(named[name], int) and named[name] > self.max_side for name in ("width", "height")):
+            raise ValueError(f"Width and height are bounded to {self.max_side} pixels here.")
+        if isinstance(named["steps"], int) and named["steps"] > MAX_STEPS:
+            raise ValueError(f"Steps are bounded to {MAX_STEPS} here.")
+        return Settings(**named)
 
     def load_settings(self, file: str) -> list[Any]:
-        """The page's fields as a PNG says that it was drawn."""
-        settings = _explained(lambda: Settings.from_parameters(read_parameters(file)))()
+        """The page's fields as a PNG says that it was drawn. The uploaded file is deleted."""
+        with _answered("Not loaded"):
+            try:
+                settings = Settings.from_parameters(read_parameters(file))
+            finally:
+                with suppress(OSError):
+                    Path(file).unlink()
         values = [getattr(settings, name) for name in FIELDS]
         # What is out of the page's bounds is shown, and named when it is to be drawn.
         gr.Info(f"Loaded from the picture: prompt, seed {settings.seed}, {settings.steps} steps.")
@@ -268,90 +299,95 @@ class _Page:
     # Drawing
 
     def ask(self, request: gr.Request) -> None:
-        self.visitors.ask(request.session_hash)
+        self.visitors.ask(_session(request))
         shutil.rmtree(self._folder_of(request), ignore_errors=True)  # the pictures that the page shows no more
 
     def stop(self, request: gr.Request) -> None:
-        self.visitors.stop(request.session_hash)
+        self.visitors.stop(_session(request))
 
     def leave(self, request: gr.Request) -> None:
-        self.visitors.leave(request.session_hash)
+        self.visitors.leave(_session(request))
         shutil.rmtree(self._folder_of(request), ignore_errors=True)
 
     def show_columns(self, columns: list[str]) -> list[Any]:
         return [gr.update(visible=column in columns) for column in COLUMNS]
 
-    def draw_columns(self, request: gr.Request, *values: Any) -> Iterator[dict[int, Any]]:
+    def draw_columns(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """The columns one after the other, each with its steps."""
-        *values, is_random, columns = values
-        settings = self.settings(_with_seed(values, is_random))
-        self._check_columns(columns, settings)
-        described = self._describe(settings.prompt)
-        shown: list[Any] = [settings.seed]
-        for column in COLUMNS:
-            waits = "waits" if column in columns else "left out"
-            shown += [heading(column), None, status_line(waits), gr.update(value=None, interactive=False), ""]
-        yield shown
-        for number, column in enumerate(COLUMNS):
-            if column not in columns:
-                continue
-            first = 1 + OUTPUTS * number
-            try:
-                for event in self._follow(column, settings, request):
+        with _answered(), self.visitors.running(_session(request)) as flag:
+            *values, is_random, columns = values
+            settings = self.settings(_with_seed(values, is_random))
+            self._check_columns(columns, settings)
+            described = self._describe(settings.prompt)
+            shown: list[Any] = [settings.seed]
+            for column in COLUMNS:
+                waits = "waits" if column in columns else "left out"
+                shown += [heading(column), None, status_line(waits), gr.update(value=None, interactive=False), ""]
+            yield shown
+            for number, column in enumerate(COLUMNS):
+                if column not in columns:
+                    continue
+                first = 1 + OUTPUTS * number
+                try:
+                    for event in self._follow(column, settings, flag):
+                        shown = [gr.skip()] * len(shown)
+                        if isinstance(event, Progress):
+                            shown[first + 2] = _steps_done(event)
+                        else:
+                            shown[first : first + OUTPUTS] = self._show(event, described, request)
+                        yield shown
+                except Exception as error:
+                    stopped = isinstance(error, Stopped)
                     shown = [gr.skip()] * len(shown)
-                    if isinstance(event, Progress):
-                        shown[first + 2] = _steps_done(event)
-                    else:
-                        done = f"{event.settings.steps} steps in {event.seconds:.1f} s, seed {event.settings.seed}"
-                        file = self._save(event, request)
-                        picture, share, details = verdict.judge(event.image, described)
-                        shown[first : first + OUTPUTS] = [
-                            heading(column, share),
-                            picture,
-                            status_line(done),
-                            _file_to_download(file),
-                            details,
-                        ]
+                    for other, name in enumerate(COLUMNS):
+                        if name in columns and other >= number:
+                            shown[1 + OUTPUTS * other + 2] = status_line("stopped" if stopped else "not drawn")
                     yield shown
-            except Exception as error:
-                stopped = isinstance(error, Stopped)
-                shown = [gr.skip()] * len(shown)
-                for other, name in enumerate(COLUMNS):
-                    if name in columns and other >= number:
-                        shown[1 + OUTPUTS * other + 2] = status_line("stopped" if stopped else "not drawn")
-                yield shown
-                if stopped:
-                    return
-                raise
+                    if stopped:
+                        return
+                    raise
+
+    def _show(
+        self, drawn: Picture, described: tuple[DescribedObject, ...] | None, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """What a column's outputs become when it is drawn."""
+        done = f"{drawn.settings.steps} steps in {drawn.seconds:.1f} s, seed {drawn.settings.seed}"
+        picture, share, details = verdict.judge(drawn.image, described)
+        file = self._save(drawn, request)
+        return heading(drawn.column, share), picture, status_line(done), _file_to_download(file), details
 
     def draw_grid(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Every column from each seed, then all of them in one picture."""
-        *values, is_random, columns, seeds = values
-        settings = self.settings(_with_seed(values, is_random))
-        self._check_columns(columns, settings)
-        rows = _explained(settings.over_seeds)(min(int(seeds), MAX_SEEDS))
-        yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
-        total, pictures = len(rows) * len(columns), []
-        try:
-            for drawn in rows:
-                for column in (column for column in COLUMNS if column in columns):
-                    for event in self._follow(column, drawn, request):
-                        if isinstance(event, Progress):
-                            done = (len(pictures) + event.step / event.steps) / total
-                            text = f"picture {len(pictures) + 1} of {total}: {COLUMNS[column]}, seed {drawn.seed}"
-                            yield [gr.skip(), gr.skip(), status_line(text, done), gr.skip()]
-                        else:
-                            pictures.append(event)
-        except Exception as error:
-            stopped = isinstance(error, Stopped)
-            yield [gr.skip(), gr.skip(), status_line("stopped" if stopped else "not drawn"), gr.skip()]
-            if stopped:
-                return
-            raise
-        grid = label_pictures(pictures, self._describe(settings.prompt) or ())
-        file = self._new_file(request, "finelip-sdxl-grid.png")
-        save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
-        yield [gr.skip(), grid, status_line(f"{total} pictures"), _file_to_download(file)]
+        with _answered(), self.visitors.running(_session(request)) as flag:
+            *values, is_random, columns, seeds = values
+            settings = self.settings(_with_seed(values, is_random))
+            self._check_columns(columns, settings)
+            seeds = _whole(seeds)
+            if isinstance(seeds, int) and seeds > MAX_SEEDS:
+                raise ValueError(f"Seeds are bounded to {MAX_SEEDS} here.")
+            rows = settings.over_seeds(seeds)
+            yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
+            total, pictures = len(rows) * len(columns), []
+            try:
+                for drawn in rows:
+                    for column in (column for column in COLUMNS if column in columns):
+                        for event in self._follow(column, drawn, flag):
+                            if isinstance(event, Progress):
+                                done = (len(pictures) + event.step / event.steps) / total
+                                text = f"picture {len(pictures) + 1} of {total}: {COLUMNS[column]}, seed {drawn.seed}"
+                                yield [gr.skip(), gr.skip(), status_line(text, done), gr.skip()]
+                            else:
+                                pictures.append(event)
+            except Exception as error:
+                stopped = isinstance(error, Stopped)
+                yield [gr.skip(), gr.skip(), status_line("stopped" if stopped else "not drawn"), gr.skip()]
+                if stopped:
+                    return
+                raise
+            grid = label_pictures(pictures, self._describe(settings.prompt) or ())
+            file = self._new_file(request, "finelip-sdxl-grid.png")
+            save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
+            yield [gr.skip(), grid, status_line(f"{total} pictures"), _file_to_download(file)]
 
     def compare(
         self,
@@ -366,42 +402,43 @@ class _Page:
         conditioning_adapter_scale: float = 1.0,
         hidden_states: str | None = None,
         seed: int = 0,
-    ) -> list[gr.FileData]:
+    ) -> Iterator[list[gr.FileData]]:
         """PNG files of the columns in their order, each with its parameters inside; a width or height of 0 is the
-        model's own."""
-        own_width, own_height = self.comparison.size
-        size = (width or own_width, height or own_height)
-        values = (
-            prompt,
-            negative_prompt,
-            steps,
-            guidance_scale,
-            *size,
-            conditioning_adapter_scale,
-            hidden_states,
-            seed,
-        )
-        settings = self.settings(values)
-        self._check_columns(columns, settings)
-        files = []
-        for column in columns:
-            *_, picture = self._follow(column, settings, request)
-            files.append(gr.FileData(path=str(self._save(picture, request))))
-        return files
+        model's own. Comes once for each step, with the files so far: between them a call can be cancelled."""
+        with _answered(), self.visitors.running(_session(request)) as flag:
+            own_width, own_height = self.comparison.size
+            size = [
+                own if type(side) is int and side == 0 else side
+                for side, own in ((width, own_width), (height, own_height))
+            ]
+            values = (
+                prompt,
+                negative_prompt,
+                steps,
+                guidance_scale,
+                *size,
+                conditioning_adapter_scale,
+                hidden_states,
+                seed,
+            )
+            settings = self.settings(values)
+            self._check_columns(columns, settings)
+            files: list[gr.FileData] = []
+            for column in columns:
+                for event in self._follow(column, settings, flag):
+                    if isinstance(event, Picture):
+                        files.append(gr.FileData(path=str(self._save(event, request))))
+                    yield files
 
-    def _follow(self, column: str, settings: Settings, request: gr.Request) -> Iterator[Progress | Picture]:
-        flag = self.visitors.flag(request.session_hash)
-        try:
-            yield from follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
-        except (ValueError, TypeError, MemoryError) as error:
-            raise _refusal(str(error)) from error
+    def _follow(self, column: str, settings: Settings, flag: threading.Event) -> Iterator[Progress | Picture]:
+        return follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
 
     def _check_columns(self, columns: list[str], settings: Settings) -> None:
         """That there are some, and that each can read what it gets, before the first is drawn."""
         if not columns:
-            raise _refusal("No column is chosen: choose at least one under Advanced.")
+            raise ValueError("No column is chosen: choose at least one under Advanced.")
         for text in (settings.prompt, settings.negative_prompt):
-            _explained(self.comparison.read)(text, columns)
+            self.comparison.read(text, columns)
 
     def _describe(self, prompt: str) -> tuple[DescribedObject, ...] | None:
         return parse_description(prompt) if self.comparison.is_miniature else None
@@ -414,13 +451,22 @@ class _Page:
         return file
 
     def _new_file(self, request: gr.Request, name: str) -> Path:
+        for folder in self.folder.glob("*"):
+            with suppress(OSError):  # others come and go meanwhile
+                if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+                    shutil.rmtree(folder)
         folder = self._folder_of(request)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
 
     def _folder_of(self, request: gr.Request) -> Path:
-        # A session's name is the browser's: only what cannot leave the folder is taken of it.
-        return self.folder / "".join(filter(str.isalnum, str(request.session_hash)))[:64]
+        # A session's name is the browser's: of whatever it consists, its digest is one folder, and nobody else's.
+        return self.folder / hashlib.sha256(_session(request).encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def _session(request: gr.Request) -> str:
+    """A visitor's name; one that has none has nothing in common with others, not even with itself."""
+    return request.session_hash if isinstance(request.session_hash, str) else secrets.token_hex(16)
 
 
 # Drawing waits for its turn: there is one model, however many visitors.
@@ -441,26 +487,35 @@ def _read_examples(folder: Path) -> dict[str, str]:
     }
 
 
-def _refusal(sentence: str, title: str = "Not drawn") -> gr.Error:
-    """What the page shows of a mistake in the input; it is the visitor's, so no traceback is printed here."""
-    return gr.Error(sentence, title=title, print_exception=False)
+@contextmanager
+def _answered(title: str = "Not drawn") -> Iterator[None]:
+    """Whatever goes wrong is answered with its sentence, on the page as to those who call.
+
+    The page takes messages for HTML, and sentences hold what came from outside, such as a file's name or a value in
+    it: so they are escaped here, and nowhere else is a message made.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, MemoryError, Stopped) as error:
+        # The visitor's, so no traceback is printed here.
+        raise gr.Error(escape(str(error), quote=False), title=title, print_exception=False) from error
+    except OSError as error:  # whose text names files of this machine
+        raise gr.Error(f"A file could not be written here: {error.strerror or 'unknown'}.", title=title) from error
+    except Exception as error:
+        text = escape(f"{type(error).__name__}: {error}", quote=False)
+        raise gr.Error(f"This is a fault of the page, whose log says more. {text}", title=title) from error
 
 
-def _explained(function: Callable) -> Callable:
-    """A function whose mistakes in the input are shown on the page in their sentence."""
-
-    def explain(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except (ValueError, TypeError, MemoryError) as error:
-            raise _refusal(str(error), title="This cannot be done") from error
-
-    return explain
-
-
-def _check_length(text: str) -> None:
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"`{name}` must be a text, but is {text!r:.60}.")
     if len(text) > MAX_CHARACTERS:
-        raise _refusal(_too_long(text), title="Too long")
+        raise ValueError(_too_long(text))
+
+
+def _whole(number: Any) -> Any:
+    """A number without a fraction as the integer that it is; sliders and JSON make no difference."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _too_long(text: str) -> str:

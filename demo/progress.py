@@ -6,12 +6,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+MAX_VISITORS = 1000  # of whom something is remembered while nothing runs for them; anybody can invent sessions
+Value = TypeVar("Value")
 
 
 class Stopped(Exception):
     """Somebody pressed stop, or closed the page."""
+
+    def __init__(self) -> None:
+        super().__init__("Stopped before it was done: ask for it again.")
 
 
 @dataclass(frozen=True)
@@ -24,24 +31,61 @@ class Progress:
 
 
 class Visitors:
-    """What each visitor last asked for, so that it can be stopped: a flag by session."""
+    """What each session asked for, so that it can be stopped, and the text that it typed last. Nothing is kept of
+    what is over, and no more than `MAX_VISITORS` of what never began."""
 
     def __init__(self) -> None:
-        self._flags: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+        self._asked: dict[str, threading.Event] = {}
+        self._running: dict[str, set[threading.Event]] = {}
+        self._typed: dict[str, str] = {}
 
     def ask(self, session: str) -> None:
         """A new run is asked for. It may have to wait for others, and can be stopped before it begins."""
-        self._flags[session] = threading.Event()
+        with self._lock:
+            _remember(self._asked, session, threading.Event())
 
-    def flag(self, session: str) -> threading.Event:
-        return self._flags.setdefault(session, threading.Event())
+    @contextmanager
+    def running(self, session: str) -> Iterator[threading.Event]:
+        """A run, from its beginning to its end: the flag that stops it."""
+        with self._lock:
+            flag = self._asked.pop(session, None) or threading.Event()
+            self._running.setdefault(session, set()).add(flag)
+        try:
+            yield flag
+        finally:
+            with self._lock:
+                self._running[session].discard(flag)
+                if not self._running[session]:
+                    del self._running[session]
 
     def stop(self, session: str) -> None:
-        self.flag(session).set()
+        with self._lock:
+            waiting = [self._asked[session]] if session in self._asked else []
+            for flag in (*waiting, *self._running.get(session, ())):
+                flag.set()
 
     def leave(self, session: str) -> None:
         """The page was closed: what it asked for is stopped, and forgotten."""
-        self._flags.pop(session, threading.Event()).set()
+        self.stop(session)
+        with self._lock:
+            self._asked.pop(session, None)
+            self._typed.pop(session, None)
+
+    def types(self, session: str, text: str) -> None:
+        with self._lock:
+            _remember(self._typed, session, text)
+
+    def typed_since(self, session: str, text: str) -> bool:
+        """Whether a session has typed another text after this one."""
+        return self._typed.get(session, text) != text
+
+
+def _remember(values: dict[str, Value], session: str, value: Value) -> None:
+    values.pop(session, None)
+    values[session] = value
+    if len(values) > MAX_VISITORS:
+        del values[next(iter(values))]  # the oldest
 
 
 def follow(draw: Callable[[Callable[[int, int], None]], Any], flag: threading.Event) -> Iterator[Progress | Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +15,22 @@ from typing import Any
 import app
 import gradio as gr
 import pytest
+from compel import Compel
 from demo_server import Demo, served
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from page import build_page
 from PIL import Image
-from progress import Progress, Stopped, Visitors, follow
+from PIL.PngImagePlugin import PngInfo
+from progress import MAX_VISITORS, Progress, Stopped, Visitors, follow
 from verdict import judge
 
-from finelip_sdxl.comparison import MAX_SEED, MIN_REFINED_STEPS, Picture, Settings
+from finelip_sdxl.comparison import MAX_SEED, MIN_REFINED_STEPS, Comparison, Picture, Settings
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.parsing import parse_description
 from finelip_sdxl.miniature.world import make_scene
-from finelip_sdxl.pictures import read_parameters
+from finelip_sdxl.pictures import read_parameters, save_png
 
 LONG = "A red star is in the top left. " * 12  # 110 tokens
 
@@ -95,14 +99,41 @@ def test_a_visitor_stops_what_they_asked_for_last_and_nobody_else() -> None:
     visitors = Visitors()
     visitors.ask("a")
     visitors.ask("b")
-    first = visitors.flag("a")
     visitors.stop("a")
-    assert first.is_set()
-    visitors.ask("a")
-    assert not visitors.flag("a").is_set()
-    assert not visitors.flag("b").is_set()
-    visitors.leave("b")
+    with visitors.running("a") as stopped, visitors.running("b") as other:
+        assert stopped.is_set()
+        assert not other.is_set()
+        visitors.leave("b")
+        assert other.is_set()
     visitors.leave("nobody")
+
+
+def test_a_run_that_was_stopped_does_not_stop_the_next_one() -> None:
+    visitors = Visitors()
+    with visitors.running("a") as first:
+        visitors.stop("a")
+    with visitors.running("a") as second:
+        assert (first.is_set(), second.is_set()) == (True, False)
+    with pytest.raises(KeyError), visitors.running("a") as third:
+        raise KeyError
+    assert not third.is_set()
+
+
+def test_nothing_is_kept_of_what_is_over_and_little_of_what_never_began() -> None:
+    visitors = Visitors()
+    for number in range(3 * MAX_VISITORS):
+        session = str(number)
+        visitors.stop(session)
+        with visitors.running(session):
+            pass
+    assert not any(map(len, (visitors._asked, visitors._running, visitors._typed)))
+    for number in range(3 * MAX_VISITORS):
+        visitors.ask(str(number))
+        visitors.types(str(number), "a fox")
+    assert {len(visitors._asked), len(visitors._typed)} == {MAX_VISITORS}
+    visitors.stop(str(number))
+    with visitors.running(str(number)) as flag:
+        assert flag.is_set()  # the newest are not forgotten
 
 
 # The miniature's pictures
@@ -170,6 +201,8 @@ def test_the_api_counts_tokens(client) -> None:
         ("a star", {"seed": -1}, "`seed` is -1; expected a whole number"),
         ("a star", {"columns": ["other"]}, "`column` must be one of"),
         ("a star", {"columns": []}, "No column is chosen"),
+        ("a star", {"columns": ["stock"] * 300}, "`columns` names 'stock' 300 times"),
+        ("a star", {"columns": ["finelip", "stock", "finelip"]}, "`columns` names 'finelip' 2 times"),
         ("(" * 500, {"columns": ["compel"]}, "compel would take minutes"),
         ("a star", {"columns": ["compel"], "negative_prompt": "(" * 500}, "compel would take minutes"),
     ],
@@ -178,6 +211,139 @@ def test_the_api_explains_what_is_wrong_in_a_sentence(client, prompt, arguments,
     with pytest.raises(AppError, match=message):
         client.predict(prompt, **{"steps": 1, **arguments}, api_name="/compare")
     assert "Traceback" not in capsys.readouterr().err  # whoever serves the page has made no mistake
+
+
+def post(demo: Demo, name: str, body: str, until: str = "event: complete") -> str:
+    """What the API answers to plain HTTP, up to an error or the line that is waited for."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{demo.url}gradio_api/call/{name}", body.encode(), headers)
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    lines = []
+    with urllib.request.urlopen(f"{demo.url}gradio_api/call/{name}/{event}") as stream:
+        for line in map(bytes.decode, stream):
+            lines.append(line)
+            if line.startswith("data: ") and ("event: error" in lines[-2] or until in lines[-2]):
+                break
+    return "".join(lines)
+
+
+# Words of Python's own that a sentence of ours does not hold.
+PYTHONS_WORDS = ("object", "has no", "not supported", "iterable", "unhashable", "cannot convert", "null", "argument")
+
+
+@pytest.mark.parametrize("value", ["null", "3", "true", "NaN", "[]", '["a star"]', "{}", '{"a": 1}', "1e999"])
+def test_tokens_of_what_is_no_text_are_refused_in_a_sentence(demo, value) -> None:
+    answer = post(demo, "tokens", f'{{"data": [{value}]}}')
+    assert "`prompt` must be a text, but is" in answer
+    assert not any(word in answer.split("but is")[0] for word in PYTHONS_WORDS)
+
+
+# What a call of /compare passes, as JSON.
+CALL = {
+    "prompt": '"a star"',
+    "columns": '["stock"]',
+    "negative_prompt": '""',
+    "steps": "1",
+    "guidance_scale": "3",
+    "width": "0",
+    "height": "0",
+    "conditioning_adapter_scale": "1",
+    "hidden_states": "null",
+    "seed": "0",
+}
+OTHER_KINDS = ["NaN", "-1e999", "[]", "[1, [2]]", "{}", '"<img src=x>"', "true", "2.5", "-3", "1e300"]
+
+
+def call(**changes: str) -> str:
+    return f'{{"data": [{", ".join((CALL | changes).values())}]}}'
+
+
+@pytest.mark.parametrize("value", OTHER_KINDS)
+@pytest.mark.parametrize("name", CALL)
+def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch, name, value) -> None:
+    is_right = (name.endswith("prompt") and value.startswith('"')) or (name, value) == ("guidance_scale", "2.5")
+    drawn = []
+
+    def draw(*job) -> Picture:
+        drawn.append(job)
+        return Picture("stock", Image.new("RGB", (96, 96)), job[1], seconds=1.0)
+
+    monkeypatch.setattr(demo.comparison, "draw", draw)
+    answer = post(demo, "compare", call(**{name: value}))
+    assert bool(drawn) == is_right
+    if not is_right:
+        said = json.loads(answer.split("event: error\ndata: ")[1])["error"]
+        assert "<" not in said
+        assert any(word in said for word in ("expected", "must be", "No column", "bounded", "empty"))
+
+
+def test_null_stands_for_what_is_left_out_or_is_named(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
+    for name in ("prompt", "columns", "steps", "guidance_scale", "width", "seed"):
+        answer = post(demo, "compare", call(**{name: "null"}))
+        assert any(word in answer for word in ("is empty", "No column", f"There is no {name}", f"`{name}` is None"))
+
+
+def test_what_is_posted_past_the_queue_is_refused(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
+    for route in ("run", "api"):
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{demo.url}gradio_api/{route}/compare", call().encode(), headers)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(request)
+
+
+class Steps:
+    """Draws in `count` steps of a twentieth of a second, and remembers those that were done."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.done, self.begun, self.ended = count, 0, threading.Event(), threading.Event()
+
+    def __call__(self, column, settings, on_step) -> Picture:
+        try:
+            for step in range(1, self.count + 1):
+                time.sleep(0.05)
+                self.done = step
+                on_step(step, self.count)
+                self.begun.set()
+        finally:
+            self.ended.set()
+        return Picture(column, Image.new("RGB", (96, 96)), settings, seconds=1.0)
+
+
+def test_a_call_that_is_cancelled_stops_its_drawing_and_the_next_one_succeeds(demo, client, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.comparison, "draw", steps := Steps(2000))
+        job = client.submit("a star", steps=2, api_name="/compare")
+        assert steps.begun.wait(60)
+        job.cancel()
+        assert steps.ended.wait(60)
+        assert steps.done < steps.count
+    assert len(client.predict("a star", steps=1, api_name="/compare")) == 3  # of the same session
+
+
+def test_a_caller_who_goes_away_stops_the_drawing(demo, client, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.comparison, "draw", steps := Steps(2000))
+        post(demo, "compare", call(), until="event: generating")
+        assert steps.ended.wait(60)
+        assert steps.done < steps.count
+    assert len(client.predict("a star", columns=["stock"], steps=1, api_name="/compare")) == 1
+
+
+def test_a_session_that_was_stopped_is_told_so_and_may_call_again(demo, monkeypatch) -> None:
+    class Session:
+        session_hash = "stopped"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.comparison, "draw", Steps(2000))
+        run = demo.page.compare("a star", Session(), ["stock"], steps=1)
+        next(run)
+        demo.page.stop(Session())
+        with pytest.raises(gr.Error, match="Stopped before it was done: ask for it again"):
+            list(run)
+    *_, files = demo.page.compare("a star", Session(), ["stock"], steps=1)
+    assert len(files) == 1
 
 
 def test_memory_that_runs_out_leaves_the_page_working(demo, client, monkeypatch) -> None:
@@ -268,6 +434,60 @@ def test_seeds_past_the_last_are_explained(demo) -> None:
         next(demo.page.draw_grid(Visitor(), *values, ["stock"], 2))
 
 
+def test_a_grid_is_bounded(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
+    for columns, seeds, message in (
+        (["stock"], 9, "Seeds are bounded to 8 here"),
+        (["stock"], 0, "`seeds` is 0"),
+        (["stock"], float("nan"), "`seeds` is nan"),
+        (["stock"], None, "`seeds` is None"),
+        (["stock", "stock"], 2, "`columns` names 'stock' 2 times"),
+    ):
+        with pytest.raises(gr.Error, match=message):
+            next(demo.page.draw_grid(Visitor(), *VALUES, columns, seeds))
+    with pytest.raises(gr.Error, match="`columns` names 'compel' 2 times"):
+        next(demo.page.draw_columns(Visitor(), *VALUES, ["compel", "compel"]))
+
+
+# The meter
+
+
+@pytest.fixture
+def parsed(monkeypatch) -> list[str]:
+    """The texts that compel's parser is given."""
+    texts: list[str] = []
+    parse = Compel.parse_prompt_string
+    monkeypatch.setattr(Compel, "parse_prompt_string", lambda text: texts.append(text) or parse(text))
+    return texts
+
+
+@pytest.mark.parametrize("text", ["a star, " * 700, "(a star)1.2 " * 450, '"a star" ' * 600, "(" * 6000, "a"])
+def test_the_meter_does_not_wait_for_compel_s_parser(demo, parsed, text) -> None:
+    html = demo.page.render_meter(text, Visitor())
+    assert not parsed
+    assert "is still reading" in html
+    assert html.count('class="meter-line') == 3
+
+
+def test_compel_s_part_of_the_meter_follows(demo, parsed) -> None:
+    demo.page.render_meter(LONG, Visitor())
+    html = demo.page.render_whole_meter(LONG, Visitor())
+    assert parsed == [LONG]
+    assert "is still reading" not in html
+    assert "in 2 windows of 77" in html
+
+
+def test_what_was_typed_meanwhile_is_not_overwritten(demo) -> None:
+    demo.page.render_meter("a star", Visitor())
+    demo.page.render_meter("a star and a ring", Visitor())
+    assert demo.page.render_whole_meter("a star", Visitor()) == gr.skip()
+    assert "a star and a ring" in demo.page.render_whole_meter("a star and a ring", Visitor())
+
+
+def test_the_meter_of_nothing_asks_for_a_prompt(demo) -> None:
+    assert "Write a prompt" in demo.page.render_meter(None, Visitor())
+
+
 # What stands on the page
 
 
@@ -327,11 +547,91 @@ def test_a_path_that_was_not_uploaded_is_not_opened(demo, tmp_path) -> None:
     assert "is not a PNG" not in answer  # which it would say, had it looked
 
 
-def test_a_session_s_name_cannot_lead_out_of_the_folder(demo) -> None:
-    class Request:
-        session_hash = "../../outside/"
+def session(name: str | None) -> Any:
+    return type("Request", (), {"session_hash": name})()
 
-    assert demo.page._folder_of(Request()) == demo.folder / "pictures" / "outside"
+
+NAMES = ["!!!", "", ".", "..", "/", "../../outside/", "a", "a!", "a.", "A", "ä", "\ud800", "a" * 5000, "pictures"]
+
+
+def test_each_session_has_a_folder_of_its_own_whatever_its_name(demo) -> None:
+    folders = [demo.page._folder_of(session(name)) for name in NAMES]
+    assert len(set(folders)) == len(NAMES)
+    assert {folder.parent for folder in folders} == {demo.folder / "pictures"}
+    assert folders == [demo.page._folder_of(session(name)) for name in NAMES]
+
+
+def test_a_session_deletes_nobody_else_s_pictures(demo) -> None:
+    files = [demo.page._new_file(session(name), "picture.png") for name in ("a visitor", *NAMES)]
+    for file in files:
+        file.write_bytes(b"")
+    for name, file in zip(NAMES, files[1:], strict=True):
+        (demo.page.ask if name == "!!!" else demo.page.leave)(session(name))
+        assert not file.exists()
+        assert files[0].exists()
+    demo.page.leave(session("a visitor"))
+
+
+def test_those_without_a_name_share_nothing(demo) -> None:
+    one, other = (demo.page._folder_of(session(None)) for _ in range(2))
+    assert one != other
+
+
+def test_pictures_of_those_who_never_leave_are_deleted_later(demo) -> None:
+    old = demo.page._new_file(session("old"), "picture.png").parent
+    new = demo.page._new_file(session("new"), "picture.png").parent
+    os.utime(old, (0, 0))
+    demo.page._new_file(session("another"), "picture.png")
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+HOSTILE = '<img src="https://example.com/x.png" onerror=alert(1)>&amp;<script>'
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"prompt": HOSTILE, "steps": HOSTILE},
+        {"prompt": "a star", "hidden_states": HOSTILE},
+        {"prompt": "a star", "width": [HOSTILE]},
+        {"prompt": "a star", "seed": {HOSTILE: HOSTILE}},
+        {"prompt": "a star", "negative_prompt": [HOSTILE]},
+        {"prompt": ["a star"], HOSTILE: HOSTILE},
+    ],
+)
+def test_what_a_picture_holds_is_shown_as_text(demo, tmp_path, parameters) -> None:
+    file = tmp_path / "<b>picture<b>.png"
+    save_png(Image.new("RGB", (8, 8)), file, {"prompt": "a star"})
+    with Image.open(file) as image:
+        info = PngInfo()
+        info.add_itxt("parameters", json.dumps(parameters))
+        image.save(file, pnginfo=info)
+    with pytest.raises(gr.Error) as raised:
+        demo.page.load_settings(str(file))
+    assert "<" not in raised.value.message
+    assert not raised.value.print_exception
+    assert not file.exists()  # it was read, and is needed no more
+
+
+def test_an_uploaded_picture_is_deleted_once_it_is_read(demo, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gr, "Info", lambda text: None)
+    save_png(Image.new("RGB", (8, 8)), file := tmp_path / "picture.png", {"prompt": HOSTILE, "seed": 7})
+    assert demo.page.load_settings(str(file))[0] == HOSTILE  # in a box for text
+    assert not file.exists()
+    for nothing in (None, str(tmp_path), 3):
+        with pytest.raises(gr.Error):
+            demo.page.load_settings(nothing)
+
+
+def test_errors_of_the_machine_name_none_of_its_files(demo, monkeypatch) -> None:
+    def fail(*args) -> None:
+        raise OSError(28, "No space left on device", "/home/somebody/secret.png")
+
+    monkeypatch.setattr(demo.comparison, "draw", fail_at("none", ValueError()))
+    monkeypatch.setattr("page.save_png", fail)
+    with pytest.raises(gr.Error, match="No space left on device") as raised:
+        list(demo.page.compare("a star", Visitor(), ["stock"], steps=1))
+    assert "secret" not in raised.value.message
 
 
 def test_nothing_is_left_when_the_page_is_closed(monkeypatch) -> None:
@@ -347,6 +647,41 @@ def test_nothing_is_left_when_the_page_is_closed(monkeypatch) -> None:
 
 
 # Starting
+
+
+def test_the_page_starts_and_answers_where_the_environment_has_a_proxy(demo, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(Comparison, "load", lambda *args, **options: demo.comparison)
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setenv("no_proxy", "example.com, 10.0.0.0/8")
+    with served(tmp_path) as second:
+        assert Client(second.url, verbose=False).predict("a star", api_name="/tokens")["stock"]["cut_tokens"] == 0
+        assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "example.com,10.0.0.0/8,localhost,127.0.0.1,::1"
+
+
+@pytest.mark.parametrize(("host", "added"), [("127.0.0.1", ""), ("0.0.0.0", ",0.0.0.0"), ("::", ",::")])
+def test_a_proxy_stays_for_everything_else(monkeypatch, host, added) -> None:
+    monkeypatch.setenv("NO_PROXY", "example.com")
+    monkeypatch.delenv("no_proxy", raising=False)
+    for _ in range(2):
+        app.bypass_proxy(host)
+        assert os.environ["no_proxy"] == f"example.com,localhost,127.0.0.1,::1{added}"
+
+
+@pytest.mark.parametrize("error", [Exception("code 502"), ValueError("When localhost is not accessible, share")])
+def test_a_page_that_cannot_reach_itself_says_so_in_a_line(demo, monkeypatch, capsys, error) -> None:
+    def launch(*args, **options) -> None:
+        raise error
+
+    monkeypatch.setattr(Comparison, "load", lambda *args, **options: demo.comparison)
+    monkeypatch.setattr(gr.Blocks, "launch", launch)
+    for name in ("no_proxy", "NO_PROXY", "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # what is set is undone
+    assert app.main([]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "does not answer this machine" in line
+    assert str(error) in line
+    assert "http_proxy" in line
 
 
 def test_the_page_is_for_this_machine_alone_by_default(monkeypatch, tmp_path) -> None:
