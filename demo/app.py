@@ -26,6 +26,8 @@ from finelip_sdxl.console import quiet_transformers
 
 MAX_UPLOAD = "32mb"  # more than a PNG of this page has
 
+MAX_UPLOAD = "32mb"  # more than a PNG of this page has
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)

@@ -107,8 +107,10 @@ class _Page:
 
             private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
             # compel's parser takes seconds for long texts: its part follows, and what is typed does not wait for it.
-            for render in (self.render_meter, self.render_whole_meter):
-                prompt.change(render, prompt, reading, queue=False, trigger_mode="always_last", **private)
+            soon: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **private}
+            prompt.change(self.render_meter, prompt, reading, **soon).then(
+                self.render_whole_meter, prompt, reading, **soon
+            )
             upload.upload(self.load_settings, upload, [*fields, random_seed], **private)
             columns.change(self.show_columns, columns, compared, queue=False, **private)
             page.unload(self.leave)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compel import Compel
 from demo_server import Demo, served
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from finelip_sdxl.pictures import read_parameters
 
@@ -236,6 +240,54 @@ def test_a_png_of_another_program_is_explained(open_page) -> None:
     payload = {"name": "other.png", "mimeType": "image/png", "buffer": data.getvalue()}
     load(page, payload)
     page.locator(".toast-body", has_text="holds no parameters").wait_for()
+
+
+def test_html_in_a_picture_is_shown_as_text(open_page, demo) -> None:
+    page = open_page()
+    page.get_by_text("Advanced").click()
+    hostile = '<img src="http://192.0.2.1/x.png" onerror="document.title = 1"><b>'
+    data, info = io.BytesIO(), PngInfo()
+    info.add_itxt("parameters", json.dumps({"prompt": hostile, "steps": hostile}))
+    Image.new("RGB", (8, 8)).save(data, "PNG", pnginfo=info)
+    load(page, {"name": "<i>picture.png", "mimeType": "image/png", "buffer": data.getvalue()})
+    page.locator(".toast-body", has_text='`steps` is \'<img src="http://192.0.2.1/x.png"').wait_for()
+    assert page.locator(".toast-body").locator("b, img[src*='192']").count() == 0
+    assert not list(demo.folder.rglob("*picture.png"))  # an uploaded file is deleted once it is read
+    write(page, hostile)
+    page.wait_for_function("document.querySelector('#meter .meter-text')?.textContent.includes('192.0.2.1')")
+    assert page.locator("#meter img").count() == 0
+    assert page.title() == "FineLIP-SDXL"  # what the page asks of others, `open_page` sees
+
+
+def test_typing_does_not_wait_for_compel_s_parser(open_page, monkeypatch) -> None:
+    page = open_page()
+    parse, may_parse = Compel.parse_prompt_string, threading.Event()
+    monkeypatch.setattr(Compel, "parse_prompt_string", lambda text: may_parse.wait(PATIENCE / 1000) and parse(text))
+    try:
+        for thing, times in (("(a green star)1.2 ", 300), ("a blue ring ", 20)):
+            write(page, thing * times)
+            page.locator("#meter .meter-text", has_text=thing).wait_for()
+            page.locator("#meter .meter-pending", has_text="is still reading").wait_for()
+    finally:
+        may_parse.set()
+    assert re.fullmatch("compel reads all 62 tokens at once", meter_lines(page)[1])
+    page.wait_for_timeout(1000)  # the first text's part comes late, and must not take the second's place
+    assert "green" not in page.locator("#meter").inner_text()
+
+
+def test_two_visitors_take_turns(open_page) -> None:
+    first, second = open_page(), open_page()
+    set_steps(first, 100)
+    set_steps(second, 2)
+    first.click("#draw")
+    wait_for_status(first, r"step \d+ of 100", "stock")
+    second.click("#draw")
+    wait_for_status(first, r"step [3-9]\d of 100", "stock")
+    assert "2 steps in" not in second.locator("#column-stock .status").inner_text()
+    first.click("#stop")
+    wait_for_status(first, "stopped")
+    wait_for_status(second, "2 steps in")
+    assert len(shares(second)) == 3
 
 
 def test_many_seeds_make_one_picture(open_page, tmp_path) -> None:

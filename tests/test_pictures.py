@@ -6,11 +6,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo, PngStream, putchunk
 
 from finelip_sdxl import pictures
+from finelip_sdxl.cli import main
 from finelip_sdxl.pictures import label_grid, read_parameters, save_png, to_image
 
 PARAMETERS = {"prompt": "a red fox, 狐\0, " * 40, "seed": 2**32 - 1, "guidance_scale": 3.5, "width": None}
@@ -143,6 +145,15 @@ def test_a_picture_of_nan_is_refused(where) -> None:
     count = 128 if where == "all" else 1
     with pytest.raises(ValueError, match=rf"^{count} of the picture's 128 pixels are not a number .*float32"):
         to_image(pixels)
+
+
+def test_generate_says_that_a_picture_is_no_number(stock_folder, tmp_path, monkeypatch, capsys) -> None:
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *args, **options: (decode(*args, **options)[0] * torch.nan,))
+    arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    assert main(["generate", "a fox", *arguments]) == 2
+    assert "256 of the picture's 256 pixels are not a number (NaN)" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
