@@ -287,7 +287,8 @@ def why_not_written(error: Exception) -> str | None:
     if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
         return os.strerror(int(number[1]))
     # PyTorch's writer of zip files, which does not say why.
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error)):
+    in_pytorch = "PytorchStreamWriter|inline_container|iostream|cannot be opened|Parent directory"
+    if isinstance(error, RuntimeError) and re.search(in_pytorch, str(error)):
         return "a write failed, as on a full disk"
     return None
 
