@@ -17,6 +17,7 @@ import alignment
 import numpy as np
 import precompute
 import pytest
+import run_folder
 import torch
 from accelerate import Accelerator
 from align_adapter import ENCODERS, Adapter, Lora
@@ -37,6 +38,7 @@ from PIL import Image
 from precompute import Precomputed, cut_square
 from recipes import KillIn, Stop, forget_accelerator, nothing, on_two_processes, processes, refusal
 from run_folder import RunFolder, held
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 from torch import Tensor, nn
@@ -642,6 +644,27 @@ def test_a_damaged_or_earlier_file_is_encoded_anew(base, tmp_path, capsys, small
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_folder_that_cannot_be_written_to_can_be_read(base, tmp_path, monkeypatch) -> None:
+    pipe, _ = load_pair(base)
+    data = open_images("miniature:5", "train")
+    precompute.precompute(data, pipe, 16, False, tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to all but a read-only disk
+    monkeypatch.setattr(run_folder, "FileLock", None)
+    assert len(precompute.precompute(data, pipe, 16, False, tmp_path)) == 5
+
+
+def test_a_disk_that_is_full_leaves_no_half_file(base, tmp_path, monkeypatch, small_chunks) -> None:
+    def fail(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    pipe, _ = load_pair(base)
+    monkeypatch.setattr(precompute, "save_file", fail)
+    with pytest.raises(OSError, match=r"chunk-000000.safetensors cannot be written \(No space left on device\)"):
+        precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_other_settings_is_another(tmp_path) -> None:
     def folder(*flags: str) -> Path:
         return align_adapter.precomputed_folder(align_adapter.parse(["--out", str(tmp_path), *flags]))
@@ -1136,7 +1159,9 @@ def test_a_run_that_diverges_stops_at_its_step_and_keeps_what_was_saved(base, tm
         "__call__",
         lambda self, groups: {"loss": next(iter(self.pipe.conditioning_adapter.parameters())).sum() * torch.nan},
     )
-    with pytest.raises(ValueError, match="Step 5 made weights that are not finite: training has diverged"):
+    with pytest.raises(
+        ValueError, match="Step 5, of loss nan, made weights that are not finite: training has diverged"
+    ):
         align(base, tmp_path)
     assert checkpoints(tmp_path) == ["step-0000004"]
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "last").items())

@@ -2,6 +2,7 @@
 
 import argparse
 import doctest
+import importlib.util
 import json
 import math
 import os
@@ -340,15 +341,25 @@ def test_a_folder_is_held_by_one_and_by_none_after_a_kill(tmp_path) -> None:
 def test_what_a_killed_run_left_half_is_cleared_and_what_it_was_replacing_given_back(tmp_path) -> None:
     Run(tmp_path).folder.save_model("best", make_encoder(4))
     Run(tmp_path).train(1)
-    (tmp_path / "best").rename(tmp_path / "best.old")
-    for name in ("best.tmp", "last.tmp", "last.old", "checkpoints/step-0000002.tmp", "validation", "mine.tmp"):
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    for name in (
+        "best.tmp",
+        "last.tmp",
+        ".last.old",
+        "checkpoints/step-0000002.tmp",
+        "validation",
+        "mine.tmp",
+        "best.old",
+    ):
         (tmp_path / name).mkdir()
-    shutil.copytree(tmp_path / "best.old", tmp_path / "last")
+    shutil.copytree(tmp_path / ".best.old", tmp_path / "last")
+    (tmp_path / "checkpoints" / "step-0000001").rename(tmp_path / "checkpoints" / ".step-0000001.old")
     (tmp_path / "validation" / ".step-000002.png.123").touch()
     (tmp_path / "validation" / "step-000001.png").touch()
     with only_run(tmp_path, Accelerator(cpu=True)):
         assert Run(tmp_path).folder.holds("best")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoints", "last", "mine.tmp", "validation"]
+    kept = ["best", "best.old", "checkpoints", "last", "mine.tmp", "validation"]  # nothing of the user's
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
     assert checkpoints(tmp_path) == ["step-0000001"]
     assert [path.name for path in (tmp_path / "validation").iterdir()] == ["step-000001.png"]
 
@@ -383,7 +394,7 @@ def test_a_run_that_diverges_ends_and_names_the_step() -> None:
     for loss in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"The loss of step 3 is {loss}: training has diverged, and nothing"):
             health.check(3, loss, broken=0, skipped=False)
-    with pytest.raises(ValueError, match="Step 4 made weights that are not finite"):
+    with pytest.raises(ValueError, match="Step 4, of loss 2, made weights that are not finite"):
         health.check(4, loss=2.0, broken=1, skipped=False)
 
 
@@ -404,6 +415,32 @@ def test_weights_that_are_not_finite_are_counted(value) -> None:
     assert recipe.count_broken(tensors) == 0
     tensors[1][2] = value
     assert recipe.count_broken(tensors) == 1
+
+
+@pytest.fixture
+def miniature_scripts() -> Any:
+    """What the scripts of training/miniature share."""
+    file = Path(recipe.__file__).parent / "miniature" / "common.py"
+    spec = importlib.util.spec_from_file_location("miniature_common", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scripts_of_the_miniature_save_nothing_that_has_diverged(tmp_path, miniature_scripts) -> None:
+    flags = miniature_scripts.parser("", steps=6, batch_size=1, learning_rate=0.1)
+    arguments = flags.parse_args(["--runs", str(tmp_path), "--save-every", "2", "--device", "cpu", "--threads", "1"])
+    layer = nn.Linear(2, 1)
+
+    def step_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        loss = layer(torch.ones(1, 2)).sum() * (math.nan if step == 3 else 1)
+        return loss, {"loss": loss.item()}
+
+    with pytest.raises(SystemExit, match="part: training has diverged at step 4, whose loss was nan: nothing of that"):
+        miniature_scripts.train(arguments, "part", nn.ModuleDict({"layer": layer}), step_loss)
+    saved = torch.load(tmp_path / "part.pt", weights_only=True)
+    assert saved["step"] == 2
+    assert recipe.count_broken(saved["modules"].values()) == 0
 
 
 # What stays as it is

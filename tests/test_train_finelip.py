@@ -538,7 +538,9 @@ def test_a_run_that_diverges_stops_at_its_step_and_keeps_what_was_saved(base, tm
     before = weights(tmp_path / "run")
     message = refusal(train_finelip, capsys, "--cpu", *flags)
     # The weights are of no use before the loss shows it.
-    assert message.startswith("Step 3 made weights that are not finite: training has diverged, and nothing of this is")
+    assert message.startswith(
+        "Step 3, of loss nan, made weights that are not finite: training has diverged, and nothing of this is"
+    )
     assert checkpoints(tmp_path / "run") == ["step-0000002"]
     assert all(torch.equal(before[key], tensor) for key, tensor in weights(tmp_path / "run").items())
 

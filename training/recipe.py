@@ -292,7 +292,7 @@ class Health:
         self.skipped = self.skipped + 1 if skipped else 0
         problem = None
         if broken:
-            problem = f"Step {step} made weights that are not finite"
+            problem = f"Step {step}, of loss {loss:g}, made weights that are not finite"
         elif not math.isfinite(loss) and not skipped:
             problem = f"The loss of step {step} is {loss}"
         elif self.skipped >= MOST_SKIPPED:

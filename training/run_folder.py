@@ -218,8 +218,8 @@ def held(folder: Path, refusal: str | None = None) -> Iterator[None]:
 def clear_of_the_dead(folder: Path) -> None:
     """Of a run that was killed, remove what it had not written whole, and give back what it was about to replace."""
     checkpoints = folder / "checkpoints"
-    for target in (*(folder / name for name in MODELS), *checkpoints.glob("step-" + 7 * "[0-9]" + ".old")):
-        target, replaced = target.with_suffix(""), target.with_suffix(".old")
+    for replaced in (*(place_of_replaced(folder / name) for name in MODELS), *checkpoints.glob(".step-*.old")):
+        target = replaced.with_name(replaced.stem.removeprefix("."))
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         remove(replaced)
@@ -349,13 +349,18 @@ def damage_of_earlier_version(checkpoint: Path, also: Collection[str]) -> str | 
 
 def put(temporary: Path, target: Path) -> None:
     """Move a folder to its place, from which another goes first, and only then for good."""
-    replaced = target.with_suffix(".old")
+    replaced = place_of_replaced(target)
     remove(replaced)
     if os.path.lexists(target):
         os.replace(target, replaced)
     os.replace(temporary, target)
     to_disk(target.parent)
     remove(replaced)
+
+
+def place_of_replaced(target: Path) -> Path:
+    """Where what another takes the place of waits for that."""
+    return target.with_name(f".{target.name}.old")
 
 
 def remove(path: Path) -> None:
