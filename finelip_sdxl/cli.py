@@ -9,11 +9,10 @@ import os
 import platform
 import random
 import shlex
-import shutil
+import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,7 @@ from finelip_sdxl.arguments import (
     open_text_to_image,
     quiet_transformers,
 )
-from finelip_sdxl.files import check_writable, written_whole
+from finelip_sdxl.files import check_file, check_writable, stopped_by_signals, written_folder, written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.prompts import (
     HIDDEN_STATES,
@@ -61,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `arguments` are those of the shell by default.
 
     Returns:
-        The exit code: 0, or 2 after a mistake in the input, which one line on stderr explains.
+        The exit code: 0, 2 after a mistake in the input, which one line on stderr explains, or 128 and the number of
+        the signal that stopped it.
 
     Example:
         >>> from finelip_sdxl.cli import main
@@ -71,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.command_line = shlex.join(["finelip-sdxl", *arguments])
     try:
-        options.run(options)
+        with stopped_by_signals():
+            options.run(options)
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"{options.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"{options.prog}: stopped", file=sys.stderr)
-        return 130
+        return 128 + getattr(stopped, "number", signal.SIGINT)
     return 0
 
 
@@ -133,6 +134,7 @@ def compare(options: argparse.Namespace) -> None:
     quiet_transformers()
     from finelip_sdxl import comparison
     from finelip_sdxl.miniature.parsing import parse_description
+    from finelip_sdxl.model_card import public_name
     from finelip_sdxl.pictures import save_png
 
     first = comparison.Settings(
@@ -168,7 +170,7 @@ def compare(options: argparse.Namespace) -> None:
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
         **_parameters(options, prompt, dtype, opened.pipe),
-        "refiner": options.refiner,
+        "refiner": options.refiner and public_name(options.refiner),
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,
         "columns": columns,
@@ -183,7 +185,7 @@ def convert(options: argparse.Namespace) -> None:
     """An SDXL, with or without a FineLIP, to a directory that this package and stock Diffusers open."""
     out = _free_folder(options)
     pipe = _open(options, options.dtype)
-    with _whole_folder(out) as folder:
+    with written_folder(out, _parts if options.overwrite else None) as folder:
         pipe.save_pretrained(folder)
     print(out)
 
@@ -203,7 +205,7 @@ def _export_diffusers(options: argparse.Namespace) -> None:
     from finelip_sdxl.export import stock_pipeline
 
     stock = stock_pipeline(pipe)
-    with _whole_folder(out) as folder:
+    with written_folder(out, _parts if options.overwrite else None) as folder:
         stock.save_pretrained(folder)
     print(out)
 
@@ -212,13 +214,14 @@ def _export_comfyui(options: argparse.Namespace) -> None:
     quiet_transformers()
     from finelip_sdxl.export import COMFYUI_FILES, save_comfyui
 
-    out = Path(options.out)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
-    if out.exists() and not out.is_dir():
+    out = _folder(options)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
+    if os.path.lexists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: pass the name of a directory.")
     check_writable(out)
     for file in COMFYUI_FILES.values():
-        if (out / file).exists() and not options.overwrite:
+        if os.path.lexists(out / file) and not options.overwrite:
             raise ValueError(f"{out / file} exists: pass --overwrite to replace it, or another directory.")
+        check_file(out / file)
     pipe = _open(options, options.dtype or "float16", short_prompt="stretched", unet=None, vae=None)
     print(*save_comfyui(pipe, out), sep="\n")
 
@@ -227,10 +230,10 @@ def tokens(options: argparse.Namespace) -> None:
     """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
     prompt = check_texts("prompt", _prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
-    is_file = Path(options.base).is_file()
-    if is_file and options.config is None:
+    described = _described(options)
+    if described is None:
         raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
-    readers, saved = _readers(options.config if is_file else resolve_base(options.base))
+    readers, saved = _readers(described)
     chosen = {**saved, **loading_arguments(options)}
     report = read_prompts(
         readers,
@@ -315,6 +318,12 @@ def _prompt(options: argparse.Namespace) -> str:
     return given[0]
 
 
+def _described(options: argparse.Namespace) -> str | None:
+    """Where configs and tokenizers of the base are; None for a single file that none were given for."""
+    described = options.config if Path(options.base).is_file() else options.base
+    return None if described is None else resolve_base(described)
+
+
 def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
     """A base as the pipeline of ours for its kind, with encoders of 248 positions."""
     quiet_transformers()
@@ -323,7 +332,7 @@ def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
 
     from finelip_sdxl import pipelines
 
-    described = options.config if Path(options.base).is_file() else resolve_base(options.base)
+    described = _described(options)
     # A single file does not say what it is for; without configs it is the usual thing.
     index = (
         {"_class_name": "StableDiffusionXLPipeline"} if described is None else DiffusionPipeline.load_config(described)
@@ -336,38 +345,44 @@ def _open(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
     return open_pipeline(getattr(pipelines, name), options.base, dtype=getattr(torch, dtype), **arguments)
 
 
+def _folder(options: argparse.Namespace) -> Path:
+    if not options.out.strip():
+        raise ValueError("The directory to write has an empty name: pass one, such as long-sdxl.")
+    return Path(options.out)
+
+
 def _free_folder(options: argparse.Namespace) -> Path:
     """The folder that a pipeline is to be written to, once it is sure that it may be."""
-    out = Path(options.out)
-    if out.exists() and not options.overwrite:
+    out = _folder(options)
+    place = Path(os.path.realpath(out))
+    if os.path.ismount(place):
+        raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced: pass a directory in it.")
+    check_writable(place.parent)  # first: it also puts back what a killed run has left aside
+    if not os.path.lexists(place):
+        check_writable(place)  # its name may be too long
+    elif not options.overwrite:
         raise ValueError(f"{out} exists: pass --overwrite to replace it, or another directory.")
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise ValueError(f"{out} is not a saved pipeline (it has no model_index.json), so it is not overwritten.")
-    check_writable(out.parent)
+    else:
+        _parts(place)
     return out
 
 
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[str]:
-    """Another folder to write first, which takes the place of `out` when that went well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        yield f"{temporary}/new"
-        if out.exists():
-            _copy_others(out, Path(temporary, "new"))
-            out.rename(f"{temporary}/old")  # goes with the temporary directory
-        os.rename(f"{temporary}/new", out)
+def _parts(saved: Path) -> set[str]:
+    """The names in a saved pipeline's folder that are its own; all else there is somebody's.
 
-
-def _copy_others(saved: Path, new: Path) -> None:
-    """What somebody has put beside a saved pipeline, into the one that takes its place."""
-    known = {"model_index.json", *json.loads((saved / "model_index.json").read_text(encoding="utf-8"))}
-    for entry in saved.iterdir():
-        if entry.name not in known and not (new / entry.name).exists():
-            if entry.is_dir():
-                shutil.copytree(entry, new / entry.name, symlinks=True)
-            else:
-                shutil.copy2(entry, new / entry.name)
+    Raises:
+        ValueError: no pipeline is saved there.
+    """
+    problem = "has no model_index.json"
+    with suppress(OSError):
+        try:
+            index = json.loads((saved / "model_index.json").read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            index = None
+        if isinstance(index, dict):
+            return {"model_index.json", *index}
+        problem = "has a damaged model_index.json"
+    raise ValueError(f"{saved} is not a saved pipeline (it {problem}), so it is not overwritten.")
 
 
 def _circumstances(device: Any) -> dict[str, Any]:
@@ -390,31 +405,33 @@ def _circumstances(device: Any) -> dict[str, Any]:
 
 def _output_file(option: str, name: str) -> Path:
     file = Path(name)
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ValueError(f"{option} {name} is a directory: pass the name of a file.")
-    check_writable(file.parent)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    check_file(file)
     return file
 
 
 def _image_files(out: str, count: int) -> list[Path]:
     file = Path(out)
-    if file.suffix.lower() != ".png" or file.is_dir():
+    if file.suffix.lower() != ".png" or os.path.isdir(file):
         raise ValueError(f"--out {out} must be the name of a PNG file, such as picture.png.")
-    check_writable(file.parent)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
+    files = [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
+    for file in files:
+        check_file(file)
+    return files
 
 
 def _parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any) -> dict[str, Any]:
-    """What a drawn picture says of how it was made, whatever the command."""
+    """What a drawn picture says of how it was made, whatever the command, and nothing of where it was."""
+    from finelip_sdxl.model_card import public_name
+
+    sources = {name: getattr(options, name) for name in ("base", *LOADED)}
     return {
         "prompt": prompt,
         "negative_prompt": options.negative_prompt,
         "steps": options.steps,
         "guidance_scale": options.guidance_scale,
-        "base": str(options.base),
-        **{name: getattr(options, name) for name in LOADED},
+        **{name: source and public_name(source) for name, source in sources.items()},
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
         **{name: getattr(pipe, name) for name in READING},
         "dtype": str(dtype).removeprefix("torch."),

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.model_card import without_paths
 from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,8 @@ def stock_pipeline(pipe: Any) -> Any:
     """A pipeline's parts in Diffusers' own class: what `save_pretrained` of the result writes holds nothing of ours.
 
     Args:
-        pipe: a pipeline of this package, with text encoders of 248 positions. It is not changed, and shares its
-            weights with the result.
+        pipe: a pipeline of this package, with text encoders of 248 positions. It shares its weights with the result,
+            and is not changed but for paths of this machine in its configs, of which the last part stays.
 
     Returns:
         The stock pipeline. It reads up to 248 tokens, each prompt padded to 248, and cuts what is longer.
@@ -42,6 +43,7 @@ def stock_pipeline(pipe: Any) -> Any:
     """
     _check_plain(pipe.components)
     _say_what_is_lost(pipe)
+    without_paths(pipe)
     encoder = pipe.text_encoder
     if not isinstance(encoder, CLIPTextModel):
         return in_stock_class(pipe)
@@ -101,7 +103,6 @@ def save_comfyui(pipe: Any, folder: Path) -> list[Path]:
             *encoders,
         )
 
-    folder.mkdir(parents=True, exist_ok=True)
     files = {folder / COMFYUI_FILES[name]: weights for name, weights in tensors.items()}
     with ExitStack() as stack:  # they take their places when all are written
         for file, weights in files.items():

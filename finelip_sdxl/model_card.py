@@ -4,37 +4,65 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+from diffusers import ConfigMixin
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from transformers import PreTrainedModel
 
 from finelip_sdxl.text_encoders import num_positions
 
 # Keys in the config of a pipeline (stock skips those with an underscore) and of its text encoders.
 BASE, MADE_FROM, MERGED_WITH = "_finelip_sdxl_base", "made_from", "merged_with"
 
+_SOURCES = ("_name_or_path", BASE, MADE_FROM, MERGED_WITH)  # the first is Diffusers' own
 # Of bases whose license is known here; what else is in a pipeline has its own.
 _LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++", "miniature": "apache-2.0"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_ADDRESS = re.compile(r"(https?://)(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
 _ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def public_name(source: str | os.PathLike) -> str:
-    """A source of weights as others may know it: a hub id as it is, of a path on this machine its last part alone.
+def public_name(source: Any) -> str:
+    """A source of weights as others may know it: a hub id as it is, an address without what signs in, and of a path
+    its last part alone, whether it is one of this machine or of another.
 
     Example:
         >>> public_name("zer0int/LongCLIP-L-Diffusers")
         'zer0int/LongCLIP-L-Diffusers'
-        >>> public_name(Path(__file__))
+        >>> public_name(__file__)
         'model_card.py'
+        >>> public_name("https://me:secret@example.com/a.safetensors?token=secret")
+        'https://example.com/a.safetensors'
     """
-    path = Path(source)
-    return path.resolve().name if path.exists() else os.fspath(source)
+    name = os.fspath(source) if isinstance(source, os.PathLike) else str(source)
+    if os.path.exists(name):
+        return os.path.basename(os.path.realpath(name))
+    if found := _ADDRESS.match(name):
+        return "".join(found.groups())
+    if _HUB_ID.fullmatch(name):
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def without_paths(pipe: Any) -> None:
+    """Make the configs of a pipeline and its parts, which are saved with them, say by public names alone what they were
+    made from."""
+    for part in (pipe, *pipe.components.values()):
+        for module in part.modules() if isinstance(part, nn.Module) else (part,):
+            if isinstance(module, ConfigMixin):
+                config = module.config
+                module.register_to_config(**{key: public_name(config[key]) for key in _SOURCES if config.get(key)})
+            elif isinstance(module, PreTrainedModel):
+                config = vars(module.config)
+                config.update({key: public_name(config[key]) for key in _SOURCES if config.get(key)})
 
 
 def model_card(pipe: Any, repo_id: str) -> ModelCard:
-    """The card of a pipeline of this package.
+    """The card of a pipeline of this package. Names in it are text, whatever characters they are made of.
 
     Args:
         pipe: the pipeline.
@@ -43,6 +71,9 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
     Returns:
         The card. Its license is that of the base where nothing else is in the pipeline, and else `other`, to be filled
         in by who shares it.
+
+    Raises:
+        ValueError: a `repo_id` that the hub cannot have.
 
     Example:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
@@ -59,7 +90,8 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
         | `conditioning_adapter` | aligns the text encoders with the UNet; stock Diffusers leaves it out |
         | all else | as in `miniature` |
     """
-    base = pipe.config.get(BASE)
+    validate_repo_id(repo_id)
+    base = _name(pipe.config, BASE)
     sources = [name for name in (base, *_origins(pipe)) if name is not None]
     data = ModelCardData(
         library_name="diffusers",
@@ -74,7 +106,7 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
 def _origins(pipe: Any) -> list[str]:
     """What replaced or was merged into text encoders."""
     configs = [vars(getattr(pipe, name).config) for name in _ENCODERS if getattr(pipe, name) is not None]
-    origins = [config.get(key) for config in configs for key in (MADE_FROM, MERGED_WITH)]
+    origins = [_name(config, key) for config in configs for key in (MADE_FROM, MERGED_WITH)]
     return list(dict.fromkeys(name for name in origins if name is not None))
 
 
@@ -139,14 +171,27 @@ def _parts(pipe: Any, base: str | None) -> list[tuple[str, str]]:
 
 def _encoder(encoder: Any) -> str:
     config = vars(encoder.config)
-    if (origin := config.get(MERGED_WITH)) is not None:
+    if (origin := _name(config, MERGED_WITH)) is not None:
         return f"the base's, with what {_named(origin)} has learned added"
     if (rows := config.get("stretched_from")) is not None:
-        return f"the base's, its {rows} positions stretched, not trained"
-    if (origin := config.get(MADE_FROM)) is not None:
+        return f"the base's, its {_escaped(str(rows))} positions stretched, not trained"
+    if (origin := _name(config, MADE_FROM)) is not None:
         return f"{_named(origin)} in place of the base's"
     return "the base's" if num_positions(encoder) <= 77 else "trained or replaced"
 
 
+def _name(config: Mapping[str, Any], key: str) -> str | None:
+    """A source that a config notes; who wrote the config may have noted a path."""
+    source = config.get(key)
+    return None if source is None else public_name(source)
+
+
 def _named(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if _HUB_ID.fullmatch(name) else f"`{name}`"
+    if _HUB_ID.fullmatch(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{name}`" if re.fullmatch(r"[\w .:/+-]+", name) else _escaped(name)
+
+
+def _escaped(text: str) -> str:
+    """Text that is nothing else in Markdown, HTML or a row of a table."""
+    return "".join(letter if letter.isalnum() else f"&#{ord(letter)};" for letter in " ".join(text.split()))

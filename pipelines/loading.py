@@ -4,9 +4,11 @@ import inspect
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from finelip_sdxl.checkpoints import load_finelip
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.merging import add_difference
 from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
-from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name
+from finelip_sdxl.model_card import BASE, MADE_FROM, MERGED_WITH, model_card, public_name, without_paths
 from finelip_sdxl.pipelines.reading import ENCODERS, ReadingMixin
 from finelip_sdxl.prompts import (
     FINELIP_MERGE,
@@ -263,7 +265,8 @@ class LoadingMixin(ReadingMixin):
 
         Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
         `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, it is shared, with a card that says what it is
-        made of if the repository has no card yet.
+        made of if the repository has no card yet. Of paths on this machine, only the last part is saved. Weights
+        are as readable as `model_index.json`.
         """
         if self.conditioning_adapter is not None:
             logger.warning(
@@ -271,8 +274,13 @@ class LoadingMixin(ReadingMixin):
                 " pipelines load. For an alignment inside the text encoders, train with `--method lora`, and use"
                 " `finelip-sdxl export`."
             )
+        without_paths(self)
         with _prefixed_keys(self):
             super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+        folder = Path(save_directory)
+        for name in self.components:
+            for file in folder.glob(f"{name}/*.safetensors"):  # which safetensors gives to their owner alone
+                shutil.copymode(folder / self.config_name, file)
 
     def _upload_folder(
         self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any

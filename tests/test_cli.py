@@ -1,10 +1,14 @@
 """The command line, run in this process on the tiny SDXL."""
 
 import json
+import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch
 from conftest import make_text_encoder
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from single_file import save_single_file
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, cli, comparison, miniature_path
 from finelip_sdxl.cli import main
@@ -289,6 +294,192 @@ def test_a_failed_convert_leaves_nothing(stock_folder, tmp_path, capsys) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def saved(stock_folder, tmp_path) -> Path:
+    """A pipeline in a folder in which somebody keeps a note."""
+    folder = tmp_path / "saved"
+    shutil.copytree(stock_folder, folder)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("mine")
+    return folder
+
+
+def reads_long_prompts(folder: Path) -> bool:
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    return config["max_position_embeddings"] == 248
+
+
+@pytest.mark.parametrize(
+    ("here", "base", "out"),
+    [
+        ("saved", "{stock}", "."),
+        ("saved/notes", "{stock}", ".."),
+        ("saved", ".", "../saved"),
+        (".", "{stock}", "saved/notes/.."),
+        (".", "saved", "saved/"),
+        (".", "saved", "link"),
+    ],
+)
+def test_convert_writes_where_a_name_leads(stock_folder, saved, tmp_path, monkeypatch, here, base, out) -> None:
+    (tmp_path / "link").symlink_to("saved")
+    monkeypatch.chdir(tmp_path / here)
+    assert main(["convert", base.format(stock=stock_folder), out, "--overwrite"]) == 0
+    assert reads_long_prompts(saved)
+    assert (saved / "notes" / "a.txt").read_text() == "mine"
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "saved"]
+
+
+def test_convert_writes_into_its_base_and_keeps_a_base_in_what_it_writes(saved, tmp_path) -> None:
+    long = saved / "notes" / "long"
+    assert main(["convert", str(saved), str(long)]) == 0
+    assert reads_long_prompts(long)
+    assert not reads_long_prompts(saved)
+    assert main(["convert", str(long), str(saved), "--overwrite"]) == 0
+    assert reads_long_prompts(saved)
+    assert reads_long_prompts(long)
+
+
+def make_place(kind: str, path: Path) -> str:
+    """What is no place for a folder: its name."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "file":
+        path.write_text("mine")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "link to a file":
+        make_place("file", path.with_name("file"))
+        path.symlink_to("file")
+    elif kind == "damaged":
+        path.mkdir()
+        (path / "model_index.json").write_text('{"unet": ')
+    elif kind == "list":
+        path.mkdir()
+        (path / "model_index.json").write_text("[1]")
+    else:
+        return kind
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("pipe", "is not a saved pipeline"),
+        ("file", "is not a saved pipeline"),
+        ("loop", "is not a saved pipeline"),
+        ("link to a file", "is not a saved pipeline"),
+        ("damaged", "has a damaged model_index.json"),
+        ("list", "has a damaged model_index.json"),
+        ("/dev/null", "is not a saved pipeline"),
+        ("/proc", "is where a disk is mounted"),
+        ("/", "is where a disk is mounted"),
+        ("", "has an empty name"),
+        (" ", "has an empty name"),
+        ("a" * 256, "cannot be written to (File name too long)"),
+    ],
+)
+@pytest.mark.parametrize("command", [["convert", "miniature"], ["export"]])
+def test_what_is_no_place_for_a_pipeline_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, command, kind, message
+) -> None:
+    monkeypatch.setattr(cli, "_open", lambda *arguments, **options: pytest.fail("loaded"))
+    out = make_place(kind, tmp_path / "out")
+    before = sorted(tmp_path.iterdir())
+    assert main([*command, out, "--overwrite"]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [["convert", "{stock}", "{out}"], ["export", "{out}", "--base", "{stock}"]])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(stock_folder, saved, tmp_path, capsys, command) -> None:
+    arguments = [argument.format(stock=stock_folder, out=saved) for argument in command]
+    before = (saved / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writers meet it as they meet a full disk
+    try:
+        assert main([*arguments, "--overwrite"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert f"{saved} cannot be written to (File too large): make room, or pass another place." in line
+    assert (saved / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert not reads_long_prompts(saved)
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_leaves_what_was_there(stock_folder, saved, tmp_path, monkeypatch, capsys, name, code) -> None:
+    def save(pipe, folder: Path) -> None:
+        (folder / "unet").mkdir()
+        signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(FineLIPSDXLPipeline, "save_pretrained", save)
+    assert main(["convert", stock_folder, str(saved), "--overwrite"]) == code
+    assert capsys.readouterr().err.splitlines()[-1] == "finelip-sdxl convert: stopped"
+    assert (saved / "unet" / "config.json").is_file()
+    assert os.listdir(tmp_path) == ["saved"]
+
+
+def test_weights_are_as_readable_as_other_files(stock_folder, tmp_path) -> None:
+    assert main(["convert", stock_folder, str(tmp_path / "long")]) == 0
+    assert main(["export", str(tmp_path / "files"), "--base", stock_folder, "--format", "comfyui"]) == 0
+    (tmp_path / "other").touch()
+    modes = {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
+def test_the_miniature_is_a_config_for_a_single_file(tmp_path, capsys) -> None:
+    file = tmp_path / "fine_tune.safetensors"
+    save_single_file(StableDiffusionXLPipeline.from_pretrained(miniature_path()), file)
+    assert main(["convert", str(file), str(tmp_path / "long"), "--config", "miniature"]) == 0
+    assert reads_long_prompts(tmp_path / "long")
+    capsys.readouterr()
+    assert main(["tokens", "a red star", "--base", str(file), "--config", "miniature"]) == 0
+    read = capsys.readouterr().out
+    assert main(["tokens", "a red star", "--base", str(miniature_path())]) == 0
+    assert capsys.readouterr().out == read
+
+
+def test_a_picture_goes_where_a_link_leads(fake, tmp_path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "a.png").symlink_to("far/b.png")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    for name in ("a.png", "null.png"):
+        assert main(["compare", "a fox", "--out", str(tmp_path / name), "--device", "cpu"]) == 0
+        assert (tmp_path / name).is_symlink()
+    assert read_parameters(tmp_path / "far" / "b.png")["prompt"] == "a fox"
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_picture_does_not_say_where_it_was_made(fake, stock_folder, tmp_path, monkeypatch) -> None:
+    home = tmp_path / "home" / "me"
+    (home / "loras").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    (home / "a.txt").write_text("a fox")
+    arguments = ["--base", f"{home}/fine.safetensors", "--finelip", f"{home}/loras", "--finelip-2", "C:\\Users\\me\\b"]
+    arguments += ["--config", "~/sdxl", "--conditioning-adapter", f"{home}/gone/adapter", "--refiner", "../me/refiner"]
+    arguments += ["--finelip-base", "stabilityai/stable-diffusion-xl-base-1.0", "--finelip-merge", "delta"]
+    file = str(tmp_path / "a.png")
+    assert main(["compare", "--prompt-file", str(home / "a.txt"), "--out", file, "--device", "cpu", *arguments]) == 0
+    found = read_parameters(file)
+    names = ("base", "finelip", "finelip_2", "config", "conditioning_adapter", "refiner", "finelip_base")
+    assert [found[name] for name in names] == [
+        "fine.safetensors",
+        "loras",
+        "b",
+        "sdxl",
+        "adapter",
+        "refiner",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+    ]
+    for said in (str(tmp_path), "Users", "me/", "~"):
+        assert said not in json.dumps(found)
+    file = str(tmp_path / "b.png")
+    assert main(["generate", "a fox", "--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", file]) == 0
+    assert read_parameters(file)["base"] == Path(stock_folder).name
+
+
 @pytest.mark.parametrize("prompt", [LONG, LONG * 4, "a fox", ""])
 @pytest.mark.parametrize("saved", [False, True])
 def test_tokens_prints_what_the_pipeline_reports(stock_folder, tmp_path, capsys, prompt, saved) -> None:
@@ -358,6 +549,8 @@ def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys
         (["--model", "miniature-clip-1", "--tokenizer", "{empty}"], "pass --tokenizer"),
         (["--model", "miniature-clip-1", "--max-tokens", "249"], "max_tokens is 249; expected from 3 to 248"),
         (["--json", "{empty}"], "is a directory"),
+        (["--json", "a" * 256], "cannot be written to (File name too long)"),
+        (["--json", ""], "is a directory"),
         (["--device", "nowhere"], "is no device"),
     ],
 )
@@ -393,6 +586,13 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "is no directory here"),
         *[([command, "a", "--out", "/proc/1/a.png"], "cannot be written to") for command in ("generate", "compare")],
         (["convert", "{stock}", "/proc/none/long"], "cannot be written to"),
+        *[
+            ([command, "a", "--out", f"{'a' * 252}.png"], "cannot be written to (File name too long)")
+            for command in ("generate", "compare")
+        ],
+        (["generate", "a", "--out", "{png}/a.png"], "cannot be written to (Not a directory)"),
+        (["export", "{png}", "--format", "comfyui"], "is a file: pass the name of a directory"),
+        (["export", "", "--format", "comfyui"], "has an empty name"),
         (["compare"], "Pass one prompt"),
         (["compare", "a", "--out", "grid.jpg"], "must be the name of a PNG file"),
         (["compare", "a", "--out", "{png}", "--seed", "-1"], "`seed` is -1"),

@@ -1,5 +1,7 @@
 """Sharing a pipeline: what reaches the hub, with a card that says what it is made of. The hub is a folder here."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_text_encoder
-from diffusers import StableDiffusionXLPipeline
+from diffusers import ControlNetModel, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
-from finelip_sdxl import ConditioningAdapter, FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
+from finelip_sdxl import (
+    ConditioningAdapter,
+    FineLIPSDXLControlNetPipeline,
+    FineLIPSDXLImg2ImgPipeline,
+    FineLIPSDXLPipeline,
+)
+from finelip_sdxl.cli import main
+from finelip_sdxl.export import stock_pipeline
 from finelip_sdxl.model_card import model_card, public_name
 
 SDXL, FINELIP, REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0", "zer0int/LongCLIP-L-Diffusers", "me/long-sdxl"
@@ -192,8 +201,150 @@ def test_what_was_built_in_memory_has_a_card_too(components) -> None:
     assert "pipe(long_prompt, image=picture)" in refiner
 
 
-def test_paths_of_this_machine_are_not_shared(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (SDXL, SDXL),
+        ("miniature-finelip-1", "miniature-finelip-1"),
+        ("/home/me/models/sdxl/", "sdxl"),
+        ("models/of mine/sdxl", "sdxl"),
+        ("../me/sdxl", "sdxl"),
+        ("~/sdxl.safetensors", "sdxl.safetensors"),
+        ("C:\\Users\\me\\sdxl.safetensors", "sdxl.safetensors"),
+        ("C:/Users/sdxl.safetensors", "sdxl.safetensors"),
+        ("\\\\server\\me\\sdxl\\", "sdxl"),
+        ("file:///home/me/sdxl.safetensors", "sdxl.safetensors"),
+        ("a" * 5000, "a" * 5000),
+        ("https://huggingface.co/me/x/blob/main/x.safetensors", "https://huggingface.co/me/x/blob/main/x.safetensors"),
+        ("HTTPS://me:secret@example.com/x?token=secret#secret", "HTTPS://example.com/x"),
+    ],
+)
+def test_names_say_nothing_of_where_things_are(source, name) -> None:
+    assert public_name(source) == name
+    assert public_name(name) == name
+
+
+def test_what_is_on_this_machine_has_its_last_name(tmp_path, monkeypatch) -> None:
     (tmp_path / "secret" / "finelip").mkdir(parents=True)
-    assert public_name(tmp_path / "secret" / "finelip") == "finelip"
-    assert public_name("https://huggingface.co/me/x/blob/main/x.safetensors").startswith("https://")
-    assert public_name(SDXL) == SDXL
+    (tmp_path / "link").symlink_to("secret/finelip")
+    monkeypatch.chdir(tmp_path / "secret")
+    for source in (
+        tmp_path / "secret" / "finelip",
+        Path("finelip"),
+        "./finelip",
+        "../link",
+        "finelip/.",
+        "../secret/finelip",
+    ):
+        assert public_name(source) == "finelip"
+    assert public_name(".") == "secret"
+
+
+def texts(folder: Path) -> str:
+    """All that a folder says in words, the headers of its weights included."""
+    said = []
+    for file in folder.rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            size = int.from_bytes(content[:8], "little") + 8 if file.suffix == ".safetensors" else len(content)
+            said.append(content[:size].decode(errors="replace"))
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize("how", ["save", "push", "export", "export again", "comfyui", "convert"])
+def test_nothing_that_is_saved_says_where_it_was(hub, session_components, tmp_path, monkeypatch, how) -> None:
+    """Nor where those worked who made what it was made from."""
+    home = tmp_path / "home" / "me"
+    base, finelip, control, adapter = (home / name for name in ("sdxl", "finelip", "control", "adapter"))
+    StableDiffusionXLPipeline(**session_components).save_pretrained(base)
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"_finelip_sdxl_base": "C:\\Users\\you\\base"}))
+    encoder = make_text_encoder(32, positions=248, seed=7)
+    encoder.config.made_from = "/Users/you/clip"
+    encoder.save_pretrained(finelip)
+    ConditioningAdapter((32, 48), pooled_dim=24, hidden_dim=4).save_pretrained(adapter)
+    monkeypatch.setenv("HOME", str(home))
+    out = tmp_path / "out"
+    options = ["--finelip", str(finelip)]
+    if how == "convert":
+        assert main(["convert", str(base), str(out), *options, "--conditioning-adapter", str(adapter)]) == 0
+    elif how == "comfyui":
+        assert main(["export", str(out), "--base", str(base), *options, "--format", "comfyui"]) == 0
+    elif how == "export":
+        assert main(["export", str(out), "--base", str(base), *options]) == 0
+    else:
+        unet = UNet2DConditionModel.from_pretrained(base / "unet")
+        ControlNetModel.from_unet(unet).save_pretrained(control)
+        controls = [ControlNetModel.from_pretrained(control), ControlNetModel.from_pretrained(control)]
+        pipe = FineLIPSDXLControlNetPipeline.from_pretrained(
+            base, finelip, unet=unet, controlnet=controls, conditioning_adapter=adapter
+        )
+        if how == "save":
+            pipe.save_pretrained(out)
+        elif how == "push":
+            pipe.push_to_hub(REPOSITORY)
+            out = hub.folder(REPOSITORY)
+        else:
+            stock_pipeline(pipe).save_pretrained(out)
+    said = texts(out)
+    assert len(said) > 1000
+    for place in (str(tmp_path), "home", "Users", "you"):
+        assert place not in said
+    if how == "save":
+        assert json.loads((out / "unet" / "config.json").read_text())["_name_or_path"] == "unet"
+
+
+def test_weights_that_are_saved_are_as_readable_as_their_configs(session_components, tmp_path) -> None:
+    pipe = FineLIPSDXLPipeline(**session_components)
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "a.safetensors").touch(mode=0o600)
+    pipe.save_pretrained(tmp_path)
+    modes = {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file() and file.parent.name != "loras"}
+    assert modes == {(tmp_path / "model_index.json").stat().st_mode}
+    assert (tmp_path / "loras" / "a.safetensors").stat().st_mode & 0o777 == 0o600, "somebody's own"
+
+
+# What a folder or a config may be called, and what would follow if that were no text.
+NAMES = [
+    "a | b",
+    "`a`",
+    "``` a",
+    "<img src=https://example.com/a.png>",
+    "[a](https://example.com)",
+    "![a](https://example.com/a.png)",
+    "a\n\n# Heading\n---\nlicense: mit",
+    "<!-- a",
+    "*a* _b_ ~c~ $d$",
+    "&lt;script&gt;",
+    "a\u202eb\u2028c",
+    "\udcff",
+    "https://example.com/<b>",
+]
+
+
+@pytest.mark.parametrize("where", ["base", "finelip", "merged", "rows"])
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_a_card_are_text(session_components, name, where) -> None:
+    def card(name: str) -> str:
+        pipe = FineLIPSDXLPipeline(**session_components | {"text_encoder": make_text_encoder(32, positions=248)})
+        if where == "base":
+            pipe.register_to_config(_finelip_sdxl_base=name)
+        else:
+            key = {"finelip": "made_from", "merged": "merged_with", "rows": "stretched_from"}[where]
+            setattr(pipe.text_encoder.config, key, name)
+        return model_card(pipe, REPOSITORY).content
+
+    odd, plain = card(name), card("plain")
+    odd.encode()
+    assert odd.count("\n") == plain.count("\n")
+    assert odd.split("---")[1] == plain.split("---")[1], "the metadata"
+    for mark in ("|", "`", "<", "]", "[", "![", "*", "$", "~"):
+        assert odd.count(mark) <= plain.count(mark)
+    first = re.search(r"[a-zA-Z]", name)
+    assert first is None or first[0] in odd
+
+
+@pytest.mark.parametrize("repo_id", ["me/a|b", 'me/a"); import os', "me/<img>", "me/a\nb", "me/a/b", "", "`a`"])
+def test_a_repository_that_the_hub_cannot_have_gets_no_card(session_components, repo_id) -> None:
+    with pytest.raises(ValueError, match=r"[Rr]epo id"):
+        model_card(FineLIPSDXLPipeline(**session_components), repo_id)
