@@ -4,6 +4,7 @@ import copy
 import doctest
 import json
 import os
+import shutil
 import signal
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import alignment
 import numpy as np
 import precompute
 import pytest
+import run_folder
 import torch
 from accelerate import Accelerator
 from align_adapter import ENCODERS, Adapter, Lora
@@ -35,8 +37,9 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from precompute import Precomputed, cut_square
 from recipes import KillIn, Stop, forget_accelerator, nothing, on_two_processes, processes, refusal
-from run_folder import RunFolder
-from safetensors.torch import load_file
+from run_folder import RunFolder, held
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -512,6 +515,156 @@ def test_none_that_can_be_read_is_an_error(base, tmp_path) -> None:
         precompute.precompute(data, pipe, 16, False, tmp_path / "out")
 
 
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Image.Image]:
+    """The images that are encoded from here on."""
+    seen, to_latents = [], precompute.to_latents
+    monkeypatch.setattr(precompute, "to_latents", lambda pipe, images: seen.extend(images) or to_latents(pipe, images))
+    return seen
+
+
+def same(one: Precomputed, other: Precomputed) -> bool:
+    def equal(mine: Any, its: Any) -> bool:
+        return torch.equal(mine, its) if isinstance(mine, Tensor) else mine == its
+
+    return len(one) == len(other) and all(
+        equal(mine[name], its[name])
+        for mine, its in zip((one[k] for k in range(len(one))), (other[k] for k in range(len(other))), strict=True)
+        for name in mine
+    )
+
+
+def change_weights(module: nn.Module) -> None:
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] += 1
+
+
+CHANGES: dict[str, tuple[Callable[[Path, FineLIPSDXLPipeline], Any], int, str]] = {
+    "an image": (
+        lambda folder, pipe: Image.new("RGB", (20, 20), "red").save(folder / "4.png"),
+        3,
+        "1 of 3 files are encoded again, since captions or images have changed",
+    ),
+    "a caption": (
+        lambda folder, pipe: (folder / "captions.jsonl").write_text(
+            (folder / "captions.jsonl").read_text().replace("Picture 6", "Photo 6")
+        ),
+        1,
+        "1 of 3 files are encoded again, since captions or images have changed",
+    ),
+    "fewer images": (
+        lambda folder, pipe: (folder / "captions.jsonl").write_text(
+            "\n".join((folder / "captions.jsonl").read_text().split("\n")[:3])
+        ),
+        0,
+        "",
+    ),
+    "the VAE": (
+        lambda folder, pipe: change_weights(pipe.vae.encoder),
+        7,
+        "3 of 3 files are encoded again, since the weig",
+    ),
+    "its scale": (
+        lambda folder, pipe: pipe.vae.register_to_config(scaling_factor=0.5),
+        7,
+        "since the weights of the VAE",
+    ),
+    "the first encoder": (
+        lambda folder, pipe: change_weights(pipe.text_encoder),
+        7,
+        "or the text encoders have changed",
+    ),
+    "the second": (lambda folder, pipe: change_weights(pipe.text_encoder_2), 7, "or the text encoders have changed"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_encoded_anew_and_said(base, tmp_path, monkeypatch, capsys, small_chunks, change) -> None:
+    pipe, _ = load_pair(base)
+    spec, out = write_images(tmp_path / "data", [(16, 16)] * 7), tmp_path / "out"
+    precompute.precompute(open_images(spec, "train"), pipe, 16, True, out)
+    capsys.readouterr()
+    make, images, sentence = CHANGES[change]
+    make(tmp_path / "data", pipe)
+    seen, data = encoded(monkeypatch), open_images(spec, "train")
+    items = precompute.precompute(data, pipe, 16, True, out)
+    assert len(seen) == images
+    assert sentence in capsys.readouterr().out
+    assert same(items, precompute.precompute(data, pipe, 16, True, tmp_path / "anew"))
+    seen.clear()
+    precompute.precompute(data, pipe, 16, True, out)
+    assert seen == []
+    assert capsys.readouterr().out == ""
+
+
+def test_latents_alone_do_not_depend_on_the_text_encoders(base, tmp_path, monkeypatch) -> None:
+    pipe, _ = load_pair(base)
+    precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    change_weights(pipe.text_encoder)
+    seen = encoded(monkeypatch)
+    precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    assert seen == []
+
+
+@pytest.mark.parametrize("repaired", [True, False], ids=["repaired", "read by a later version"])
+def test_an_image_that_was_left_out_comes_in_when_it_can_be_read(
+    base, tmp_path, monkeypatch, capsys, small_chunks, repaired
+) -> None:
+    pipe, _ = load_pair(base)
+    spec, out = write_images(tmp_path / "data", [(16, 16), None, (16, 16), None, None, None]), tmp_path / "out"
+    assert len(precompute.precompute(open_images(spec, "train"), pipe, 16, False, out)) == 2
+    capsys.readouterr()
+    assert len(precompute.precompute(open_images(spec, "train"), pipe, 16, False, out)) == 2
+    assert capsys.readouterr().out.count("skipped: ") == 4  # named each time
+    if repaired:
+        for k in (1, 4):
+            Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / f"{k}.png")
+    else:
+        image = CaptionedFiles.image
+        monkeypatch.setattr(
+            CaptionedFiles, "image", lambda self, k: Image.new("RGB", (16, 16)) if k in (1, 4) else image(self, k)
+        )
+    items = precompute.precompute(open_images(spec, "train"), pipe, 16, False, out)
+    assert [items[k]["short"] for k in range(4)] == [f"Picture {k} is here." for k in (0, 1, 2, 4)]
+    assert "1 of 2 files are encoded again, since " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"half of it", None])
+def test_a_damaged_or_earlier_file_is_encoded_anew(base, tmp_path, capsys, small_chunks, content) -> None:
+    pipe, _ = load_pair(base)
+    data, file = open_images("miniature:5", "train"), tmp_path / "chunk-000001.safetensors"
+    precompute.precompute(data, pipe, 16, False, tmp_path)
+    if content is None:
+        save_file(load_file(file), file, metadata={"captions": "[]"})
+    else:
+        file.write_bytes(content)
+    (tmp_path / ".chunk-000000.safetensors.123").touch()  # by a run that was killed
+    assert len(precompute.precompute(data, pipe, 16, False, tmp_path)) == 5
+    expected = "an earlier version made them" if content is None else "they are damaged"
+    assert f"1 of 2 files are encoded again, since {expected}" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_to_can_be_read(base, tmp_path, monkeypatch) -> None:
+    pipe, _ = load_pair(base)
+    data = open_images("miniature:5", "train")
+    precompute.precompute(data, pipe, 16, False, tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to all but a read-only disk
+    monkeypatch.setattr(run_folder, "FileLock", None)
+    assert len(precompute.precompute(data, pipe, 16, False, tmp_path)) == 5
+
+
+def test_a_disk_that_is_full_leaves_no_half_file(base, tmp_path, monkeypatch, small_chunks) -> None:
+    def fail(tensors: dict[str, Tensor], file: Path, **options: Any) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    pipe, _ = load_pair(base)
+    monkeypatch.setattr(precompute, "save_file", fail)
+    with pytest.raises(OSError, match=r"chunk-000000.safetensors cannot be written \(No space left on device\)"):
+        precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_other_settings_is_another(tmp_path) -> None:
     def folder(*flags: str) -> Path:
         return align_adapter.precomputed_folder(align_adapter.parse(["--out", str(tmp_path), *flags]))
@@ -971,6 +1124,15 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
         ("--rank 0", "--rank: expected a whole number above 0 instead of 0"),
         ("--text-steps -1", "--text-steps: expected a whole number of at least 0 instead of -1"),
         ("--snr-gamma 0", "--snr-gamma: expected a number above 0 instead of 0"),
+        ("--rank 100000", "--rank: expected a whole number of at most 1,024 instead of 100000"),
+        ("--hidden-dim 1000000", "--hidden-dim: expected a whole number of at most 16,384 instead of 1000000"),
+        ("--resolution 100000", "--resolution: expected a whole number of at most 4,096 instead of 100000"),
+        ("--short-share nan", "--short-share: expected a number of at least 0 instead of nan"),
+        ("--ema-decay 1", "--ema-decay: expected a number below 1 instead of 1"),
+        ("--guidance-scale inf", "--guidance-scale: expected a number of at most 100 instead of inf"),
+        ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all: 9,999,999 are the most"),
+        ("--config there", "--config there goes with a single file, but --base"),
+        ("--precomputed=", "--precomputed: expected a path instead of nothing"),
         ("--method prefix", "--method: invalid choice: 'prefix'"),
     ],
 )
@@ -978,6 +1140,44 @@ def test_refuses_in_one_sentence(base, tmp_path, capsys, flags, expected) -> Non
     common = f"--base {base} --captions miniature:20 --batch-size 5 --resolution 16 --cpu --out {tmp_path / 'run'}"
     assert expected in refusal(align_adapter, capsys, *common.split(), *flags.split())
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_refuses_a_variant_of_a_single_file(tmp_path, capsys) -> None:
+    (tmp_path / "sdxl.safetensors").touch()
+    flags = f"--base {tmp_path / 'sdxl.safetensors'} --variant fp16 --captions miniature:20 --cpu --out {tmp_path}"
+    message = refusal(align_adapter, capsys, *flags.split())
+    assert message.startswith("--variant fp16 goes with a directory or hub id, but --base")
+
+
+def test_a_run_that_diverges_stops_at_its_step_and_keeps_what_was_saved(base, tmp_path, capsys, monkeypatch) -> None:
+    align(base, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0000006")
+    before = weights(tmp_path / "last")
+    monkeypatch.setattr(
+        ImageAlignment,
+        "__call__",
+        lambda self, groups: {"loss": next(iter(self.pipe.conditioning_adapter.parameters())).sum() * torch.nan},
+    )
+    with pytest.raises(
+        ValueError, match="Step 5, of loss nan, made weights that are not finite: training has diverged"
+    ):
+        align(base, tmp_path)
+    assert checkpoints(tmp_path) == ["step-0000004"]
+    assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "last").items())
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_steps_that_are_too_large_stop_the_run(base, tmp_path, method) -> None:
+    with pytest.raises(ValueError, match="training has diverged, and nothing of this is saved"):
+        align(
+            base, tmp_path / "run", *f"--learning-rate 1e9 --max-grad-norm 0 --text-steps 60 --method {method}".split()
+        )
+    assert not list((tmp_path / "run").glob("last*"))
+
+
+def test_two_runs_do_not_write_to_one_folder(base, tmp_path) -> None:
+    with held(tmp_path, "taken"), pytest.raises(OSError, match="Another run is writing to"):
+        align(base, tmp_path)
 
 
 def test_refuses_another_base_without_captions(capsys) -> None:

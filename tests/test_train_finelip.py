@@ -25,6 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from objective import LOSSES, Base, Objective
 from PIL import Image
 from recipes import KillIn, Stop, die, forget_accelerator, nothing, on_two_processes, processes, refusal
+from run_folder import held
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -529,6 +530,80 @@ def test_what_is_not_whole_is_never_gone_on_from(base, tmp_path, monkeypatch, hi
     assert checkpoints(tmp_path) == ["step-0000004", "step-0000006"]
 
 
+# What a run that goes wrong costs
+
+
+def test_a_run_that_diverges_stops_at_its_step_and_keeps_what_was_saved(base, tmp_path, capsys, monkeypatch) -> None:
+    train(base, tmp_path / "run", "--max-steps", "2")
+    forward = Objective.forward
+
+    def diverge(self: Objective, batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses = forward(self, batch)
+        return {**losses, "loss": losses["loss"] * float("nan")}
+
+    monkeypatch.setattr(Objective, "forward", diverge)
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(parse(base, tmp_path / "run")).items()
+        if (value is not None and not isinstance(value, bool))
+    ]
+    before = weights(tmp_path / "run")
+    message = refusal(train_finelip, capsys, "--cpu", *flags)
+    # The weights are of no use before the loss shows it.
+    assert message.startswith(
+        "Step 3, of loss nan, made weights that are not finite: training has diverged, and nothing of this is"
+    )
+    assert checkpoints(tmp_path / "run") == ["step-0000002"]
+    assert all(torch.equal(before[key], tensor) for key, tensor in weights(tmp_path / "run").items())
+
+
+def test_steps_that_are_too_large_stop_the_run(base, tmp_path, capsys) -> None:
+    flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --out {tmp_path / 'run'} --max-steps 40"
+    message = refusal(train_finelip, capsys, *flags.split(), *["--learning-rate", "1e9", "--max-grad-norm", "0"])
+    assert "training has diverged, and nothing of this is saved" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_best_model_is_named_and_made_anew(base, tmp_path, capsys) -> None:
+    flags = ("--eval-data", "miniature:5", "--eval-every", "1")
+    train(base, tmp_path, *flags, "--max-steps", "2")
+    os.truncate(tmp_path / "best" / "model.safetensors", 100)
+    capsys.readouterr()
+    assert train(base, tmp_path, *flags, "--max-steps", "3")["best"] is not None
+    assert "best is not whole any more: it begins anew with the next evaluation" in capsys.readouterr().out
+    load_finelip(tmp_path / "best")
+
+
+def test_two_runs_do_not_write_to_one_folder(base, tmp_path, capsys) -> None:
+    flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --out {tmp_path}"
+    with held(tmp_path, "taken"):
+        message = refusal(train_finelip, capsys, *flags.split())
+    assert message == f"Another run is writing to {tmp_path}: wait for its end, or pass another --out."
+
+
+def test_a_signal_saves_nothing_half_and_the_run_goes_on(base, tmp_path, capsys, monkeypatch) -> None:
+    train(base, tmp_path / "whole")
+    save = torch.save
+
+    def interrupted(content: Any, file: Any) -> None:
+        if "step-0000004" in str(file):
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(content, file)
+
+    flags = f"--base {base} --out {tmp_path / 'stopped'} --cpu --data miniature:20 --batch-size 5 --max-steps 6"
+    flags = [*f"{flags} --save-every 2 --learning-rate 1e-3 --warmup-steps 2".split(), *ALL_LOSSES]
+    forget_accelerator()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted)
+        with pytest.raises(SystemExit, match="stopped; the same command goes on from the last checkpoint"):
+            train_finelip.main(flags)
+    assert checkpoints(tmp_path / "stopped") == ["step-0000002"]
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoints"]
+    forget_accelerator()
+    train_finelip.main(flags)
+    assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
 # Two processes
 
 
@@ -684,6 +759,22 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
         ("--keep 0", "--keep: expected a whole number above 0"),
         ("--drop-first 2", "--drop-first: expected a number of at most 1 instead of 2"),
         ("--triplet-weight 0 --contrastive-weight 0 --region-weight 0 --pull-weight 0", "All losses have weight 0"),
+        ("--sample-sentences nan", "--sample-sentences: expected a number of at least 0 instead of nan"),
+        ("--workers 1000", "--workers: expected a whole number of at most 128 instead of 1000"),
+        ("--prefix-padding 100000", "--prefix-padding: expected a whole number of at most 1,000 instead of 100000"),
+        ("--seed -1", "--seed: expected a whole number of at least 0 instead of -1"),
+        ("--seed 4294967296", "--seed: expected a whole number of at most 4,294,967,295 instead of 4294967296"),
+        ("--max-steps 99999999", "--max-steps: expected a whole number of at most 9,999,999 instead of 99999999"),
+        ("--epochs 1e9", "--epochs 1e+09 are 4,000,000,000 steps of this data: pass --max-steps"),
+        ("--margin 11", "--margin: expected a number of at most 10 instead of 11"),
+        ("--weight-decay inf", "--weight-decay: expected a number of at most 1,000,000,000 instead of inf"),
+        ("--keep 1000000", "--keep: expected a whole number of at most 10,000 instead of 1000000"),
+        ("--out=", "--out: expected a path instead of nothing"),
+        ("--images=", "--images: expected a path instead of nothing"),
+        ("--out /", "--out / is the root of all folders"),
+        ("--epoch-size 5", "--epoch-size goes with webdataset shards, but --data is miniature:20: leave it out"),
+        ("--eval-data none --eval-images x", "--eval-images x goes with --eval-data, which is none: leave it out"),
+        ("--data webdataset:x.tar --images y", "--images y goes with files, but shards hold their images: leave it"),
         ("--mixed-precision fp16", "--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no"),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,8 @@ def precompute(
         UnreadableImageError: if no image can be read.
         OSError: if the folder cannot be written to.
     """
-    with held(folder):
+    is_read_only = folder.exists() and not os.access(folder, os.W_OK)
+    with nullcontext() if is_read_only else held(folder):
         for left in folder.glob(".chunk-*"):  # by a run that was killed
             left.unlink()
         encoded_by = digest_of(*digests_of_models(pipe, with_states), resolution)

@@ -171,7 +171,7 @@ def check_run(arguments: argparse.Namespace) -> None:
     out = arguments.out
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"--out {out} is a file: pass the name of a folder.")
-    if out.absolute().resolve() == Path(out.absolute().anchor):
+    if out.resolve().parent == out.resolve():
         raise ValueError(f"--out {out} is the root of all folders: pass one of the run's own.")
     for place in (out / "checkpoints", *(out / name for name in MODELS)):
         if os.path.lexists(place) and (not place.is_dir() or (place.is_symlink() and place.name in MODELS)):
@@ -292,7 +292,7 @@ class Health:
         self.skipped = self.skipped + 1 if skipped else 0
         problem = None
         if broken:
-            problem = f"Step {step} made weights that are not finite"
+            problem = f"Step {step}, of loss {loss:g}, made weights that are not finite"
         elif not math.isfinite(loss) and not skipped:
             problem = f"The loss of step {step} is {loss}"
         elif self.skipped >= MOST_SKIPPED:

@@ -218,8 +218,8 @@ def held(folder: Path, refusal: str | None = None) -> Iterator[None]:
 def clear_of_the_dead(folder: Path) -> None:
     """Of a run that was killed, remove what it had not written whole, and give back what it was about to replace."""
     checkpoints = folder / "checkpoints"
-    for target in (*(folder / name for name in MODELS), *checkpoints.glob("step-" + 7 * "[0-9]" + ".old")):
-        target, replaced = target.with_suffix(""), target.with_suffix(".old")
+    for replaced in (*(place_of_replaced(folder / name) for name in MODELS), *checkpoints.glob(".step-*.old")):
+        target = replaced.with_name(replaced.stem.removeprefix("."))
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         remove(replaced)
@@ -287,7 +287,8 @@ def why_not_written(error: Exception) -> str | None:
     if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
         return os.strerror(int(number[1]))
     # PyTorch's writer of zip files, which does not say why.
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error)):
+    in_pytorch = "PytorchStreamWriter|inline_container|iostream|cannot be opened|Parent directory"
+    if isinstance(error, RuntimeError) and re.search(in_pytorch, str(error)):
         return "a write failed, as on a full disk"
     return None
 
@@ -348,13 +349,18 @@ def damage_of_earlier_version(checkpoint: Path, also: Collection[str]) -> str | 
 
 def put(temporary: Path, target: Path) -> None:
     """Move a folder to its place, from which another goes first, and only then for good."""
-    replaced = target.with_suffix(".old")
+    replaced = place_of_replaced(target)
     remove(replaced)
     if os.path.lexists(target):
         os.replace(target, replaced)
     os.replace(temporary, target)
     to_disk(target.parent)
     remove(replaced)
+
+
+def place_of_replaced(target: Path) -> Path:
+    """Where what another takes the place of waits for that."""
+    return target.with_name(f".{target.name}.old")
 
 
 def remove(path: Path) -> None:

@@ -43,6 +43,9 @@ def train(
 
     ``step_loss(step)`` gives the loss and the figures to show; ``extra_state`` holds objects with ``state_dict``
     that are saved along, such as an average of the weights.
+
+    Raises:
+        SystemExit: if the loss or the weights are not finite; nothing of that is saved.
     """
     torch.set_num_threads(arguments.threads)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=arguments.learning_rate, weight_decay=0.01)
@@ -69,6 +72,11 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
+        if not (loss.isfinite() and all(parameter.isfinite().all() for parameter in modules.parameters())):
+            raise SystemExit(
+                f"{name}: training has diverged at step {step + 1}, whose loss was {loss:g}: nothing of that is saved."
+                f" Delete {path} and begin anew with a lower --learning-rate."
+            )
         schedule.step()
         after_step(step)
         if step % 25 == 0:
