@@ -39,7 +39,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 1 for width in widths):
             raise ValueError(
                 f"ConditioningAdapter got state_dims={state_dims!r}, pooled_dim={pooled_dim!r} and "
-                f"hidden_dim={hidden_dim!r}: all widths must be whole numbers of at least 1, and one or more of states."
+                f"hidden_dim={hidden_dim!r}: all widths must be at least 1, in whole numbers, one or more of states."
             )
         self.states = nn.ModuleList(_residual(dim, hidden_dim) for dim in state_dims)
         self.pooled = _residual(pooled_dim, hidden_dim)

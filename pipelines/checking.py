@@ -41,6 +41,7 @@ _TABLES = {
         "conditioner.embedders.0.model.positional_embedding",
     ),
 }
+_MOST_WEIGHTS = 10_000  # of a file that is elsewhere; an SDXL has about 2,500
 # What a folder tells of its parts without their weights; the patterns by which Diffusers fetches configs.
 _CONFIG_FILES = ["**/*.json", "*.json", "**/*.txt", "*.txt", "**/*.model"]
 
@@ -72,13 +73,10 @@ def check_component(folder: Path, entry: Any = None) -> None:
 
 
 def _check_config(file: Path, entry: Any) -> None:
-    config = read_json(file)
-    if file.name == "scheduler_config.json":  # it makes tables of as many steps
-        check_numbers(config, 1, file, largest=1_000_000)
+    shapes = _weight_shapes(file.parent)
+    config = _read_config(file, len(shapes))
     if file.name != "config.json":
         return
-    shapes = _weight_shapes(file.parent)
-    check_numbers(config, len(shapes), file)
     class_name = entry[-1] if isinstance(entry, list) and entry else None
     model_class = _TEXT_ENCODERS.get(class_name) if isinstance(class_name, str) else None
     if model_class is None or not shapes or "quantization_config" in config:
@@ -92,6 +90,16 @@ def _check_config(file: Path, entry: Any) -> None:
     known = {key: shape for key, shape in prefixed.items() if key.startswith(own) and not key.endswith("position_ids")}
     check_text_config(text_config, known, str(file.parent))
     check_shapes(model_class, text_config, known, str(file.parent))
+
+
+def _read_config(file: Path, weights: int) -> dict[str, Any]:
+    """A component's config, whose numbers ask for no more than so many weights fill."""
+    config = read_json(file)
+    if file.name == "config.json":
+        check_numbers(config, weights, file)
+    elif file.name == "scheduler_config.json":  # schedulers have no weights, and make tables of as many steps
+        check_numbers(config, weights, file, largest=1_000_000)
+    return config
 
 
 def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -207,6 +215,8 @@ def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Pa
     index = read_json(source / "model_index.json")
     for part, entry in index.items():
         if isinstance(entry, list) and not part.startswith("stock_"):
+            for found in (source / part).glob("*config.json"):
+                _read_config(found, len(shapes) or _MOST_WEIGHTS)
             for pattern in ("*.json", "*.txt", "*.model"):
                 for found in (source / part).glob(pattern):
                     (folder / part).mkdir(exist_ok=True)
@@ -216,10 +226,10 @@ def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Pa
 
     known = {field.name for field in fields(CLIPTextConfig)}  # no notes on weights that are not these
     for part, tables in _TABLES.items():
-        if (written := folder / part / "config.json").is_file():
+        if (given := source / part / "config.json").is_file():
             rows = next((shapes[table][0] for table in tables if shapes.get(table)), STOCK_POSITIONS)
-            kept = {key: value for key, value in read_json(written).items() if key in known}
-            written.write_text(json.dumps({**kept, "max_position_embeddings": rows}))
+            kept = {key: value for key, value in read_json(given).items() if key in known}
+            (folder / part / "config.json").write_text(json.dumps({**kept, "max_position_embeddings": rows}))
 
 
 def _place(source: str | os.PathLike, error: BaseException) -> str:

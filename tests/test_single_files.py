@@ -162,6 +162,10 @@ def test_a_damaged_config_is_named(file, stock_folder, tmp_path) -> None:
         shutil.copytree(stock_folder, folder)
         (folder / name).write_text("{")
         assert f"{folder / name} is no JSON" in refusal(file, config=folder)
+    folder = tmp_path / "huge"
+    shutil.copytree(stock_folder, folder)
+    (folder / "unet" / "config.json").write_text('{"layers_per_block": 1000000}')
+    assert f"{folder}/unet/config.json says layers_per_block 1000000" in refusal(file, config=folder)
     for component in ("unet", "vae", "scheduler"):
         folder = tmp_path / component
         shutil.copytree(stock_folder, folder)
