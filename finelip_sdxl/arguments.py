@@ -68,12 +68,17 @@ def add_refiner(command: argparse.ArgumentParser) -> None:
 
 def count(text: str, most: int = MAX_COUNT) -> int:
     if not (text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text:.60} is not a whole number of at least 1 and at most {most:,}")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least 1 and at most {most:,}")
     return int(text)
 
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default."""
+    """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default.
+
+    Raises:
+        ValueError: a config for what is no single file.
+    """
+    _check_config(options.base, getattr(options, "config", None))
     given = {name: value for name, value in vars(options).items() if name in LOADED + READING and value is not None}
     return {name: None if value == "none" else value for name, value in given.items()}
 
@@ -93,11 +98,15 @@ def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **a
     if Path(base).is_file():
         given = {name: value for name, value in arguments.items() if name != "variant"}
         return pipeline_class.from_single_file(base, **given, **({} if config is None else {"config": config}))
-    if config is not None:
-        raise ValueError(f"--config {config} goes with a single file, but {base} is none: leave it out.")
+    _check_config(base, config)
     pipe = pipeline_class.from_pretrained(base, **arguments)
     pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
     return pipe
+
+
+def _check_config(base: str, config: str | None) -> None:
+    if config is not None and not Path(base).is_file():
+        raise ValueError(f"--config {config} goes with a single file, but {base} is none: leave it out.")
 
 
 def open_text_to_image(base: str, **arguments: Any) -> Any:

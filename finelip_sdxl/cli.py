@@ -10,6 +10,7 @@ import platform
 import random
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -320,14 +321,16 @@ def _described(options: argparse.Namespace) -> str | None:
 
 def _read_prompt(name: str) -> str:
     file, most = Path(name), 4 * MAX_CHARACTERS + 3  # bytes in UTF-8, with a mark at the beginning
+    # /dev/zero never ends, and a named pipe may never begin; what the shell puts in the place of <(…) does.
+    is_stream = name.startswith(("/dev/fd/", "/dev/stdin"))
     try:
-        # /dev/zero never ends, and a named pipe may never begin; what the shell puts in the place of <(…) does.
-        if file.exists() and not (file.is_file() or file.is_dir() or name.startswith(("/dev/fd/", "/dev/stdin"))):
-            raise ValueError(f"--prompt-file {name} is no file but a device or a pipe: pass a text file.")
+        if not is_stream and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise OSError(None, "it is no file but a device or a pipe")
         with file.open("rb") as opened:
             read = opened.read(most + 1)
-    except OSError as error:
-        raise ValueError(f"--prompt-file {name} cannot be read ({error.strerror}): pass a text file.") from error
+    except (OSError, ValueError) as error:  # the latter for a name that can be none
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"--prompt-file {name} cannot be read ({reason}): pass a text file.") from error
     if len(read) > most:
         raise ValueError(
             f"--prompt-file {name} is too long: at most {MAX_CHARACTERS:,} characters are read, shorten it."

@@ -42,8 +42,8 @@ class LongPromptMixin(LoadingMixin):
             ones.
         hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"published"`, the last layer's after the
             final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
-        long_prompt: what happens past 248 tokens: `"window"` reads all of it in windows of 248, `"truncate"` cuts and
-            logs what is lost, `"error"` raises.
+        long_prompt: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
+            100 (see `finelip_sdxl.prompts.MAX_POSITIONS`), `"truncate"` cuts and logs what is lost, `"error"` raises.
         length_buckets: lengths in tokens; prompts are padded to the smallest that holds them, or else to full length.
             Empty for always full length, as stock pipelines do.
         weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; None reads all that is typed as text. See

@@ -577,6 +577,9 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "--prompt-file", "{binary}"], "is not text in UTF-8"),
         (["tokens", "{endless}", "--base", "{stock}"], "at most 20,000"),
         (["tokens", "{long}", "--base", "{stock}", "--long-prompt", "error"], "which reads 248"),
+        (["tokens", "{breaks}", "--base", "{stock}", "--weighting", "a1111"], "needs 2,500 windows"),
+        (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
+        (["tokens", "a", "--config", "miniature"], "--config miniature goes with a single file"),
         (["generate", "a", "--out", "picture.jpg"], "must be the name of a PNG file"),
         (["generate", "a", "--base", "{stock}", "--device", "nowhere"], "is no device"),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),
@@ -634,7 +637,7 @@ def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, argumen
     for name in ("sd", "one", "cut"):
         if f"{{{name}}}" in arguments:
             names[name] = make_odd(name, stock_folder, tmp_path)
-    names |= {"endless": "a" * 100_000, "long": LONG * 4}
+    names |= {"endless": "a" * 100_000, "long": LONG * 4, "breaks": "a BREAK " * 2500, "signs": "+" * 7448}
     assert main([argument.format(**names) for argument in arguments]) == 2
     captured = capsys.readouterr()
     line = captured.err.strip().splitlines()[-1]
@@ -743,13 +746,13 @@ def test_a_prompt_file_is_read_up_to_the_limit(tmp_path, capsys) -> None:
         (str(file), "is too long: at most 20,000 characters"),
         (str(tmp_path / "long.txt"), "20,001 characters; at most 20,000"),
         (str(tmp_path / "cut.txt"), "is not text in UTF-8"),
-        ("/dev/zero", "is no file but a device or a pipe"),
-        (str(tmp_path / "pipe"), "is no file but a device or a pipe"),
+        ("/dev/zero", "cannot be read (it is no file but a device or a pipe)"),
+        (str(tmp_path / "pipe"), "cannot be read (it is no file but a device or a pipe)"),
         (str(tmp_path), "cannot be read (Is a directory)"),
         (str(tmp_path / "none.txt"), "cannot be read (No such file or directory)"),
         ("", "cannot be read"),
         ("a" * 300, "cannot be read (File name too long)"),
-        ("a\0b", "embedded null byte"),
+        ("a\0b", "cannot be read (embedded null byte)"),
     ):
         assert main(["tokens", "--prompt-file", name]) == 2
         (line,) = capsys.readouterr().err.splitlines()
