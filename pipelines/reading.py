@@ -130,7 +130,7 @@ class ReadingMixin(_Parent):
             ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters or more windows
                 than `finelip_sdxl.prompts.MAX_POSITIONS` allows, one that does not fit where `long_prompt="error"` or
                 embeddings passed beside it fix the length, weights that `finelip_sdxl.weighting.parse_weights` refuses,
-                a `clip_skip` beyond an encoder's layers, or embeddings of other shapes.
+                a `clip_skip` beyond an encoder's layers, no images, or embeddings of other shapes.
         """
         self._check_embeddings(
             prompt_embeds=prompt_embeds,
@@ -138,6 +138,9 @@ class ReadingMixin(_Parent):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
+        images = num_images_per_prompt
+        if not isinstance(images, int) or isinstance(images, bool) or images < 1:
+            raise ValueError(f"`num_images_per_prompt` is {images!r:.60}; expected a whole number of at least 1.")
         if prompt_embeds is None:
             self._check_weighting()
             self._check_clip_skip(clip_skip)
@@ -251,9 +254,12 @@ class ReadingMixin(_Parent):
                 raise ValueError(f"`{name}` must be a tensor of floats, {shape}, but is {found}.")
             if 0 in value.shape:
                 raise ValueError(f"`{name}` is empty: its shape is {tuple(value.shape)}.")
-            dim = self.unet.config.cross_attention_dim if self.unet is not None else None
-            if "pooled" not in name and isinstance(dim, int) and value.shape[-1] != dim:
-                raise ValueError(f"`{name}` are {value.shape[-1]} wide, but the UNet takes {dim}: pass an SDXL's own.")
+            if "pooled" in name:
+                dim = None if self.text_encoder_2 is None else self.text_encoder_2.config.projection_dim
+            else:
+                dim = None if self.unet is None else self.unet.config.cross_attention_dim
+            if isinstance(dim, int) and value.shape[-1] != dim:
+                raise ValueError(f"`{name}` are {value.shape[-1]} wide, but this SDXL takes {dim}: pass its own.")
         for texts, pooled in (EMBEDDINGS[::2], EMBEDDINGS[1::2]):
             if texts in tensors and pooled in tensors and len(tensors[texts]) != len(tensors[pooled]):
                 raise ValueError(

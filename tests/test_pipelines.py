@@ -701,10 +701,11 @@ EMBEDS, POOLED = torch.zeros(1, 77, 80), torch.zeros(1, 24)
         ({"prompt_embeds": EMBEDS.numpy()}, "but is ndarray"),
         ({"prompt_embeds": EMBEDS[0]}, r"but is torch.float32 of shape \(77, 80\)"),
         ({"prompt_embeds": EMBEDS.long()}, "but is torch.int64"),
-        ({"prompt_embeds": EMBEDS[..., :79]}, "`prompt_embeds` are 79 wide, but the UNet takes 80"),
+        ({"prompt_embeds": EMBEDS[..., :79]}, "`prompt_embeds` are 79 wide, but this SDXL takes 80"),
         ({"prompt_embeds": EMBEDS[:, :0]}, "`prompt_embeds` is empty"),
         ({"prompt_embeds": EMBEDS[:0]}, "`prompt_embeds` is empty"),
         ({"pooled_prompt_embeds": EMBEDS}, r"`pooled_prompt_embeds` must be a tensor of floats, \(batch, dim\)"),
+        ({"pooled_prompt_embeds": POOLED[:, :7]}, "`pooled_prompt_embeds` are 7 wide, but this SDXL takes 24"),
         ({"pooled_prompt_embeds": POOLED.repeat(2, 1)}, "`prompt_embeds` are 1 and `pooled_prompt_embeds` 2"),
         (
             {"negative_prompt_embeds": "red", "negative_pooled_prompt_embeds": POOLED},
@@ -720,6 +721,13 @@ def test_embeddings_that_are_none_are_refused(components, given, message) -> Non
         draw(pipe, None, **arguments)
     with pytest.raises(ValueError, match=message):
         embeddings(pipe, prompt=None, **arguments)
+
+
+@pytest.mark.parametrize("images", [0, -1, 1.5, True, "2", None])
+def test_a_number_of_images_that_is_none_is_refused(components, images) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components))
+    with pytest.raises(ValueError, match=r"`num_images_per_prompt` is .*; expected a whole number of at least 1"):
+        draw(pipe, num_images_per_prompt=images, generator=None)
 
 
 @pytest.mark.parametrize("scale", [-0.1, 1.1, float("nan"), float("inf"), "1", None, [1], True, torch.ones(2)])
