@@ -176,7 +176,8 @@ class LoadingMixin(ReadingMixin):
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
             config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; any saved pipeline is
                 one, of this package or not, and so is `"miniature"`. How many positions a file here has is read from
-                it, and one on the hub is taken to have 77. By default what Diffusers finds on the hub to go with the checkpoint.
+                it, and one on the hub is taken to have 77. By default what Diffusers finds on the hub to go with the
+                checkpoint.
             **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
                 every component, float32 by default.
 
