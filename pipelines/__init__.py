@@ -64,4 +64,5 @@ for mapping, name, pipeline in (
 ):
     mapping[name] = pipeline
     pag_name = re.sub(r"(Img2Img|Inpaint)?Pipeline$", r"PAG\1Pipeline", pipeline.__name__)
-    mapping[f"{name}-pag"] = type(pag_name, (_NoPAG,), {})
+    no_pag: Any = type(pag_name, (_NoPAG,), {})
+    mapping[f"{name}-pag"] = no_pag

@@ -99,14 +99,16 @@ class LoadingMixin(ReadingMixin):
                 `training/align_adapter.py` writes; None for none. By default the one that `base` comes with, unless a
                 FineLIP is passed, with which it was not trained.
             **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
-                that of every component, float32 by default.
+                that of every component, float32 by default. An encoder that is passed as None is left out, with what
+                belongs to it, for embeddings that are made elsewhere.
 
         Returns:
             The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248, or were built
             directly with 77 and saved so by this class: what was saved comes back.
 
         Raises:
-            ValueError: what is no SDXL, a file of weights that is damaged, a FineLIP or an adapter whose widths are
+            ValueError: what is no SDXL, a config or a file of weights that is damaged, weights that are not finite, a
+                tokenizer without its words, a FineLIP or an adapter whose widths are
                 not the encoders', one to add without a base, or an unknown option.
             OSError: `base` or a checkpoint is not there.
 
@@ -173,8 +175,10 @@ class LoadingMixin(ReadingMixin):
                 own encoders are stretched, with all that it has taught them; a FineLIP in their place knows none of it,
                 and one that is added (`finelip_merge="delta"`) much.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
-            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; a saved pipeline is
-                one, and so is `"miniature"`. By default what Diffusers finds on the hub to go with the checkpoint.
+            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; any saved pipeline is
+                one, of this package or not, and so is `"miniature"`. How many positions a file here has is read from
+                it, and one on the hub is taken to have 77. By default what Diffusers finds on the hub to go with the
+                checkpoint.
             **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
                 every component, float32 by default.
 
