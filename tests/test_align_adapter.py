@@ -660,7 +660,7 @@ def test_a_disk_that_is_full_leaves_no_half_file(base, tmp_path, monkeypatch, sm
 
     pipe, _ = load_pair(base)
     monkeypatch.setattr(precompute, "save_file", fail)
-    with pytest.raises(OSError, match=r"chunk-000000.safetensors cannot be written \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"chunk-000000.safetensors cannot be written to \(No space left on device\)"):
         precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -70,7 +70,7 @@ from recipe import (
     run_recipe,
     schedule,
 )
-from run_folder import RunFolder, only_run, together, writing
+from run_folder import RunFolder, only_run, together
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -293,11 +293,9 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
         grid = draw(stock, pipe, prompts, arguments)
         average.restore(method.parameters)
         folder = run.folder / "validation"
-        file = folder / f"step-{step:06d}.png"
-        with writing(file):
-            folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(file) as temporary:
-                grid.save(temporary, format="PNG")
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / f"step-{step:06d}.png") as temporary:
+            grid.save(temporary, format="PNG")
         if arguments.report_to == "tensorboard":
             writer = accelerator.get_tracker("tensorboard", unwrap=True)
             writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")

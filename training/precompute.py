@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from alignment import captions_of, read
 from PIL import Image
-from run_folder import held, writing
+from run_folder import held
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -129,7 +129,7 @@ def encode_chunk(
             tensors |= {f"{kind}_states": states, f"{kind}_pooled": pooled}
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**made_of, "captions": json.dumps(captions), "skipped": json.dumps(skipped)}
-    with writing(file), written_whole(file) as temporary:
+    with written_whole(file) as temporary:
         save_file(contiguous, temporary, metadata=metadata)
 
 

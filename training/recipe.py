@@ -7,9 +7,7 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
@@ -23,7 +21,7 @@ from run_folder import MODELS
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from finelip_sdxl.files import check_writable
+from finelip_sdxl.files import check_writable, stopped_by_signals
 
 # Flags of every recipe that may change when a run goes on: what it learns from one batch is the same with any of them.
 FREE_RUN_FLAGS = {"out", "save_every", "keep", "gradient_checkpointing", "cpu", "report_to"}
@@ -335,7 +333,7 @@ def run_recipe(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with interrupted_by_signals():
+        with stopped_by_signals():
             train(parse(arguments))
     except KeyboardInterrupt:
         sys.exit(f"{script}: stopped; the same command goes on from the last checkpoint")
@@ -344,23 +342,3 @@ def run_recipe(
         if "Original Traceback" in message:  # from a process that prepares data; the error itself is the last line
             message = message.splitlines()[-1].partition(": ")[2]
         sys.exit(f"{script}: error: {' '.join(message.split())}")
-
-
-@contextlib.contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """What asks a program to end, or hangs up, is as Ctrl-C here; what is ignored, as under nohup, stays so."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    asked = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    taken = [number for number in asked if signal.getsignal(number) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        taken = []  # others may not
-    for number in taken:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)

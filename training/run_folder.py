@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import shutil
+import stat
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,8 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, load
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from finelip_sdxl.files import writing_errors
 
 MODELS = ("best", "last", "after-text")  # that recipes save beside checkpoints/
 MANIFEST = "manifest.json"
@@ -252,55 +253,33 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def folder_written(target: Path, temporary: Path) -> Iterator[None]:
-    """Where a folder is written under a temporary name, which goes if that fails; see `writing`."""
+    """Where a folder is written under a temporary name, which goes if that fails.
+
+    Raises:
+        OSError: in one sentence, whichever library cannot write.
+    """
     try:
-        with writing(target):
+        with writing_errors(target):
             yield
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-@contextmanager
-def writing(target: Path) -> Iterator[None]:
-    """Where a file or folder is written.
-
-    Raises:
-        OSError: for whatever PyTorch and safetensors raise where nothing more can be written, such as on a full disk.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = why_not_written(error)
-        if reason is None:
-            raise
-        raise OSError(
-            f"{target} cannot be written ({reason}): what was saved before it is whole. Make room, or see who may write"
-            " there; the same command goes on from the last checkpoint."
-        ) from error
-
-
-def why_not_written(error: Exception) -> str | None:
-    """What hindered a write, in the system's words as far as they came through; None if something else is wrong."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
-        return os.strerror(int(number[1]))
-    # PyTorch's writer of zip files, which does not say why.
-    in_pytorch = "PytorchStreamWriter|inline_container|iostream|cannot be opened|Parent directory"
-    if isinstance(error, RuntimeError) and re.search(in_pytorch, str(error)):
-        return "a write failed, as on a full disk"
-    return None
-
-
 def seal(folder: Path) -> None:
-    """Write down what a folder holds, and see that the disk has it before anything is moved."""
+    """Write down what a folder holds, and see that the disk has it before anything is moved.
+
+    Files get the mode that others have here; safetensors gives them to their owner alone.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {}
     for path in files:
         to_disk(path)
         entries[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest(path)}
     (folder / MANIFEST).write_text(json.dumps(entries, indent=1))
+    mode = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
+    for path in files:
+        path.chmod(mode)
     for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         to_disk(path)
 
