@@ -24,13 +24,17 @@ from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from naive_clim import late_interaction_loop, refined_similarity_loop
 from torch import Tensor
 
 from finelip_sdxl import TokenRefinement, late_interaction, triplet_margin_loss
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from benchmarks.naive_clim import late_interaction_loop, refined_similarity_loop
 
 # A class token and 14 × 14 patches, FineLIP's positions, the width of CLIP-L.
 IMAGE_TOKENS, TEXT_TOKENS, DIM = 197, 248, 768

@@ -13,13 +13,19 @@ A run that is in --runs is not trained again, and with --json no row is drawn tw
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from miniature_pictures import (
+
+from finelip_sdxl.files import written_whole
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from benchmarks.miniature_pictures import (
     COLORS,
     CUT_BY_STOCK,
     ENCODERS,
@@ -38,8 +44,6 @@ from miniature_pictures import (
     scale_shares,
     with_interval,
 )
-
-from finelip_sdxl.files import written_whole
 
 
 @dataclass(frozen=True)

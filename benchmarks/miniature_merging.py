@@ -36,12 +36,15 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
-from miniature_pictures import Draw, Sample, cell, draw_samples, draw_with, judge, positive, with_interval
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.prompts import STOCK_POSITIONS
+from finelip_sdxl.options import STOCK_POSITIONS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from benchmarks.miniature_pictures import Draw, Sample, cell, draw_samples, draw_with, judge, positive, with_interval
 
 FINELIPS = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
 COLUMNS = tuple(

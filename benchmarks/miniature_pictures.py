@@ -33,7 +33,7 @@ from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import Scene, make_scene
-from finelip_sdxl.prompts import STOCK_POSITIONS
+from finelip_sdxl.options import STOCK_POSITIONS
 
 BATCH_SIZE = 25
 COLUMNS = (

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from miniature_parts import fit_probe
 from transformers import CLIPTokenizer
 
 from finelip_sdxl import FineLIPModel, load_finelip
@@ -32,8 +31,12 @@ from finelip_sdxl.evaluation import evaluate_retrieval
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.world import COLORS
 from finelip_sdxl.model import end_positions
-from finelip_sdxl.prompts import STOCK_POSITIONS
+from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.text_encoders import num_positions
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from benchmarks.miniature_parts import fit_probe
 
 BASE = "miniature-clip-1"
 NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --pull-weight 0"

@@ -15,6 +15,7 @@ drawn in several calls (--only), also at the same time.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,17 @@ from compel import CompelForSDXL
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 from matplotlib.figure import Figure
-from miniature_pictures import (
+from PIL import Image, ImageDraw, ImageFont
+
+from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.files import written_whole
+from finelip_sdxl.miniature import miniature_path
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
+from finelip_sdxl.options import STOCK_POSITIONS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from benchmarks.miniature_pictures import (
     BATCH_SIZE,
     COLORS,
     COLUMNS,
@@ -47,13 +58,6 @@ from miniature_pictures import (
     with_interval,
     writable,
 )
-from PIL import Image, ImageDraw, ImageFont
-
-from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.files import written_whole
-from finelip_sdxl.miniature import miniature_path
-from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
-from finelip_sdxl.prompts import STOCK_POSITIONS
 
 STOCK, DEFAULT = "stock, cut at 77", "FineLIP-SDXL's default"
 # What is trained here, by the name of its run: encoders, and the method of training/align_adapter.py.

@@ -15,14 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finelip_sdxl.arguments import (
-    add_pipeline,
-    add_refiner,
-    count,
-    device_and_dtype,
-    loading_arguments,
-)
+from finelip_sdxl.cli.options import add_pipeline, add_refiner, count, device_and_dtype, loading_arguments
 from finelip_sdxl.console import quiet_transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
 MAX_UPLOAD = "32mb"  # more than a PNG of this page has
 
@@ -48,10 +44,9 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
     device, dtype = device_and_dtype(options)
     quiet_transformers()
 
-    from look import STYLE, THEME
-    from page import build_page
-
-    from finelip_sdxl.comparison import Comparison
+    from demo.page import build_page
+    from demo.theme import STYLE, THEME
+    from finelip_sdxl.comparison.comparison import Comparison
 
     comparison = Comparison.load(
         options.base,

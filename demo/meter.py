@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from html import escape
 from itertools import accumulate, pairwise
 
-from finelip_sdxl.prompts import EncoderReading
+from finelip_sdxl.prompts.plan import EncoderReading
 
 STOCK = "stock"
 MARKERS = 2  # start and end token
@@ -80,7 +80,7 @@ def render_meter(
         syntax of weights is taken out before it reads), they are counted but not marked in the text.
 
     Example:
-        >>> from finelip_sdxl.prompts import Window
+        >>> from finelip_sdxl.prompts.plan import Window
         >>> windows = (Window("a fox & ", (320, 3240, 261)), Window("a hare", (320, 14036)))
         >>> reading = EncoderReading("text_encoder", "prompt", 0, windows, positions=5)
         >>> html = render_meter("a fox & a hare", {"compel": reading}, {"compel": "compel"})

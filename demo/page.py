@@ -15,24 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import meter
-import verdict
-from look import ABOUT_MINIATURE, INTRO, heading, sources_line, status_line
-from progress import Progress, Stopped, Visitors, follow
 
-from finelip_sdxl.comparison import (
-    COLUMNS,
-    MAX_SEED,
-    MIN_REFINED_STEPS,
-    MIN_SIDE,
-    Comparison,
-    Picture,
-    Settings,
-    label_pictures,
-)
+from demo import meter, scoring_view
+from demo.progress import Progress, Stopped, Visitors, follow
+from demo.theme import ABOUT_MINIATURE, INTRO, heading, sources_line, status_line
+from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture, label_pictures
+from finelip_sdxl.comparison.settings import COLUMNS, MAX_SEED, MIN_SIDE, Settings
+from finelip_sdxl.images import read_parameters, save_png
 from finelip_sdxl.miniature.parsing import DescribedObject, parse_description
-from finelip_sdxl.pictures import read_parameters, save_png
-from finelip_sdxl.prompts import HIDDEN_STATES
+from finelip_sdxl.options import HIDDEN_STATES
 
 EXAMPLES = Path(__file__).parent / "examples"
 # Far more than three windows of 248 tokens. compel takes seconds for texts that are much longer.
@@ -352,7 +343,7 @@ class _Page:
     ) -> tuple[Any, ...]:
         """What a column's outputs become when it is drawn."""
         done = f"{drawn.settings.steps} steps in {drawn.seconds:.1f} s, seed {drawn.settings.seed}"
-        picture, share, details = verdict.judge(drawn.image, described)
+        picture, share, details = scoring_view.judge(drawn.image, described)
         file = self._save(drawn, request)
         return heading(drawn.column, share), picture, status_line(done), _file_to_download(file), details
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import app
 from playwright.sync_api import sync_playwright
 
 from finelip_sdxl.files import written_whole
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from demo import app
 
 WIDTH = 1280
 PATIENCE = 120_000  # milliseconds

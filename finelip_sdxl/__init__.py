@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finelip_sdxl.checkpoints import load_finelip, save_published
+    from finelip_sdxl.checkpoints.load import load_finelip, save_published
     from finelip_sdxl.conditioning_adapter import ConditioningAdapter
     from finelip_sdxl.interaction import late_interaction
     from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
@@ -43,11 +43,11 @@ _EXPORTS = {
     "TokenRefinement": "finelip_sdxl.token_refinement",
     "contrastive_loss": "finelip_sdxl.losses",
     "late_interaction": "finelip_sdxl.interaction",
-    "load_finelip": "finelip_sdxl.checkpoints",
+    "load_finelip": "finelip_sdxl.checkpoints.load",
     "miniature_clip": "finelip_sdxl.miniature",
     "miniature_finelip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
-    "save_published": "finelip_sdxl.checkpoints",
+    "save_published": "finelip_sdxl.checkpoints.load",
     "stretch_positions": "finelip_sdxl.stretch",
     "triplet_margin_loss": "finelip_sdxl.losses",
 }

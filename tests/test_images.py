@@ -1,355 +1,286 @@
-"""Pictures of users as RGB of 8 bits: modes, transparency, damaged metadata, and sizes that cost too much."""
+"""PNGs that say how they were made, and grids with labels."""
 
 import io
-import os
-import struct
 import zlib
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
-from precompute import cut_square
-from transformers import AutoImageProcessor, CLIPImageProcessorPil
-
-from finelip_sdxl.data import UnreadableImageError, load_image_processor
-from finelip_sdxl.data.images import MAX_RATIO, middle, read_image
-
-pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # which Pillow says, and reads on
-
-WIDE = [0, 0x0100, 0x8080, 0xFFFF]  # of 16 bits
-NARROW = [0, 1, 128, 255]  # the same of 8
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8))
-
-
-def png(color: int, bits: int, pixels: bytes, width: int, **chunks: bytes) -> bytes:
-    """A PNG of one row; colors are PNG's: 0 gray, 2 RGB, 3 palette, 4 gray with alpha, 6 RGBA."""
-    header = struct.pack(">IIBBBBB", width, 1, bits, color, 0, 0, 0)
-    parts = {"IHDR": header, **chunks, "IDAT": zlib.compress(b"\0" + pixels), "IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, content) for name, content in parts.items())
-
-
-def chunk(name: str, content: bytes) -> bytes:
-    named = name.encode() + content
-    return struct.pack(">I", len(content)) + named + struct.pack(">I", zlib.crc32(named))
-
-
-def tiff(pixels: bytes, width: int, bits: int, order: str = "<", white_is_zero: bool = False, kind: int = 1) -> bytes:
-    """A gray TIFF of one row; kinds of numbers are TIFF's: 1 unsigned, 2 signed, 3 floating-point."""
-    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: not white_is_zero, 273: 134, 277: 1, 278: 1, 279: len(pixels)}
-    entries = [struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in {**tags, 339: kind}.items()]
-    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(entries))
-    return head + b"".join(entries) + bytes(4) + pixels
-
-
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def colors(content: bytes) -> list[tuple[int, int, int]]:
-    image = read_image(content, "a")
-    assert image.mode == "RGB"
-    return [image.getpixel((x, 0)) for x in range(image.width)]
-
-
-def gray(*levels: int) -> list[tuple[int, int, int]]:
-    return [(level, level, level) for level in levels]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(png(0, 16, struct.pack(">4H", *WIDE), 4), id="PNG"),
-        pytest.param(tiff(struct.pack("<4H", *WIDE), 4, 16), id="TIFF"),
-        pytest.param(tiff(struct.pack(">4H", *WIDE), 4, 16, ">"), id="TIFF, big end first"),
-        pytest.param(tiff(struct.pack("<4H", *[65535 - w for w in WIDE]), 4, 16, white_is_zero=True), id="white is 0"),
-        pytest.param(b"P5 4 1 65535\n" + struct.pack(">4H", *WIDE), id="PGM"),
-        pytest.param(saved(Image.fromarray(np.array([WIDE], dtype=np.uint16)), "JPEG2000"), id="JPEG 2000"),
-        pytest.param(png(0, 8, bytes(NARROW), 4), id="8 bits"),
-    ],
-)
-def test_gray_of_16_bits_is_scaled(content) -> None:
-    assert colors(content) == gray(*NARROW)
-
-
-def test_other_depths_are_scaled_too() -> None:
-    assert colors(tiff(bytes([0xFF, 0xF8, 0x00]), 2, 12)) == gray(255, 128)
-    assert colors(b"P5 3 1 1023\n" + struct.pack(">3H", 0, 512, 1023)) == gray(0, 128, 255)
-    assert colors(png(2, 16, struct.pack(">3H", 0xFFFF, 0, 0x8080), 1)) == [(255, 0, 128)]
-    assert colors(png(0, 4, b"\x0f", 2)) == gray(0, 255)
-
-
-@pytest.mark.parametrize(
-    ("content", "mode"),
-    [
-        (tiff(struct.pack("<2I", 0, 70_000), 2, 32), "mode I"),
-        (tiff(struct.pack("<2h", -1, 100), 2, 16, kind=2), "mode I"),
-        (tiff(struct.pack("<2f", 0, 1), 2, 32, kind=3), "mode F"),
-        (b"Pf 2 1\n-1\n" + struct.pack("<2f", 0, 1), "mode F"),
-    ],
-)
-def test_numbers_without_a_known_white_are_refused_by_name(content, mode) -> None:
-    with pytest.raises(UnreadableImageError, match=rf"^stars\.tif cannot be read \(its pixels are .*{mode}, which do"):
-        read_image(content, "stars.tif")
-
-
-CLEAR = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
-PALETTE = bytes([0, 0, 0, 255, 0, 0])
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(saved(CLEAR, "PNG"), id="RGBA"),
-        pytest.param(saved(CLEAR.convert("LA"), "PNG"), id="LA"),
-        pytest.param(saved(CLEAR, "WEBP", lossless=True), id="WebP"),
-        pytest.param(saved(CLEAR, "TIFF"), id="TIFF"),
-        pytest.param(saved(CLEAR.resize((16, 16)), "ICO"), id="ICO"),
-        pytest.param(saved(Image.new("P", (1, 1)), "GIF", transparency=0), id="GIF"),
-        pytest.param(png(4, 16, struct.pack(">2H", 0, 0), 1), id="LA of 16 bits"),
-        pytest.param(png(6, 16, bytes(8), 1), id="RGBA of 16 bits"),
-        pytest.param(png(3, 8, b"\0", 1, PLTE=PALETTE, tRNS=b"\0"), id="palette"),
-        pytest.param(png(0, 8, b"\0", 1, tRNS=b"\0\0"), id="gray that is transparent"),
-        pytest.param(png(0, 1, b"\0", 1, tRNS=b"\0\0"), id="black that is transparent"),
-        pytest.param(png(0, 4, b"\x70", 1, tRNS=b"\0\7"), id="gray of 4 bits"),
-        pytest.param(png(0, 2, b"\x40", 1, tRNS=b"\0\1"), id="gray of 2 bits"),
-        pytest.param(png(0, 16, b"\x12\x34", 1, tRNS=b"\x12\x34"), id="gray of 16 bits"),
-        pytest.param(png(2, 8, b"\1\2\3", 1, tRNS=b"\0\1\0\2\0\3"), id="color that is transparent"),
-        pytest.param(png(2, 16, b"\1\1\2\2\3\3", 1, tRNS=b"\1\1\2\2\3\3"), id="color of 16 bits"),
-    ],
-)
-def test_what_is_transparent_becomes_white(content) -> None:
-    assert colors(content)[0] == (255, 255, 255)
-
-
-def test_what_is_half_transparent_is_mixed_with_white_and_what_is_opaque_stays() -> None:
-    assert colors(png(3, 8, b"\0\1", 2, PLTE=PALETTE, tRNS=b"\x80")) == [(127, 127, 127), (255, 0, 0)]
-    assert colors(png(6, 8, b"\1\2\3\xff\0\0\0\x80", 2)) == [(1, 2, 3), (127, 127, 127)]
-    assert colors(png(0, 16, b"\x12\x34\x12\x35", 2, tRNS=b"\x12\x34"))[1] == (18, 18, 18)
-    opaque = NOISE.copy()
-    opaque.putalpha(255)
-    assert read_image(saved(opaque, "PNG"), "a").tobytes() == NOISE.tobytes()
-
-
-def test_other_color_spaces_stay_right() -> None:
-    red = Image.new("RGB", (8, 8), (200, 30, 60))
-    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    contents = [saved(red.convert(mode), "TIFF") for mode in ("RGBX", "CMYK")] + [
-        saved(ImageCms.applyTransform(red, lab), "TIFF"),
-        saved(red.convert("YCbCr"), "JPEG", quality=100),
-        saved(red.convert("CMYK"), "JPEG", quality=100),
-    ]
-    for content in contents:
-        # Each space has 8 bits, and the two JPEGs round as well.
-        assert np.abs(np.subtract(colors(content)[0], (200, 30, 60))).max() <= 2
-    assert colors(saved(Image.new("1", (1, 1), 1), "PNG")) == gray(255)
-
-
-# Metadata
-
-
-def exif(orientation: int = 6) -> bytes:
-    """With a resolution of -1/2, as some cameras and programs write."""
-    data = Image.Exif()
-    data[0x0112], data[0x011A] = orientation, TiffImagePlugin.IFDRational(1, 2)
-    return data.tobytes().replace(struct.pack(">II", 1, 2), struct.pack(">iI", -1, 2))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-def test_a_negative_rational_costs_neither_the_picture_nor_its_orientation(kind) -> None:
-    assert struct.pack(">i", -1) in exif()
-    assert read_image(saved(NOISE, kind, exif=exif()), "a").size == (6, 10)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright(kind, orientation) -> None:
-    data = Image.Exif()
-    data[0x0112] = orientation
-    options = {"lossless": True} if kind == "WEBP" else {"quality": 100}
-    picture = Image.new("RGB", (64, 32), "white")
-    picture.paste("black", (0, 0, 32, 16))
-    upright = read_image(saved(picture, kind, exif=data, **options), "a")
-    assert upright.size == ((64, 32) if orientation < 5 else (32, 64))
-    # Where the dark corner at the top left comes to lie, as the EXIF specification names the first row and column.
-    at_left, at_top = orientation in (1, 4, 5, 8), orientation in (1, 2, 5, 6)
-    dark = upright.getpixel((upright.width // 4 if at_left else upright.width * 3 // 4,
-                             upright.height // 4 if at_top else upright.height * 3 // 4))  # fmt: skip
-    assert max(dark) < 10
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        b"Exif\0\0",
-        b"Exif\0\0MM\0*",
-        b"Exif\0\0MM\0*\xff\xff\xff\xff",
-        b"Exif\0\0nonsense",
-        exif()[:20],
-        exif(0),
-        exif(9),
-    ],
-)
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_damaged_exif_data_does_not_cost_the_picture(kind, damaged) -> None:
-    assert read_image(saved(NOISE, kind, exif=damaged), "a").size == NOISE.size
-
-
-def test_an_avif_is_read_without_its_exif_data_where_these_are_damaged() -> None:
-    content = saved(NOISE, "AVIF", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0")
-    damaged = content.replace(b"MM\0*", b"....")
-    assert damaged != content
-    assert read_image(damaged, "a").tobytes() == read_image(saved(NOISE, "AVIF"), "a").tobytes()
-
-
-def long_text() -> bytes:
-    """A PNG's compressed text of two million characters: Pillow gives up above one."""
-    return chunk("zTXt", b"parameters\0\0" + zlib.compress(b"a" * 2_000_000))
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [
-        pytest.param(long_text(), id="compressed text"),
-        pytest.param(chunk("iTXt", b"a\0\1\0\0\0" + zlib.compress(b"a" * 2_000_000)), id="international text"),
-        pytest.param(chunk("iCCP", b"a\0\0" + zlib.compress(b"a" * 2_000_000)), id="color profile"),
-        pytest.param(b"".join([long_text()[:-4], b"none"]), id="wrong checksum"),
-        pytest.param(chunk("tEXt", b"a\0" + b"b" * (1 << 20)) * 65, id="65 MB of texts"),
-        pytest.param(b"".join([chunk("eXIf", exif(1)[6:])[:-1], b"\0"]), id="wrong checksum of EXIF data"),
-        pytest.param(chunk("pHYs", b"\0"), id="cut resolution"),
-    ],
-)
-@pytest.mark.parametrize("late", [False, True])
-def test_a_png_s_texts_do_not_cost_the_picture(extra, late, tmp_path) -> None:
-    content = saved(NOISE, "PNG")
-    place = content.index(b"IEND" if late else b"IDAT") - 4
-    file = tmp_path / "a.png"
-    file.write_bytes(content[:place] + extra + content[place:])
-    limit = PngImagePlugin.MAX_TEXT_CHUNK
-    assert read_image(file, "a").tobytes() == NOISE.tobytes()
-    assert read_image(file.read_bytes(), "a").tobytes() == NOISE.tobytes()
-    assert limit == PngImagePlugin.MAX_TEXT_CHUNK, "the limit of all who use Pillow"
-
-
-def test_orientation_and_transparency_outlast_a_text_that_is_too_long() -> None:
-    image = NOISE.convert("RGBA")
-    image.putalpha(0)
-    content = saved(image, "PNG", exif=exif())
-    place = content.index(b"IDAT") - 4
-    read = read_image(content[:place] + long_text() + content[place:], "a")
-    assert (read.size, read.getcolors()) == ((6, 10), [(60, (255, 255, 255))])
-
-
-def test_broken_pixels_are_refused_also_behind_a_long_text() -> None:
-    content = saved(NOISE, "PNG")
-    place = content.index(b"IDAT") - 4
-    for broken in (content[:-30], content[:place] + long_text() + content[place:-30], content[:40], content[:10]):
-        with pytest.raises(UnreadableImageError, match=r"^fox\.png cannot be read \([^\n]+\)\.$"):
-            read_image(broken, "fox.png")
-
-
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zero.png").symlink_to("/dev/zero")
-    for file in (tmp_path, tmp_path / "pipe.png", tmp_path / "zero.png", Path("/dev/zero")):
-        with pytest.raises(UnreadableImageError, match=r"cannot be read \(it is no regular file\)"):
-            read_image(file, str(file))
-
-
-def test_a_path_that_cannot_be_is_refused(tmp_path) -> None:
-    for name in ("a\0b", "a" * 300, "\ud800", "none"):
-        with pytest.raises(UnreadableImageError, match="cannot be read"):
-            read_image(tmp_path / name, "a")
-
-
-def test_a_name_that_is_no_text_can_be_printed(tmp_path) -> None:
-    file = tmp_path / "caf\udce9.png"
-    file.write_bytes(saved(NOISE, "PNG"))
-    assert read_image(file, str(file)).tobytes() == NOISE.tobytes()
-    file.write_bytes(b"no image")
-    with pytest.raises(UnreadableImageError, match=r"caf\\udce9\.png cannot be read") as raised:
-        read_image(file, str(file))
-    assert str(raised.value).encode()
-
-
-def test_a_picture_that_unpacks_to_too_much_is_refused() -> None:
-    rows = zlib.compress(bytes(1 << 20))
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n" + chunk("IHDR", header) + chunk("IDAT", rows) + chunk("IEND", b"")
-    with pytest.raises(UnreadableImageError, match=r"bomb\.png cannot be read \(.*exceeds limit"):
-        read_image(content, "bomb.png")
-
-
-# Sizes
-
-
-@pytest.mark.parametrize("size", [(640, 480), (16, 1), (1, 16), (1, 1), (4096, 256)])
-def test_the_middle_of_an_ordinary_image_is_all_of_it(size) -> None:
-    assert middle(*size) == (0, 0, *size)
-
-
-@pytest.mark.parametrize(("long", "short"), [(20_000, 1), (20_001, 1), (999, 3), (50_000, 7)])
-def test_the_middle_of_a_long_image_is_bounded_and_in_the_middle(long, short) -> None:
-    left, top, right, bottom = middle(long, short)
-    assert (top, bottom) == (0, short)
-    assert left == long - right, "by whole pixels, so that nothing is moved by half of one"
-    assert right - left - MAX_RATIO * short in (0, 1)
-    assert middle(short, long) == (top, left, bottom, right)
-
-
-def noise(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo, PngStream, putchunk
+
+from finelip_sdxl import images
+from finelip_sdxl.cli.main import main
+from finelip_sdxl.images import label_grid, read_parameters, save_png, to_image
+
+PARAMETERS = {"prompt": "a red fox, 狐\0, " * 40, "seed": 2**32 - 1, "guidance_scale": 3.5, "width": None}
+RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 @pytest.fixture
-def scaled_sizes(monkeypatch) -> list[tuple[int, int]]:
-    """To what sizes Pillow scales."""
-    sizes, resize = [], Image.Image.resize
-
-    def counting(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
-        sizes.append(tuple(size))
-        return resize(self, size, *args, **kwargs)
-
-    monkeypatch.setattr(Image.Image, "resize", counting)
-    return sizes
+def file(tmp_path) -> str:
+    return str(tmp_path / "picture.png")
 
 
-@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (60_000, 50), (3, 9_999)])
-def test_of_a_long_image_only_the_middle_is_scaled(size, scaled_sizes, tmp_path) -> None:
-    pixels = load_image_processor(tmp_path, 224)(noise(*size), return_tensors="pt").pixel_values
-    cut, time_ids = cut_square(noise(*size), 128)
-    assert (pixels.shape, cut.size) == ((1, 3, 224, 224), (128, 128))
-    assert time_ids[:2] == [size[1], size[0]], "what SDXL is told of the original stays"
-    assert len(scaled_sizes) == 2
-    assert all(width * height <= (MAX_RATIO + 1) * 224 * 224 for width, height in scaled_sizes)
+def plain(color: tuple[int, int, int] = RED, size: tuple[int, int] = (300, 300)) -> Image.Image:
+    return Image.new("RGB", size, color)
 
 
-def whole_square(image: Image.Image, resolution: int) -> Image.Image:
-    """`cut_square` as it would be if nothing were cut off before."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
-    return scaled.crop((left, top, left + resolution, top + resolution))
+def count(grid: Image.Image, color: tuple[int, int, int]) -> int:
+    return int((np.asarray(grid) == color).all(axis=-1).sum())
 
 
-@pytest.mark.parametrize("size", [(640, 480), (48, 64), (31, 17), (1, 1), (1, 16), (40, 1), (7, 420), (1000, 40)])
-def test_an_image_is_scaled_bit_for_bit_as_a_whole(size, tmp_path) -> None:
-    """Also a long one whose sides do not have to be rounded: what is cut off is beyond the filters' reach."""
-    image = noise(*size)
-    clip = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    ours, expected = (
-        processor(image, return_tensors="np").pixel_values for processor in (load_image_processor(tmp_path, 32), clip)
+# Parameters
+
+
+def test_a_picture_keeps_its_pixels_and_its_parameters(file) -> None:
+    image = Image.radial_gradient("L")
+    save_png(image, file, PARAMETERS)
+    assert read_parameters(file) == PARAMETERS
+    assert Image.open(file).tobytes() == image.tobytes()
+    assert Image.open(file).text["prompt"] == PARAMETERS["prompt"].replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(file, tmp_path) -> None:
+    save_png(plain(), file, PARAMETERS)
+    with pytest.raises(OSError, match="cannot write mode"):
+        save_png(Image.new("HSV", (8, 8)), file, PARAMETERS)
+    assert read_parameters(file) == PARAMETERS
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("order", [(b"iTXt", b"IDAT"), (b"IDAT", b"iTXt")])
+def test_parameters_are_found_before_and_behind_pixels_that_are_never_decoded(file, order) -> None:
+    side = (100_000).to_bytes(4, "big")
+    chunks = {b"iTXt": b'parameters\0\0\0\0\0{"prompt": "a fox"}', b"IDAT": b"no pixels at all"}
+    with open(file, "wb") as stream:
+        stream.write(b"\x89PNG\r\n\x1a\n")
+        putchunk(stream, b"IHDR", side, side, b"\x08\x02\0\0\0")
+        for kind in order:
+            putchunk(stream, kind, chunks[kind])
+        putchunk(stream, b"IEND", b"")
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(file)
+    assert read_parameters(file) == {"prompt": "a fox"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a portrait of a fox\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1",
+        '["a list"]',
+        '{"fooocus": true}',
+        '{"prompt": 3}',
+        "[" * 200_000,
+        "1" * 5000,
+        "",
+    ],
+)
+def test_parameters_of_other_programs_are_refused(file, text) -> None:
+    info = PngInfo()
+    info.add_text("parameters", text)
+    plain().save(file, pnginfo=info)
+    with pytest.raises(ValueError, match=r"^picture.png was not written by FineLIP-SDXL: .* another program"):
+        read_parameters(file)
+
+
+def test_a_picture_without_parameters_is_refused(file) -> None:
+    plain().save(file)
+    with pytest.raises(ValueError, match=r"^picture.png holds no parameters: it was not written by FineLIP-SDXL"):
+        read_parameters(file)
+
+
+def test_what_is_no_png_is_refused(file, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"picture.png does not exist or is not a file"):
+        read_parameters(file)
+    with pytest.raises(ValueError, match="does not exist or is not a file"):
+        read_parameters(tmp_path)
+    for write in (lambda: plain().save(file, format="JPEG"), lambda: open(file, "wb").close()):
+        write()
+        with pytest.raises(ValueError, match=r"^picture.png is not a PNG: pass a PNG"):
+            read_parameters(file)
+
+
+def test_a_damaged_picture_is_refused(file) -> None:
+    save_png(Image.effect_noise((64, 64), 50), file, PARAMETERS)
+    with open(file, "rb") as stream:
+        whole = stream.read()
+    flipped = whole.replace(b"guidance_scale", b"guidance_Scale")
+    for damaged in (whole[:10], whole[:200], whole[: len(whole) // 2], whole[:-12], whole[:-9], flipped):
+        with open(file, "wb") as stream:
+            stream.write(damaged)
+        with pytest.raises(ValueError, match=r"^picture.png is a PNG that is damaged or cut short"):
+            read_parameters(file)
+
+
+def test_texts_that_unpack_to_far_more_are_refused(file) -> None:
+    info = PngInfo()
+    info.add(b"zTXt", b"parameters\0\0" + zlib.compress(b"a" * 100_000_000))
+    plain().save(file, pnginfo=info)
+    with pytest.raises(ValueError, match="damaged"):
+        read_parameters(file)
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"IDAT", b"none"])
+def test_a_picture_of_millions_of_chunks_is_not_read_to_its_end(file, monkeypatch, kind) -> None:
+    chunks = io.BytesIO()
+    putchunk(chunks, kind, b"a\0b")
+    with open(file, "wb") as stream:
+        stream.write(b"\x89PNG\r\n\x1a\n" + chunks.getvalue() * 1_000_000)
+        putchunk(stream, b"IEND", b"")
+    read, count = PngStream.read, []
+    monkeypatch.setattr(PngStream, "read", lambda self: count.append(1) or read(self))
+    with pytest.raises(ValueError, match=r"^picture.png has more than 20,000 chunks: pass a PNG as FineLIP-SDXL"):
+        read_parameters(file)
+    assert len(count) == images.MAX_CHUNKS
+
+
+@pytest.mark.parametrize("where", ["all", "one pixel", "one channel"])
+def test_a_picture_of_nan_is_refused(where) -> None:
+    pixels = torch.zeros(3, 8, 16)
+    lost = {"all": slice(None), "one pixel": (slice(None), 2, 3), "one channel": (1, 0, 0)}[where]
+    pixels[lost] = torch.nan
+    count = 128 if where == "all" else 1
+    with pytest.raises(ValueError, match=rf"^{count} of the picture's 128 pixels are not a number .*float32"):
+        to_image(pixels)
+
+
+def test_generate_says_that_a_picture_is_no_number(stock_folder, tmp_path, monkeypatch, capsys) -> None:
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *args, **options: (decode(*args, **options)[0] * torch.nan,))
+    arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]
+    assert main(["generate", "a fox", *arguments]) == 2
+    assert "256 of the picture's 256 pixels are not a number (NaN)" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_picture_is_made_of_numbers_as_diffusers_makes_it(dtype) -> None:
+    pixels = torch.linspace(0, 1, 3 * 8 * 16).reshape(1, 3, 8, 16).to(dtype)
+    (expected,) = VaeImageProcessor().postprocess(2 * pixels - 1, output_type="pil")
+    assert (
+        to_image(VaeImageProcessor().postprocess(2 * pixels - 1, output_type="pt")[0]).tobytes() == expected.tobytes()
     )
-    assert np.array_equal(ours, expected)
-    assert cut_square(image, 32)[0].tobytes() == whole_square(image, 32).tobytes()
 
 
-def test_a_saved_image_processor_is_loaded_by_anybody(tmp_path) -> None:
-    load_image_processor(tmp_path, 32).save_pretrained(tmp_path)
-    theirs, ours = AutoImageProcessor.from_pretrained(tmp_path), load_image_processor(tmp_path, 99)
-    assert type(theirs) is CLIPImageProcessorPil
-    assert ours.to_dict() == theirs.to_dict()
+def test_a_file_that_is_too_large_is_not_read(file, monkeypatch) -> None:
+    save_png(plain(), file, PARAMETERS)
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"^picture.png has [\d,]+ bytes; at most 1,000 are read: pass"):
+        read_parameters(file)
+
+
+# Grids
+
+
+class Drawn:
+    """The texts that a grid draws, and the boxes that they fill."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.texts: list[str] = []
+        self.boxes: list[tuple[float, float, float, float]] = []
+        draw = ImageDraw.ImageDraw.text
+
+        def text(pen, xy, text, font, anchor, **style) -> None:
+            self.texts.append(text)
+            self.boxes.append(pen.textbbox(xy, text, font=font, anchor=anchor))
+            draw(pen, xy, text, font=font, anchor=anchor, **style)
+
+        monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> Drawn:
+    return Drawn(monkeypatch)
+
+
+def test_a_grid_shows_pictures_and_labels_in_order(drawn) -> None:
+    rows = [[plain(RED), plain(BLUE)], [plain(BLUE), plain(BLUE)]]
+    grid = label_grid(rows, ["seed 0", "seed 1"], ["Stock SDXL", "compel"], "a fox", [["1", "2"], ["3", "4"]])
+    assert drawn.texts == ["a fox", "Stock SDXL", "compel", "seed 0", "1", "2", "seed 1", "3", "4"]
+    # No picture is drawn over, and none is missing.
+    assert (count(grid, RED), count(grid, BLUE)) == (300 * 300, 3 * 300 * 300)
+    places = dict(zip(drawn.texts, drawn.boxes, strict=True))
+    left, top, right, bottom = Image.composite(
+        Image.new("L", grid.size, 255), Image.new("L", grid.size), grid.getchannel("G").point(lambda g: 255 * (g == 0))
+    ).getbbox()
+    assert places["a fox"][3] <= places["Stock SDXL"][1]
+    assert places["Stock SDXL"][3] <= top
+    assert places["seed 0"][2] <= left
+    assert top < places["seed 0"][1] < places["1"][1] < places["seed 1"][1] < bottom
+    assert left < places["Stock SDXL"][0] < places["compel"][0] < right
+    assert grid.getpixel((left, top)) == RED
+    assert bottom <= places["4"][1]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((96, 96), (288, 288)), ((96, 40), (672, 280)), ((256, 300), (256, 300)), ((8, 8), (256, 256))],
+)
+def test_small_pictures_are_enlarged(size, expected) -> None:
+    grid = label_grid([[plain(size=size)]], ["seed 0"], ["compel"])
+    assert count(grid, RED) == expected[0] * expected[1]
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "The quick fox jumps over the lazy dog. " * 40,
+        "狐は赤い星の上にいる。" * 60,
+        "x" * 1000,
+        "One line.\n\nAnother\tafter an empty one.\r\nA third, 😀👨‍👩‍👧 עברית é \x07 नमस्ते.",
+    ],
+)
+def test_a_long_title_is_there_in_full_and_within_the_grid(drawn, title) -> None:
+    grid = label_grid([[plain(), plain()]], ["seed 0"], ["", ""], title)
+    lines = drawn.texts[: drawn.texts.index("seed 0")]
+    assert "".join("".join(lines).split()) == "".join(title.split())
+    assert all(min(box) > 0 and box[2] < grid.width and box[3] < grid.height for box in drawn.boxes)
+    assert count(grid, RED) == 2 * 300 * 300
+    assert grid.height > label_grid([[plain(), plain()]], ["seed 0"], ["", ""], "short").height
+
+
+def test_lines_break_between_words(drawn) -> None:
+    label_grid([[plain()]], [""], ["of several words that need more room than there is"])
+    assert len(drawn.texts) > 1
+    assert " ".join(drawn.texts) == "of several words that need more room than there is"
+
+
+def test_labels_that_need_more_room_get_it(drawn) -> None:
+    grid = label_grid([[plain()]], ["label " * 30], ["title " * 30], captions=[["caption " * 30]])
+    assert "".join(drawn.texts).count("caption") == 30
+    assert count(grid, RED) == 300 * 300
+    assert all(min(box) > 0 and box[2] < grid.width and box[3] < grid.height for box in drawn.boxes)
+
+
+def test_labels_grow_with_the_pictures(drawn) -> None:
+    label_grid([[plain(size=(1024, 1024))]], [""], ["compel"])
+    label_grid([[plain(size=(256, 256))]], [""], ["compel"])
+    large, small = drawn.boxes
+    assert large[3] - large[1] > 3 * (small[3] - small[1])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_pictures_of_any_mode_are_shown(mode) -> None:
+    grid = label_grid([[plain((0, 0, 0)).convert(mode)]], [""], [""])
+    assert (grid.mode, count(grid, (0, 0, 0))) == ("RGB", 300 * 300)
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_labels", "column_labels", "captions", "message"),
+    [
+        ([], [], ["a"], None, "The grid is empty"),
+        ([[]], ["a"], [], None, "The grid is empty"),
+        ([[(96, 96), (96, 104)]], ["a"], ["b", "c"], None, "must have one size, but have 96 × 96 and 96 × 104"),
+        ([[(96, 96)]], [], ["b"], None, "has 1 rows but 0 row labels"),
+        ([[(96, 96)]], ["a"], ["b", "c"], None, r"The pictures of the grid are \[1\] a row: expected 1 rows of 2"),
+        ([[(96, 96)]], ["a"], ["b"], [["c", "d"]], r"The captions of the grid are \[2\] a row"),
+        ([[(96, 96)]], ["a"], ["b"], [], "The captions of the grid"),
+    ],
+)
+def test_a_grid_that_does_not_fit_together_is_refused(rows, row_labels, column_labels, captions, message) -> None:
+    images = [[plain(size=size) for size in row] for row in rows]
+    with pytest.raises(ValueError, match=message):
+        label_grid(images, row_labels, column_labels, captions=captions)

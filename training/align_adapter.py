@@ -38,15 +38,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from precompute import Precomputed, precompute
-from recipe import (
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
+from finelip_sdxl.data import CaptionedImages, EpochBatches, open_images
+from finelip_sdxl.files import written_whole
+from finelip_sdxl.miniature import resolve_base
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.pipelines.encoder_swap import loading_errors, single_file_errors
+from finelip_sdxl.text_encoders import num_positions
+from finelip_sdxl.texts import lines_of, read_text
+from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
+from finelip_sdxl.training.precompute import Precomputed, precompute
+from finelip_sdxl.training.recipe import (
     AMOUNT,
     BATCH,
     MOST_STEPS,
@@ -70,18 +81,7 @@ from recipe import (
     run_recipe,
     schedule,
 )
-from run_folder import RunFolder, only_run, together
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
-from finelip_sdxl.data import CaptionedImages, EpochBatches, open_images
-from finelip_sdxl.files import written_whole
-from finelip_sdxl.miniature import resolve_base
-from finelip_sdxl.pipelines.loading import loading_errors, single_file_errors
-from finelip_sdxl.prompts import STOCK_POSITIONS
-from finelip_sdxl.text_encoders import num_positions
-from finelip_sdxl.texts import lines_of, read_text
+from finelip_sdxl.training.run_folder import RunFolder, only_run, together
 
 # For SDXL.
 SDXL = {

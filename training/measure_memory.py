@@ -20,10 +20,9 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
-from align_adapter import ENCODERS, SDXL, Adapter, Lora, num_long, save_memory
-from alignment import Alignment, ImageAlignment, TextAlignment
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -32,7 +31,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import open_images
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.prompts import STOCK_POSITIONS
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from training.align_adapter import ENCODERS, SDXL, Adapter, Lora, num_long, save_memory
 
 GIB = 2**30
 # As in the configs of stabilityai/stable-diffusion-xl-base-1.0.

@@ -31,8 +31,26 @@ if __name__ == "__main__":  # before the imports that would speak
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from objective import LOSSES, Base, Objective
-from recipe import (
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from finelip_sdxl import FineLIPModel, load_finelip
+from finelip_sdxl.data import (
+    CaptionAugmentation,
+    EpochBatches,
+    TrainingPairs,
+    TrainingShards,
+    collate,
+    load_image_processor,
+    load_tokenizer,
+    open_images,
+)
+from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
+from finelip_sdxl.losses import MARGIN
+from finelip_sdxl.stretch import KEEP
+from finelip_sdxl.training.objective import LOSSES, Base, Objective
+from finelip_sdxl.training.recipe import (
     AMOUNT,
     BATCH,
     COUNT,
@@ -59,25 +77,7 @@ from recipe import (
     schedule,
     to_device,
 )
-from run_folder import RunFolder, only_run, together
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from finelip_sdxl import FineLIPModel, load_finelip
-from finelip_sdxl.data import (
-    CaptionAugmentation,
-    EpochBatches,
-    TrainingPairs,
-    TrainingShards,
-    collate,
-    load_image_processor,
-    load_tokenizer,
-    open_images,
-)
-from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
-from finelip_sdxl.losses import MARGIN
-from finelip_sdxl.stretch import KEEP
+from finelip_sdxl.training.run_folder import RunFolder, only_run, together
 
 # What the paper trains with; its batch of 512 pairs is 8 processes of 64.
 PAPER = {

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from finelip_sdxl.model import end_positions
-from finelip_sdxl.prompts import STOCK_POSITIONS
+from finelip_sdxl.options import STOCK_POSITIONS
 
 from .augmentation import CaptionAugmentation
 from .captioned_images import CaptionedImages, UnreadableImageError

@@ -1,0 +1,259 @@
+"""Load a FineLIP from whatever CLIP weights there are: published checkpoints, open_clip, transformers.
+
+The way of the weights, top-down: read tensors (and a config, if there is one), rename them to the keys of
+transformers' `CLIPModel`, make one positional table of at least 248 rows, derive the config, build the model.
+`save_published` goes the way back, to a file in the layout of the published checkpoints.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finelip_sdxl.checkpoints.config import derive_config
+from finelip_sdxl.checkpoints.layouts import SECOND_TABLE, to_clip_keys, to_published_keys
+from finelip_sdxl.checkpoints.sources import Source, read_source
+from finelip_sdxl.files import written_whole
+from finelip_sdxl.foreign_files import check_finite
+from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.provenance import MADE_FROM, public_name
+from finelip_sdxl.stretch import FACTOR, KEEP, check_stretch, stretch_positions
+from finelip_sdxl.text_encoders import POSITION_TABLE, build_model, dims
+
+logger = logging.getLogger(__name__)
+
+
+def load_finelip(
+    source: Source,
+    *,
+    keep: int = KEEP,
+    factor: int = FACTOR,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    **hub_kwargs: Any,
+) -> FineLIPModel:
+    """Load CLIP weights of any common layout as a FineLIP whose text tower reads 248 positions.
+
+    `source` is one of
+
+    - a `.pt`, `.pth` or `.bin` file (loaded with `weights_only=True`) or a `.safetensors` file: a FineLIP, Long-CLIP or
+      SmartCLIP checkpoint, an OpenAI CLIP or open_clip state dict (ViT), also nested under `state_dict` or `model` and
+      with `module.` before its keys, or a bare transformers CLIP file;
+    - a directory or hub id of a transformers CLIP model (also of Long-CLIP and FG-CLIP v1), of a CLIP text encoder, or
+      of what `FineLIPModel` saved;
+    - `miniature-clip-1` or `-2`, `miniature-finelip-1` or `-2`: of the miniature that comes with this package;
+    - a state dict in memory, or a loaded `FineLIPModel`, `CLIPModel`, `CLIPTextModel` or
+      `CLIPTextModelWithProjection`, which is not modified; on the CPU, unchanged weights share its memory.
+
+    The number of positions is that of the tensors, whatever a config says. Two tables (FineLIP and Long-CLIP train the
+    later rows in a second one) are merged: rows before `keep` from the first, the others from the second. Of FG-CLIP,
+    which has parts for short and for long texts, those for long ones are taken. 77 rows are stretched, and the text
+    config then records `stretched_from`, `stretch_keep` and `stretch_factor`; more rows stay.
+
+    A file without a config does not say all: heads are taken to be 64 wide (80, 88 and 104 in the image towers of
+    open_clip's H, g and bigG). The activation is QuickGELU if the keys are those of a published checkpoint or of
+    OpenAI's, GELU if the text tower is as wide as open_clip's H, g or bigG, and otherwise QuickGELU, which is right for
+    OpenAI's weights and wrong for LAION's smaller ones: pass `activation="gelu"` there.
+
+    Args:
+        source: see above.
+        keep: leading positions that a stretch leaves alone, and that a second table leaves to the first.
+        factor: positions that a stretch makes of each later one, from 1 to 1000.
+        dtype: of the model; by default the widest in `source`, so that nothing is lost.
+        activation: "quick_gelu" or "gelu", against what the source says or suggests.
+        subfolder: of a directory or hub repository, e.g. "text_encoder" for an SDXL.
+        variant: of the weights in a directory or hub repository, e.g. "fp16" for `model.fp16.safetensors`. Without it,
+            the plain ones, or those of the only variant that is there, which is then logged.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as for `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode. It has an image tower, projections and the weights of a token refinement where
+        `source` has them.
+
+    Raises:
+        FileNotFoundError: if a path, or a file that must be in a directory, does not exist.
+        OSError: if a hub repository or a file cannot be read.
+        ValueError: if the weights are not a CLIP's (the message says what they look like), incomplete, not finite or
+            not those that the config speaks of, if a file holds or leads to more than weights, or if an argument is out
+            of range.
+
+    Example:
+        >>> from transformers import CLIPTextConfig, CLIPTextModel
+        >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+        >>> model = load_finelip(stock)
+        >>> model.config.text_config.max_position_embeddings, model.config.text_config.stretched_from
+        (248, 77)
+    """
+    kind = "state dict" if isinstance(source, Mapping) else type(source).__name__
+    name = str(Path(source, subfolder)) if isinstance(source, str | Path) else f"The given {kind}"
+    tensors, config = read_source(source, subfolder, variant, hub_kwargs)
+    finelip_config, tensors = convert_weights(
+        tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
+    )
+    if isinstance(source, str | Path):
+        setattr(finelip_config.text_config, MADE_FROM, public_name(source))
+    if not isinstance(source, FineLIPModel):  # which was loaded, and seen through, by this function
+        check_finite(tensors, name)
+    return build_model(FineLIPModel, finelip_config, tensors, name)
+
+
+def save_published(model: FineLIPModel, path: str | Path) -> None:
+    """Write a FineLIP as the published checkpoints are: OpenAI's keys, a second positional table, `cross_net.*`.
+
+    What a model lacks (image tower, projections, token refinement) its file lacks too. Both positional tables are
+    the whole table, so that their reader may take the rows from either. `load_finelip` gives the same model back, bit
+    for bit; only the record of a stretch (`stretched_from`) has no place in such a file.
+
+    Args:
+        model: without adapters (merge or unload a LoRA first).
+        path: a `.safetensors` or `.pt` file. It is replaced only once the new one is whole.
+
+    Raises:
+        ValueError: if `path` has another suffix, or the model is one that this layout, which has no config, cannot
+            tell from others: heads that are not 64 wide, GELU, or other positions, image sizes or end tokens than its
+            tensors suggest. `save_pretrained` writes those.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from transformers import CLIPTextConfig, CLIPTextModel
+        >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
+        >>> model = load_finelip(stock)
+        >>> with TemporaryDirectory() as folder:
+        ...     save_published(model, f"{folder}/finelip.safetensors")
+        ...     again = load_finelip(f"{folder}/finelip.safetensors")
+        >>> all(torch.equal(weight, again.state_dict()[key]) for key, weight in model.state_dict().items())
+        True
+    """
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"{path} is neither named .safetensors nor .pt: give one of these suffixes.")
+    _check_published_layout_suffices(model, path)
+    tensors = to_published_keys({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary) if path.suffix == ".safetensors" else torch.save(tensors, temporary)
+
+
+def convert_weights(
+    tensors: dict[str, Tensor],
+    config: dict[str, Any] | None = None,
+    *,
+    keep: int = KEEP,
+    factor: int = FACTOR,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    name: str = "The state dict",
+) -> tuple[FineLIPConfig, dict[str, Tensor]]:
+    """What `load_finelip` makes of a state dict, before a model is built: also for tensors on the meta device.
+
+    Args:
+        tensors: of any layout that `load_finelip` takes; emptied on the way, so that fused weights and their parts are
+            not all in memory at once.
+        config: the content of the `config.json` beside the weights, if there is one.
+        keep: see `load_finelip`.
+        factor: see `load_finelip`.
+        dtype: see `load_finelip`.
+        activation: see `load_finelip`.
+        name: of the source, for messages.
+
+    Returns:
+        The config and the weights of a `FineLIPModel`.
+
+    Raises:
+        ValueError: see `load_finelip`.
+
+    Example:
+        >>> from transformers import CLIPConfig, CLIPModel
+        >>> with torch.device("meta"):
+        ...     weights = CLIPModel(CLIPConfig()).state_dict()
+        >>> config, weights = convert_weights(weights)
+        >>> config.text_config.num_attention_heads, weights[POSITION_TABLE].shape
+        (8, torch.Size([248, 512]))
+    """
+    if activation not in (None, "quick_gelu", "gelu"):
+        raise ValueError(f"activation={activation!r} is unknown: give 'quick_gelu', 'gelu' or None.")
+    tensors, is_published = to_clip_keys(tensors, name)
+    _cast(tensors, dtype, name)
+    stretched_from = _settle_positions(tensors, keep, factor, name)
+    finelip_config = derive_config(tensors, config, activation, is_published, name)
+    if stretched_from is not None:
+        finelip_config.text_config.stretched_from = stretched_from
+        finelip_config.text_config.stretch_keep = keep
+        finelip_config.text_config.stretch_factor = factor
+    scale = finelip_config.logit_scale_init_value
+    tensors.setdefault("logit_scale", tensors[POSITION_TABLE].new_tensor(scale))
+    return finelip_config, tensors
+
+
+# Settling: one dtype, one positional table, and the config that the tensors call for.
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, name: str) -> None:
+    """Bring all weights to `dtype`, by default to the widest of theirs, one at a time."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    if odd := found - {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
+        raise ValueError(f"{name} holds {odd.pop()} weights: give them in float16, bfloat16 or float32.")
+    target = dtype or reduce(torch.promote_types, found)
+    for key in tensors:
+        tensors[key] = tensors[key].to(target)
+
+
+def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: str) -> int | None:
+    """Leave one positional table for the text, merged and stretched as it needs; the rows before a stretch, if any."""
+    if POSITION_TABLE not in tensors:
+        raise ValueError(
+            f"{name} lacks the positional table of its text tower: it is no whole checkpoint, or has rotary positions"
+            " (RoPE), and SDXL's encoders have a table of them."
+        )
+    table = tensors[POSITION_TABLE]
+    dims({POSITION_TABLE: tuple(table.shape)}, POSITION_TABLE, 2, name)
+    second = tensors.pop(SECOND_TABLE, None)
+    check_stretch(max(table.shape[0], STOCK_POSITIONS), keep, factor)
+    if second is not None:
+        if second.shape != table.shape:
+            raise ValueError(
+                f"{name} has two positional tables of different shapes, {tuple(table.shape)} and "
+                f"{tuple(second.shape)}, which cannot be merged."
+            )
+        table = torch.cat([table[:keep], second[keep:]])
+    rows = table.shape[0]
+    if rows < STOCK_POSITIONS:
+        raise ValueError(f"{name} has {rows} text positions: a CLIP has {STOCK_POSITIONS}, a stretched one more.")
+    is_stock = rows == STOCK_POSITIONS
+    tensors[POSITION_TABLE] = stretch_positions(table, keep=keep, factor=factor) if is_stock else table
+    return rows if is_stock else None
+
+
+# What an encoder computes with, and its file without a config leaves to be inferred.
+_INFERRED = {
+    "text_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "max_position_embeddings", "eos_token_id"),
+    "vision_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size"),
+}
+
+
+def _check_published_layout_suffices(model: FineLIPModel, path: Path) -> None:
+    """Refuse a model that would be read as another."""
+    weights = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    if adapted := [key for key in weights if "lora" in key or "base_layer" in key]:
+        raise ValueError(f"The model has weights such as {adapted[0]!r}: merge or unload the LoRA first.")
+    try:
+        config, _ = convert_weights(to_published_keys(weights), name=str(path))
+    except ValueError as error:
+        raise ValueError(f"A published checkpoint cannot hold this model, use save_pretrained: {error}") from error
+    for tower, fields in _INFERRED.items():
+        for field in fields if getattr(model.config, tower) is not None else ():
+            own, inferred = getattr(getattr(model.config, tower), field), getattr(getattr(config, tower), field)
+            # 2 is an old config's way to say that the largest id ends a text, which is what is inferred.
+            if own != inferred and (field, own) != ("eos_token_id", 2):
+                raise ValueError(
+                    f"A published checkpoint cannot hold this model, use save_pretrained: its {tower} has {field} "
+                    f"{own!r}, and {path.name} would be read with {inferred!r}."
+                )

@@ -1,0 +1,40 @@
+"""TODO: say what is here."""
+
+import argparse
+from typing import Any
+
+from finelip_sdxl.cli.options import config_source, loading_arguments
+from finelip_sdxl.cli.output import free_folder, parts
+from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.files import written_folder
+from finelip_sdxl.pipelines.opening import open_pipeline
+
+
+def convert(options: argparse.Namespace) -> None:
+    """An SDXL, with or without a FineLIP, to a directory that this package and stock Diffusers open."""
+    out = free_folder(options)
+    pipe = open_base(options, options.dtype)
+    with written_folder(out, parts if options.overwrite else None) as folder:
+        pipe.save_pretrained(folder)
+    print(out)
+
+
+def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
+    """A base as the pipeline of ours for its kind, with encoders of 248 positions."""
+    quiet_transformers()
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from finelip_sdxl import pipelines
+
+    described = config_source(options)
+    # A single file does not say what it is for; without configs it is the usual thing.
+    index = (
+        {"_class_name": "StableDiffusionXLPipeline"} if described is None else DiffusionPipeline.load_config(described)
+    )
+    stock_name = str(index["_class_name"])
+    name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
+    if name not in pipelines.__all__:
+        raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported.")
+    arguments = {**loading_arguments(options), **arguments}
+    return open_pipeline(getattr(pipelines, name), options.base, dtype=getattr(torch, dtype), **arguments)

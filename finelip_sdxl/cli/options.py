@@ -1,0 +1,179 @@
+"""What the command line and the demo share: the flags that say what is loaded and where it runs, and what they mean.
+
+Nothing heavy is imported before a function needs it, so that `--help` answers at once.
+"""
+
+import argparse
+import random
+import stat
+from pathlib import Path
+from typing import Any
+
+from finelip_sdxl.miniature import resolve_base
+from finelip_sdxl.options import FINELIP_MERGE, LOADED, MAX_CHARACTERS, READING
+from finelip_sdxl.pipelines.opening import check_config
+
+MAX_COUNT = 10**9  # what is larger is refused by its flag; most have a smaller limit
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_pipeline(command: argparse.ArgumentParser) -> None:
+    """A pipeline that draws, and its device."""
+    add_base(command)
+    add_loading(command, dtype=None, dtype_help="float16, or float32 on the CPU")
+    add_adapter(command)
+    command.add_argument(
+        "--device", metavar="NAME", help="such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
+    )
+    command.add_argument("--offload", action="store_true", help="keep on the device only the model that is running")
+
+
+def add_base(command: argparse.ArgumentParser) -> None:
+    text = "hub id, directory or single file of an SDXL (default: %(default)s, the small one that comes with the"
+    command.add_argument("--base", default="miniature", metavar="SDXL", help=f"{text} package)")
+    add_config(command)
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    text = "hub id or directory of configs and tokenizers for a single file (default: Diffusers' choice on the hub)"
+    command.add_argument("--config", metavar="SDXL", help=text)
+
+
+def add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help: str) -> None:
+    text = (
+        "FineLIP or Long-CLIP for the %s encoder: checkpoint, directory or hub id (default: stock, stretched; for the "
+    )
+    text += "miniature, the one that comes with it)"
+    command.add_argument("--finelip", metavar="CLIP", help=text % "first")
+    command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
+    text = "what FineLIPs do: replace an encoder, or add what they have learned to what a fine-tune's has"
+    command.add_argument("--finelip-merge", choices=FINELIP_MERGE, help=f"{text} (default: replace)")
+    text = "for delta: hub id or directory of the SDXL that they were trained from (the miniature's need none)"
+    command.add_argument("--finelip-base", metavar="SDXL", help=text)
+    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")
+    command.add_argument(
+        "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
+    )
+
+
+def add_adapter(command: argparse.ArgumentParser) -> None:
+    text = "directory or hub id of what training/align_adapter.py wrote, or none (default: the one that the base comes"
+    text += " with, unless a FineLIP is given)"
+    command.add_argument("--conditioning-adapter", metavar="ADAPTER", help=text)
+
+
+def add_refiner(command: argparse.ArgumentParser) -> None:
+    text = "hub id or directory of SDXL's refiner, which draws the last steps (default: none)"
+    command.add_argument("--refiner", metavar="SDXL", help=text)
+
+
+def count(text: str, most: int = MAX_COUNT) -> int:
+    if not (text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least 1 and at most {most:,}")
+    return int(text)
+
+
+def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default.
+
+    Raises:
+        ValueError: a config for what is no single file.
+    """
+    check_config(options.base, getattr(options, "config", None))
+    given = {name: value for name, value in vars(options).items() if name in LOADED + READING and value is not None}
+    return {name: None if value == "none" else value for name, value in given.items()}
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+
+    device = open_device(options.device)
+    if options.offload and device.type == "cpu":
+        raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
+    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+
+
+def open_device(name: str | None) -> Any:
+    """The device of a name; without one, an accelerator or else the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError, TypeError):
+        device = None
+    if device is None or str(device) != name:  # torch takes cuda:256 for cuda:0
+        raise ValueError(f"--device {name!r:.60} is no device: use one such as cpu, cuda, cuda:1 or mps.")
+    there = [torch.device("cpu"), torch.device("cpu:0")]
+    if accelerator is not None:
+        numbers = range(torch.accelerator.device_count())
+        there += [accelerator, *(torch.device(accelerator.type, number) for number in numbers)]
+    if device not in there:
+        raise ValueError(f"--device {device} is not on this machine: use one of {', '.join(map(str, there))}.")
+    return device
+
+
+MAX_PICTURES = 100
+
+
+# Parts of commands
+
+
+def chosen_prompt(options: argparse.Namespace) -> str:
+    given = [text for text in (options.text, options.prompt) if text is not None]
+    if options.prompt_file is not None:
+        given.append(_read_prompt(options.prompt_file))
+    if len(given) != 1:
+        raise ValueError(
+            f"Pass one prompt, as an argument, with --prompt or with --prompt-file, instead of {len(given) or 'none'}."
+        )
+    return given[0]
+
+
+def config_source(options: argparse.Namespace) -> str | None:
+    """Where configs and tokenizers of the base are; None for a single file that none were given for."""
+    described = options.config if Path(options.base).is_file() else options.base
+    return None if described is None else resolve_base(described)
+
+
+def _read_prompt(name: str) -> str:
+    file, most = Path(name), 4 * MAX_CHARACTERS + 3  # bytes in UTF-8, with a mark at the beginning
+    # /dev/zero never ends, and a named pipe may never begin; what the shell puts in the place of <(…) does.
+    is_stream = name.startswith(("/dev/fd/", "/dev/stdin"))
+    try:
+        if not is_stream and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise OSError(None, "it is no file but a device or a pipe")
+        with file.open("rb") as opened:
+            read = opened.read(most + 1)
+    except (OSError, ValueError) as error:  # the latter for a name that can be none
+        reason = getattr(error, "strerror", error)
+        raise ValueError(f"--prompt-file {name} cannot be read ({reason}): pass a text file.") from error
+    if len(read) > most:
+        raise ValueError(
+            f"--prompt-file {name} is too long: at most {MAX_CHARACTERS:,} characters are read, shorten it."
+        )
+    try:
+        return read.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {name} is not text in UTF-8: {error}.") from error
+
+
+def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) -> list[Any]:
+    """What pictures of consecutive seeds are drawn from, within the bounds of `comparison.Settings`."""
+    from finelip_sdxl.comparison.settings import Settings
+
+    first = Settings(
+        prompt,
+        options.negative_prompt or "",
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        seed=random.randrange(2**31) if options.seed is None else options.seed,
+        width=options.width,
+        height=options.height,
+        conditioning_adapter_scale=options.conditioning_adapter_scale,
+    )
+    return first.over_seeds(pictures)

@@ -1,0 +1,88 @@
+"""TODO: say what is here."""
+
+import argparse
+import json
+import os
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finelip_sdxl.files import check_file, check_writable
+from finelip_sdxl.options import LOADED, READING
+
+
+def folder(options: argparse.Namespace) -> Path:
+    if not options.out.strip():
+        raise ValueError("The directory to write has an empty name: pass one, such as long-sdxl.")
+    return Path(options.out)
+
+
+def free_folder(options: argparse.Namespace) -> Path:
+    """The folder that a pipeline is to be written to, once it is sure that it may be."""
+    out = folder(options)
+    place = Path(os.path.realpath(out))
+    if os.path.ismount(place):
+        raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced: pass a directory in it.")
+    check_writable(place.parent)  # first: it also puts back what a killed run has left aside
+    if not os.path.lexists(place):
+        check_writable(place)  # its name may be too long
+    elif not options.overwrite:
+        raise ValueError(f"{out} exists: pass --overwrite to replace it, or another directory.")
+    else:
+        parts(place)
+    return out
+
+
+def parts(saved: Path) -> set[str]:
+    """The names in a saved pipeline's folder that are its own; all else there is somebody's.
+
+    Raises:
+        ValueError: no pipeline is saved there.
+    """
+    problem = "has no model_index.json"
+    with suppress(OSError):
+        try:
+            index = json.loads((saved / "model_index.json").read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            index = None
+        if isinstance(index, dict):
+            return {"model_index.json", *index}
+        problem = "has a damaged model_index.json"
+    raise ValueError(f"{saved} is not a saved pipeline (it {problem}), so it is not overwritten.")
+
+
+def output_file(option: str, name: str) -> Path:
+    file = Path(name)
+    if os.path.isdir(file):
+        raise ValueError(f"{option} {name} is a directory: pass the name of a file.")
+    check_file(file)
+    return file
+
+
+def image_files(out: str, count: int) -> list[Path]:
+    file = Path(out)
+    if file.suffix.lower() != ".png" or os.path.isdir(file):
+        raise ValueError(f"--out {out} must be the name of a PNG file, such as picture.png.")
+    files = [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
+    for file in files:
+        check_file(file)
+    return files
+
+
+def picture_parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any) -> dict[str, Any]:
+    """What a drawn picture says of how it was made, whatever the command, and nothing of where it was."""
+    from finelip_sdxl.provenance import public_name
+
+    sources = {name: getattr(options, name) for name in ("base", *LOADED)}
+    return {
+        "prompt": prompt,
+        "negative_prompt": options.negative_prompt,
+        "steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        **{name: source and public_name(source) for name, source in sources.items()},
+        "conditioning_adapter_scale": options.conditioning_adapter_scale,
+        **{name: getattr(pipe, name) for name in READING},
+        "dtype": str(dtype).removeprefix("torch."),
+        "finelip_sdxl": version("finelip-sdxl"),
+    }

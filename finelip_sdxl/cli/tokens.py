@@ -1,0 +1,68 @@
+"""TODO: say what is here."""
+
+import argparse
+from typing import Any
+
+from finelip_sdxl.cli.options import chosen_prompt, config_source, loading_arguments
+from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.options import (
+    LENGTH_BUCKETS,
+    LONG_PROMPT,
+    SHORT_PROMPT,
+    STOCK_POSITIONS,
+    WEIGHTING,
+    check_choice,
+    check_length_buckets,
+    check_texts,
+)
+from finelip_sdxl.prompts.plan import PromptReader, read_prompts
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
+    prompt = check_texts("prompt", chosen_prompt(options))
+    negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
+    described = config_source(options)
+    if described is None:
+        raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
+    readers, saved = _readers(described)
+    chosen = {**saved, **loading_arguments(options)}
+    report = read_prompts(
+        readers,
+        [prompt] * len(readers),
+        None if negative is None else [negative] * len(readers),
+        short_prompt=check_choice("short_prompt", chosen.get("short_prompt", SHORT_PROMPT[0]), SHORT_PROMPT),
+        long_prompt=check_choice("long_prompt", chosen.get("long_prompt", LONG_PROMPT[0]), LONG_PROMPT),
+        length_buckets=check_length_buckets(chosen.get("length_buckets", LENGTH_BUCKETS)),
+        weighting=check_choice("weighting", chosen.get("weighting"), WEIGHTING),
+    )
+    print(report)
+
+
+def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
+    """The encoders of a base as `from_pretrained` makes them, and the options that are saved with it."""
+    quiet_transformers()
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    from finelip_sdxl.stretch import FACTOR, KEEP
+
+    index = DiffusionPipeline.load_config(base)
+    readers = []
+    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if not (index.get(encoder) or [None])[0]:
+            continue
+        config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
+        positions = config.max_position_embeddings
+        is_stock = positions <= STOCK_POSITIONS or getattr(config, "stretched_from", None) == STOCK_POSITIONS
+        readers.append(
+            PromptReader(
+                encoder,
+                CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
+                positions=KEEP + FACTOR * (positions - KEEP) if positions <= STOCK_POSITIONS else positions,
+                has_stock=is_stock or f"stock_{encoder}" in index,
+            )
+        )
+    if not readers or "text_encoder_2" not in index:
+        raise ValueError(f"{base} has not the CLIP text encoders of an SDXL: pass another base.")
+    return readers, index

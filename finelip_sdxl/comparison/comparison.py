@@ -1,0 +1,404 @@
+"""One prompt, read in three ways and drawn from the same noise: what a long prompt gains.
+
+All columns share one UNet and one VAE, and differ in the states that these get. So one pipeline draws them all, from
+embeddings where others than its own encoders have read the prompt.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+
+from finelip_sdxl.comparison.compel import open_compel, parsing, read_by_compel
+from finelip_sdxl.comparison.settings import COLUMNS, Settings, check_columns
+from finelip_sdxl.images import label_grid, to_image
+from finelip_sdxl.miniature import miniature_path, resolve_base
+from finelip_sdxl.miniature.parsing import DescribedObject
+from finelip_sdxl.miniature.scoring import score_objects
+from finelip_sdxl.options import LOADED, STOCK_POSITIONS, check_texts
+from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
+from finelip_sdxl.pipelines.export import in_stock_class
+from finelip_sdxl.pipelines.opening import open_text_to_image
+from finelip_sdxl.prompts.plan import PROMPT, EncoderReading, PromptReader, read_prompts
+from finelip_sdxl.provenance import public_name
+from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
+
+# Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
+HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
+
+
+# Called after each step with its number and how many there are; what it raises ends the drawing.
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn column: its key in `COLUMNS`, the picture, what it was drawn from, the seconds that it took, and the
+    `sources` of its comparison."""
+
+    column: str
+    image: Image.Image
+    settings: Settings
+    seconds: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the picture was drawn from, to be written into its file."""
+        size = {"width": self.image.width, "height": self.image.height}
+        about = {"column": self.column, "finelip_sdxl": version("finelip-sdxl")}
+        return {**asdict(self.settings), **size, **self.sources, **about}
+
+
+def label_pictures(pictures: Sequence[Picture], described: Sequence[DescribedObject] = ()) -> Image.Image:
+    """One picture of many: a row for each seed, a column for each way of reading, the prompt above.
+
+    Args:
+        pictures: of one prompt, every column from every seed.
+        described: of the miniature, the objects that the prompt describes; how many are right stands below each.
+
+    Raises:
+        ValueError: no pictures, or a column that was not drawn from every seed.
+
+    Example:
+        >>> star = Picture("stock", Image.new("RGB", (96, 96)), Settings("a red star", seed=7), seconds=1.0)
+        >>> label_pictures([star]).mode
+        'RGB'
+    """
+    columns = [column for column in COLUMNS if any(picture.column == column for picture in pictures)]
+    by_place = {(picture.settings.seed, picture.column): picture.image for picture in pictures}
+    seeds = list(dict.fromkeys(picture.settings.seed for picture in pictures))
+    rows = [[by_place[seed, column] for column in columns if (seed, column) in by_place] for seed in seeds]
+    captions = [[_count_right(image, described) for image in row] for row in rows] if described else None
+    return label_grid(
+        rows,
+        [f"seed {seed}" for seed in seeds],
+        [COLUMNS[column] for column in columns],
+        title=pictures[0].settings.prompt if pictures else "",
+        captions=captions,
+    )
+
+
+def _count_right(image: Image.Image, described: Sequence[DescribedObject]) -> str:
+    right = sum(score.right for score in score_objects(image, described))
+    return f"{right} of {len(described)} objects right"
+
+
+class Comparison:
+    """An SDXL that draws a prompt as stock reads it, cut at 77 tokens; as compel does, in windows of 77; as we do.
+
+    Args:
+        pipe: a pipeline of this package whose encoders read 248 positions.
+        refiner: SDXL's refiner, as a pipeline of this package; None for none.
+        offload: keep on `device` only the model that is running.
+        device: where pictures are drawn.
+
+    Attributes:
+        is_miniature: whether `load` was told to load the miniature.
+        sources: what `load` was told to load, as others may know it (of a path its last part alone), and the dtype.
+
+    Raises:
+        ValueError: if stock's encoders are neither in the pipeline nor within its own.
+    """
+
+    def __init__(
+        self, pipe: Any, refiner: Any = None, *, device: str | torch.device = "cpu", offload: bool = False
+    ) -> None:
+        self._base = _Stage(pipe, device, offload)
+        self._refiner = None if refiner is None else _Stage(refiner, device, offload)
+        # Schedulers, hooks and options are the pipeline's: one drawing at a time.
+        self._drawing = threading.Lock()
+        self.is_miniature = False
+        self.sources: dict[str, str] = {}
+
+    @classmethod
+    def load(
+        cls,
+        base: str = "miniature",
+        *,
+        refiner: str | None = None,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        **loading: Any,
+    ) -> Comparison:
+        """Load what is compared.
+
+        Args:
+            base: hub id, directory or single file of an SDXL, or `"miniature"`.
+            refiner: hub id or directory of SDXL's refiner.
+            device, offload: see the class.
+            dtype: of all weights.
+            variant: of the files of weights, such as `"fp16"`.
+            **loading: further arguments of `FineLIPSDXLPipeline.from_pretrained` or `from_single_file`, such as
+                `finelip`, `conditioning_adapter` and `config`.
+
+        Raises:
+            ValueError, OSError: what `from_pretrained` raises.
+
+        Example:
+            >>> comparison = Comparison.load("miniature")
+            >>> comparison.read("a red star")["finelip"].tokens
+            5
+        """
+        # Stock's own encoders draw a column here, so they are kept even where nothing else reads with them.
+        short_prompt = loading.pop("short_prompt", None)
+        pipe = open_text_to_image(base, dtype=dtype, variant=variant, **loading)
+        pipe.short_prompt = short_prompt or pipe.short_prompt
+        refining = None
+        if refiner is not None:
+            if Path(refiner).is_file():
+                raise ValueError(f"--refiner {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
+            # It reads as the base does, by the second encoder.
+            same = {name: getattr(pipe, name) for name in ("short_prompt", "long_prompt", "weighting")}
+            if loading.get("finelip_2") is not None:
+                merge = ("finelip_2", "finelip_merge", "finelip_base")
+                same |= {name: loading[name] for name in merge if name in loading}
+            refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant, **same)
+        comparison = cls(pipe, refining, device=device, offload=offload)
+        comparison.is_miniature = resolve_base(base) == str(miniature_path())
+        given = {"base": base, "refiner": refiner, **{name: loading.get(name) for name in LOADED}}
+        names = {name: public_name(source) for name, source in given.items() if isinstance(source, str | os.PathLike)}
+        comparison.sources = {**names, "dtype": str(dtype).removeprefix("torch.")}
+        return comparison
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels that the model draws by default."""
+        pipe = self._base.pipe
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return side, side
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline of FineLIP-SDXL's column."""
+        return self._base.pipe
+
+    def read(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderReading]:
+        """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder, and may be called
+        while another thread draws. compel takes seconds for long texts.
+
+        Raises:
+            TypeError: a prompt that is no text, or columns that are none.
+            ValueError: a text that is too long, an unknown column, one that is there twice, or what compel cannot
+                parse, if it is to read.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"`prompt` must be a string, but is {prompt!r:.60}.")
+        check_texts("prompt", prompt)
+        # By the tokenizer of our pipeline: those of stock and compel are told to cut while they draw.
+        tokenizer = self.pipe.tokenizer
+        read: dict[str, Callable[[], EncoderReading]] = {
+            "stock": lambda: _read_by_stock(tokenizer, prompt),
+            "compel": lambda: read_by_compel(tokenizer, prompt),
+            "finelip": lambda: self.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
+        }
+        return {column: read[column]() for column in check_columns(columns)}
+
+    def draw(self, column: str, settings: Settings, on_step: OnStep | None = None) -> Picture:
+        """Draw one column. The same settings and seed give the same noise in all of them. From several threads, one
+        drawing waits for the other.
+
+        Args:
+            column: a key of `COLUMNS`.
+            settings: what to draw.
+            on_step: called after each step with its number and how many there are. What it raises ends the drawing.
+
+        Raises:
+            ValueError: an unknown column, a prompt that compel cannot parse, or numbers that are none (NaN) in place of
+                a picture.
+            MemoryError: the device's memory was not enough; a smaller picture can be drawn afterwards.
+        """
+        check_columns([column])
+        with self._drawing:
+            return self._draw_alone(column, settings, on_step or (lambda step, steps: None))
+
+    def _draw_alone(self, column: str, settings: Settings, on_step: OnStep) -> Picture:
+        started = time.perf_counter()
+        ran_out = False
+        try:
+            image = to_image(self._draw(column, settings, on_step))
+        except RuntimeError as error:
+            ran_out = is_out_of_memory(error)
+            if not ran_out:
+                raise
+        finally:
+            self._base.free()
+            if self._refiner is not None:
+                self._refiner.free()
+        if ran_out:  # outside of the handler, where the error no longer holds on to what filled the memory
+            raise_out_of_memory(settings.width or self.size[0], settings.height or self.size[1])
+        return Picture(column, image, settings, time.perf_counter() - started, self.sources)
+
+    def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
+        """The pixels, (3, height, width)."""
+        width, height = settings.width or self.size[0], settings.height or self.size[1]
+        common: dict[str, Any] = {
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "generator": torch.Generator().manual_seed(settings.seed),
+            "output_type": "pt",
+        }
+        base: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "conditioning_adapter_scale": settings.conditioning_adapter_scale,
+        }
+        first = _Steps(on_step, settings.steps)
+        if self._refiner is not None and settings.steps < MIN_REFINED_STEPS:
+            raise ValueError(
+                f"`steps` is {settings.steps}; with a refiner, which draws the last fifth of them, expected at least"
+                f" {MIN_REFINED_STEPS}."
+            )
+        if self._refiner is not None:
+            base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
+        with _reading_states(self.pipe, settings.hidden_states):
+            drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
+        if self._refiner is None:
+            return drawn[0]
+        second = _Steps(on_step, settings.steps, already=first.done)
+        return self._refiner.draw(
+            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
+        )[0]
+
+
+class _Steps:
+    """Hands a pipeline's steps on, counted."""
+
+    def __init__(self, on_step: OnStep, steps: int, already: int = 0) -> None:
+        self.on_step, self.steps, self.done = on_step, steps, already
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self.done += 1
+        self.on_step(self.done, self.steps)
+        return tensors
+
+
+class _Stage:
+    """A pipeline of ours, base or refiner, with stock's and compel's readings beside its own."""
+
+    def __init__(self, pipe: Any, device: str | torch.device, offload: bool) -> None:
+        self.pipe = pipe
+        pipe.set_progress_bar_config(disable=True)
+        encoders = {name: _stock_encoder(pipe, name) for name in ("text_encoder", "text_encoder_2")}
+        # As components they are moved and offloaded with the others.
+        pipe.register_modules(**{f"stock_{name}": encoder for name, encoder in encoders.items()})
+        tokenizers = {
+            name: with_max_length(tokenizer, STOCK_POSITIONS)
+            for name in ("tokenizer", "tokenizer_2")
+            if (tokenizer := getattr(pipe, name)) is not None
+        }
+        self.stock = in_stock_class(pipe, **encoders, **tokenizers)
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+        self.compel = open_compel(self.stock, str(device))
+
+    def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
+        read = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._leave_unread}[column]
+        return self.pipe(**read(settings), **arguments).images
+
+    def free(self) -> None:
+        """Under offloading, take whatever ran last off the device."""
+        self.pipe.maybe_free_model_hooks()
+
+    # What each column gives the pipeline: a text, or what else has read it.
+
+    def _leave_unread(self, settings: Settings) -> dict[str, Any]:
+        return {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt or None}
+
+    def _encode_by_stock(self, settings: Settings) -> dict[str, Any]:
+        with torch.no_grad(), _unwarned():
+            embeds, negative, pooled, negative_pooled = self.stock.encode_prompt(
+                settings.prompt,
+                device=self.pipe._execution_device,
+                do_classifier_free_guidance=settings.guidance_scale > 1,
+                negative_prompt=settings.negative_prompt or None,
+            )
+        self.free()
+        return _embeddings(embeds, negative, pooled, negative_pooled)
+
+    def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
+        # Where SDXL takes zeros for an absent negative prompt, compel needs none.
+        negative = settings.negative_prompt or (None if self.pipe.config.force_zeros_for_empty_prompt else "")
+        with torch.no_grad(), parsing(settings.prompt, negative or ""):
+            read = self.compel(settings.prompt, negative)
+        self.free()
+        return _embeddings(read.embeds, read.negative_embeds, read.pooled_embeds, read.negative_pooled_embeds)
+
+
+def _stock_encoder(pipe: Any, name: str) -> Any:
+    """The encoder of 77 positions that belongs to the place of `name`; None where there is no encoder."""
+    encoder, held = getattr(pipe, name), getattr(pipe, f"stock_{name}")
+    if held is not None or encoder is None:
+        return held
+    return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
+
+
+@contextmanager
+def _reading_states(pipe: Any, hidden_states: str | None) -> Iterator[None]:
+    """With these hidden states in place of the pipeline's own; None for these."""
+    before = pipe.hidden_states
+    pipe.hidden_states = hidden_states or before
+    try:
+        yield
+    finally:
+        pipe.hidden_states = before
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without stock's warning, for every picture again, of all that it cuts, which is what is compared here."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -> dict[str, Any]:
+    return {
+        "prompt_embeds": states,
+        "negative_prompt_embeds": negative,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
+def _read_by_stock(tokenizer: Any, prompt: str) -> EncoderReading:
+    reader = PromptReader("text_encoder", tokenizer, STOCK_POSITIONS)
+    return read_prompts([reader], [[prompt]], long_prompt="truncate", length_buckets=()).readings[0]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that the device's memory was not enough."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def raise_out_of_memory(width: int, height: int, pictures: int = 1) -> NoReturn:
+    """Free what can be freed, and raise a MemoryError that says what to do."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    what, less = "a picture", "a smaller one"
+    if pictures > 1:
+        what, less = f"{pictures} pictures", "fewer at a time (--num-images), smaller ones"
+    raise MemoryError(
+        f"The memory did not suffice for {what} of {width} × {height} pixels: try {less}, half precision"
+        " (--dtype float16) or --offload, and close what else uses the device."
+    )

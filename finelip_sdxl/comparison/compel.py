@@ -1,0 +1,144 @@
+"""compel as it is by default: the windows that it cuts a prompt into, and what it encodes of them."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+from compel import Compel, CompelForSDXL, EmbeddingsProvider, ReturnedEmbeddingsType
+from compel.convenience_wrappers import LabelledConditioning
+from compel.prompt_parser import FlattenedPrompt, Fragment, PromptParser
+from pyparsing import ParseBaseException
+
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.prompts.plan import PROMPT, EncoderReading, Window, tokenize
+
+# Some two seconds.
+MAX_EXTRA_READINGS = 6000
+
+
+# What compel's parser ends in: its own errors, and those of Python where it did not think of a text.
+_GIVING_UP = (
+    ParseBaseException,
+    PromptParser.ParsingException,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
+
+
+def open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
+    """What encodes a prompt and a negative prompt as compel does by default, in windows of stock's 77 tokens.
+
+    Args:
+        stock: a stock SDXL pipeline, or its refiner.
+        device: where its encoders run.
+
+    Returns:
+        A function of the prompt and the negative prompt. Without one (None) it gives no negative embeddings.
+
+    Example:
+        >>> from diffusers import StableDiffusionXLPipeline
+        >>> from finelip_sdxl import miniature_path
+        >>> read = open_compel(StableDiffusionXLPipeline.from_pretrained(miniature_path()), "cpu")
+        >>> read("a red star", None).embeds.shape
+        torch.Size([1, 77, 288])
+    """
+    if stock.text_encoder is not None:
+        both = CompelForSDXL(stock, device=device)
+        # By name: its second argument is the second encoder's prompt.
+        return lambda prompt, negative: both(prompt, negative_prompt=negative)
+    # The refiner has but one text encoder, for which compel has no class.
+    compel = Compel(
+        stock.tokenizer_2,
+        stock.text_encoder_2,
+        truncate_long_prompts=False,
+        returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+        requires_pooled=True,
+        device=device,
+    )
+
+    def read(prompt: str, negative: str | None) -> LabelledConditioning:
+        if negative is None:
+            return LabelledConditioning(*compel(prompt))
+        states, pooled = compel([prompt, negative])
+        return LabelledConditioning(states[:1], pooled[:1], states[1:], pooled[1:])
+
+    return read
+
+
+def read_by_compel(tokenizer: Any, prompt: str) -> EncoderReading:
+    """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left.
+
+    Args:
+        tokenizer: of SDXL's first encoder, whatever length it reads.
+        prompt: the text.
+
+    Raises:
+        ValueError: compel cannot parse the prompt.
+    """
+    with parsing(prompt):
+        parsed = Compel.parse_prompt_string(prompt).prompts
+    is_plain = len(parsed) == 1 and isinstance(parsed[0], FlattenedPrompt)
+    fragments = [part.text for part in parsed[0].children if isinstance(part, Fragment)] if is_plain else [prompt]
+    # Cuts without an encoder.
+    provider = EmbeddingsProvider(tokenizer, None, truncate=False, model_max_length=STOCK_POSITIONS, device="cpu")
+    rows = provider.get_token_ids_and_expand_weights(fragments, [1.0] * len(fragments), "cpu")[0]
+    end = tokenizer.eos_token_id
+    windows = [tuple(row[1 : row.index(end, 1)]) for row in rows.unflatten(0, (-1, STOCK_POSITIONS)).tolist()]
+    # compel makes one space of any white space; then the text is shown as it was written.
+    ids, _ = tokenize(tokenizer, prompt)
+    text = prompt if ids == [token for window in windows for token in window] else " ".join(fragments)
+    _, offsets = tokenize(tokenizer, text)
+    ends = [*accumulate(map(len, windows))]
+    starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
+    slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
+    read = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
+    return EncoderReading("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
+
+
+@contextmanager
+def parsing(*texts: str) -> Iterator[None]:
+    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of.
+
+    Args:
+        *texts: what it is to parse. It reads everything in a bracket about four times, so that a few brackets within
+            one another would keep it busy for minutes: texts that would are refused before.
+
+    Raises:
+        ValueError: they nest too deep, or it gave up.
+
+    Example:
+        >>> with parsing("(" * 10 + "a fox"):
+        ...     pass
+        Traceback (most recent call last):
+        ValueError: compel would take minutes for so many brackets within one another: take some out, or leave it out.
+    """
+    if any(_extra_readings(text) > MAX_EXTRA_READINGS for text in texts):
+        raise ValueError(
+            "compel would take minutes for so many brackets within one another: take some out, or leave it out."
+        )
+    try:
+        yield
+    except RecursionError:
+        reason = "brackets within brackets"
+    except OverflowError:  # 1.1 to the power of that many plus signs
+        reason = "a weight too large to be a number"
+    except _GIVING_UP as error:
+        reason = f"{str(error) or type(error).__name__:.300}"
+    else:
+        return
+    raise ValueError(
+        f"compel cannot read this prompt ({reason}): take out what it knows as syntax, or leave compel out."
+    )
+
+
+def _extra_readings(text: str) -> int:
+    """How many characters compel's parser reads beyond those of the text, roughly."""
+    depth, extra = 0, 0
+    for match in re.finditer(r"\\.|.", text, re.DOTALL):
+        depth = max(0, depth + {"(": 1, ")": -1}.get(match[0], 0))
+        extra += len(match[0]) * (4 ** min(depth, 10) - 1)
+    return extra

@@ -1,0 +1,128 @@
+"""TODO: say what is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from finelip_sdxl.options import HIDDEN_STATES, check_choice, check_texts
+
+# The ways of reading, and their titles.
+COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
+
+
+MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
+
+
+MAX_ROWS = 100  # seeds of one comparison, whose pictures are held until they are put together
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a picture is drawn from.
+
+    Attributes:
+        prompt: of any length.
+        negative_prompt: empty for none.
+        steps: of denoising, 1 to 200.
+        guidance_scale: of classifier-free guidance, 0 to 50; off up to 1.
+        seed: of the noise, which is drawn on the CPU and so is the same on every device.
+        width, height: in pixels, multiples of 8 from 64 to 2048; None for the model's own.
+        conditioning_adapter_scale: from 0 to 1, for FineLIP-SDXL's column.
+        hidden_states: `"penultimate"` or `"published"`, for the same; None for the pipeline's own.
+
+    Raises:
+        ValueError, TypeError: one of them is out of range.
+
+    Example:
+        >>> Settings("a red star", steps=0)
+        Traceback (most recent call last):
+        ValueError: `steps` is 0; expected a whole number from 1 to 200.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 30
+    guidance_scale: float = 5.0
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    conditioning_adapter_scale: float = 1.0
+    hidden_states: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"`{name}` must be a string, but is {getattr(self, name)!r:.60}.")
+            check_texts(name, getattr(self, name))
+        _check_number("steps", self.steps, 1, MAX_STEPS, whole=True)
+        _check_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE)
+        _check_number("seed", self.seed, 0, MAX_SEED, whole=True)
+        _check_number("conditioning_adapter_scale", self.conditioning_adapter_scale, 0, 1)
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None:
+                _check_number(name, side, MIN_SIDE, MAX_SIDE, whole=True)
+                if side % 8:
+                    raise ValueError(f"`{name}` is {side}; expected a multiple of 8, such as {side - side % 8}.")
+        if self.hidden_states is not None:
+            check_choice("hidden_states", self.hidden_states, HIDDEN_STATES)
+
+    def over_seeds(self, count: int) -> list[Settings]:
+        """These settings, and the same with each of the next seeds.
+
+        Args:
+            count: of seeds in all, 1 to 100.
+
+        Raises:
+            ValueError: `count` is out of range, or a seed would be too large.
+        """
+        _check_number("seeds", count, 1, MAX_ROWS, whole=True)
+        return [replace(self, seed=self.seed + number) for number in range(count)]
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Any]) -> Settings:
+        """Those that were written into a picture by this package; entries of other names are left out.
+
+        Raises:
+            ValueError, TypeError: there is no prompt among them, or one of them is out of range.
+
+        Example:
+            >>> Settings.from_parameters({"prompt": "a red star", "steps": 20, "base": "miniature"}).steps
+            20
+        """
+        if "prompt" not in parameters:
+            raise ValueError("These parameters hold no prompt: pass a picture that FineLIP-SDXL has drawn.")
+        names = {field.name for field in fields(cls)}
+        # The command line writes null where nothing was given.
+        known = {name: value for name, value in parameters.items() if name in names and value is not None}
+        return cls(**known)
+
+
+def check_columns(columns: Any) -> list[str]:
+    """`columns` as a list of keys of `COLUMNS`.
+
+    Raises:
+        TypeError: not a list of strings.
+        ValueError: none, an unknown one, or one that is there twice, which would be drawn twice.
+
+    Example:
+        >>> check_columns(("stock", "finelip"))
+        ['stock', 'finelip']
+    """
+    if not isinstance(columns, list | tuple) or not all(isinstance(column, str) for column in columns):
+        raise TypeError(f"`columns` must be a list of {', '.join(map(repr, COLUMNS))}, but is {columns!r:.60}.")
+    if not columns:
+        raise ValueError(f"`columns` is empty; pass at least one of {', '.join(map(repr, COLUMNS))}.")
+    for column in columns:
+        check_choice("column", column[:60], tuple(COLUMNS))
+        if columns.count(column) > 1:
+            raise ValueError(f"`columns` names {column!r} {columns.count(column)} times: pass each column once.")
+    return list(columns)
+
+
+def _check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"`{name}` is {value!r:.60}; expected {kind} from {least:g} to {most:.10g}.")

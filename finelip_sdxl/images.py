@@ -1,0 +1,286 @@
+"""Pictures as files and on sheets: PNGs that say how they were made, and grids of pictures with labels."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo, PngStream
+
+from finelip_sdxl.files import written_whole
+
+MAX_BYTES, MAX_CHUNKS = 64 * 2**20, 20_000  # of a PNG whose parameters are read; a chunk of pixels has 8 KiB or more
+
+
+MIN_SIDE = 256  # of a picture in a grid: smaller ones leave no room for labels
+
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+_INK, _GRAY = (24, 24, 27), (95, 95, 102)
+
+
+def to_image(pixels: Any) -> Image.Image:
+    """A picture of the numbers that a pipeline gives, as Diffusers makes it, which shows NaN as black.
+
+    Args:
+        pixels: (3, height, width) from 0 to 1, of `output_type="pt"`.
+
+    Raises:
+        ValueError: some are NaN.
+
+    Example:
+        >>> import torch
+        >>> to_image(torch.ones(3, 8, 8)).getpixel((0, 0))
+        (255, 255, 255)
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    lost = int(pixels.isnan().any(dim=0).sum())
+    if lost:
+        height, width = pixels.shape[-2:]
+        raise ValueError(
+            f"{lost:,} of the picture's {height * width:,} pixels are not a number (NaN): numbers grew too large, or"
+            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (--dtype): SDXL's VAE"
+            " overflows in float16 unless its config has `force_upcast`. If not, lower the guidance scale and the"
+            " weights in the prompt, or load the model again."
+        )
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels[None]))[0]
+
+
+def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, Any]) -> None:
+    """Write a PNG that says how it was made: the prompt as text, and all parameters as JSON.
+
+    Args:
+        image: the picture.
+        file: to write, whole or not at all.
+        parameters: what it was made from, as JSON knows it, with the prompt as `"prompt"`.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     save_png(Image.new("RGB", (8, 8)), f"{folder}/a.png", {"prompt": "a red star", "steps": 20})
+        ...     read_parameters(f"{folder}/a.png")
+        {'prompt': 'a red star', 'steps': 20}
+    """
+    info = PngInfo()
+    info.add_itxt("prompt", parameters["prompt"].replace("\0", "\N{REPLACEMENT CHARACTER}"))  # ends a text in a PNG
+    info.add_itxt("parameters", json.dumps(parameters))
+    with written_whole(Path(file)) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_parameters(file: str | os.PathLike) -> dict[str, Any]:
+    """The parameters in a PNG that this package wrote. Its pixels are never decoded, however many it claims to have.
+
+    Args:
+        file: a PNG of up to 64 MiB.
+
+    Returns:
+        What was passed to `save_png`. The file may have been edited since: check values before using them.
+
+    Raises:
+        ValueError: no such file, one that is too large or of too many chunks, no PNG, a damaged one, or one without
+            parameters of ours.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{path.name} does not exist or is not a file: pass a PNG that FineLIP-SDXL wrote.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(
+            f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read: pass a PNG as FineLIP-SDXL"
+            " wrote it."
+        )
+    text = _png_texts(path).get("parameters")
+    if text is None:
+        raise ValueError(
+            f"{path.name} holds no parameters: it was not written by FineLIP-SDXL, or another program removed them."
+        )
+    try:
+        parameters = json.loads(text)
+    except (ValueError, RecursionError):  # such as those of other programs, which are plain text
+        parameters = None
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("prompt"), str):
+        raise ValueError(
+            f"{path.name} was not written by FineLIP-SDXL: its parameters are those of another program"
+            " (expected a JSON object with a prompt)."
+        )
+    return parameters
+
+
+def label_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str = "",
+    captions: Sequence[Sequence[str]] | None = None,
+) -> Image.Image:
+    """One picture of many: rows and columns with labels, below a title.
+
+    Pictures with a side of less than 256 pixels are enlarged, others stay as they are. Labels grow with them. Lines
+    break where there is no more room, so that nothing is left out. Letters that Pillow's font lacks, such as Chinese
+    ones, show as boxes.
+
+    Args:
+        rows: pictures, all of one size, as many in each row.
+        row_labels: one for each row, at its left.
+        column_labels: one for each column, above it.
+        title: such as the prompt, above all.
+        captions: one for each picture, below it.
+
+    Returns:
+        The grid, in RGB.
+
+    Raises:
+        ValueError: no pictures, pictures of several sizes, or too few or too many labels or captions.
+
+    Example:
+        >>> star = Image.new("RGB", (96, 96), "red")
+        >>> grid = label_grid([[star, star]], ["seed 0"], ["Stock SDXL", "FineLIP-SDXL"], title="a red star")
+        >>> grid.width > 2 * 256
+        True
+    """
+    _check_grid(rows, row_labels, column_labels, captions)
+    width, height = _enlarged(rows[0][0].size)
+    side = min(width, height)
+    gap = side // 16
+    large, small = _font(side / 17), _font(side / 20)
+    beside = [_Text.wrapped(label, large, width // 2, _INK) for label in row_labels]
+    above = [_Text.wrapped(label, large, width, _INK) for label in column_labels]
+    below = [[_Text.wrapped(text, small, width, _GRAY) for text in row] for row in captions or [[]] * len(rows)]
+
+    label_width = max(label.width for label in beside)
+    left = gap + (label_width + gap if label_width else 0)
+    lefts = [left + column * (width + gap) for column in range(len(column_labels))]
+    heading = _Text.wrapped(title, small, lefts[-1] + width - gap, _INK)
+    top = gap + sum(room + gap // 2 for room in (heading.height, max(label.height for label in above)) if room)
+    tops = [top]
+    for row in below:
+        room = max((text.height for text in row), default=0)
+        tops.append(tops[-1] + height + (room + gap // 3 if room else 0) + gap)
+
+    grid = Image.new("RGB", (lefts[-1] + width + gap, tops[-1]), "white")
+    pen = ImageDraw.Draw(grid)
+    heading.draw(pen, gap, gap, "l")
+    for x, label in zip(lefts, above, strict=True):
+        label.draw(pen, x + width // 2, top - gap // 2 - label.height, "m")
+    for y, label, pictures, texts in zip(tops[:-1], beside, rows, below, strict=True):
+        label.draw(pen, gap + label_width, y + (height - label.height) // 2, "r")
+        for x, picture in zip(lefts, pictures, strict=True):
+            grid.paste(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        for x, text in zip(lefts, texts, strict=False):  # no texts without captions
+            text.draw(pen, x + width // 2, y + height + gap // 3, "m")
+    return grid
+
+
+def _png_texts(file: Path) -> dict[str, str]:
+    """The texts of a PNG by their keywords, wherever they stand in it. Everything else is skipped."""
+    with file.open("rb") as stream:
+        if stream.read(len(_SIGNATURE)) != _SIGNATURE:
+            raise ValueError(f"{file.name} is not a PNG: pass a PNG that FineLIP-SDXL wrote.")
+        chunks = PngStream(stream)  # limits what texts may unpack to
+        try:
+            for _ in range(MAX_CHUNKS):
+                kind, position, length = chunks.read()
+                if kind == b"IEND":
+                    return dict(chunks.im_text)
+                if kind in (b"iTXt", b"tEXt", b"zTXt"):
+                    chunks.crc(kind, chunks.call(kind, position, length))
+                else:
+                    stream.seek(length + 4, os.SEEK_CUR)  # the checksum has four bytes
+        except (OSError, SyntaxError, ValueError, struct.error) as error:
+            raise ValueError(
+                f"{file.name} is a PNG that is damaged or cut short: pass it as it was written."
+            ) from error
+    raise ValueError(f"{file.name} has more than {MAX_CHUNKS:,} chunks: pass a PNG as FineLIP-SDXL wrote it.")
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Lines of text with the room that they take."""
+
+    lines: tuple[str, ...]
+    font: ImageFont.FreeTypeFont
+    color: tuple[int, int, int]
+
+    @classmethod
+    def wrapped(cls, text: str, font: ImageFont.FreeTypeFont, width: int, color: tuple[int, int, int]) -> _Text:
+        """Lines of up to `width` pixels, broken between words, or within a word that is wider than a line."""
+        length = cache(font.getlength)
+        lines = list[str]()
+        for paragraph in text.splitlines():
+            line, used = "", 0.0
+            for word in paragraph.split():
+                pieces = [word] if length(word) <= width else list(word)
+                for number, piece in enumerate(pieces):
+                    space = " " if line and number == 0 else ""
+                    if line and used + length(space + piece) > width:
+                        lines.append(line)
+                        line, used, space = "", 0.0, ""
+                    line += space + piece
+                    used += length(space + piece)
+            lines.append(line)
+        return cls(tuple(lines), font, color)
+
+    @property
+    def line_height(self) -> int:
+        return round(1.25 * self.font.size)
+
+    @property
+    def width(self) -> int:
+        return math.ceil(max(map(self.font.getlength, self.lines), default=0))
+
+    @property
+    def height(self) -> int:
+        return len(self.lines) * self.line_height
+
+    def draw(self, pen: ImageDraw.ImageDraw, x: int, y: int, anchor: str) -> None:
+        """Below `y`, with `x` at their left (`"l"`), middle (`"m"`) or right (`"r"`)."""
+        for number, line in enumerate(self.lines):
+            pen.text((x, y + number * self.line_height), line, fill=self.color, font=self.font, anchor=f"{anchor}a")
+
+
+def _font(size: float) -> ImageFont.FreeTypeFont:
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(round(size)))
+    # Spaces letters evenly at small sizes, and alike on every machine.
+    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+
+
+def _enlarged(size: tuple[int, int]) -> tuple[int, int]:
+    """A whole number of times as large, so that no side is shorter than `MIN_SIDE`."""
+    factor = max(1, math.ceil(MIN_SIDE / min(size)))
+    return size[0] * factor, size[1] * factor
+
+
+def _check_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    captions: Sequence[Sequence[str]] | None,
+) -> None:
+    if not rows or not column_labels:
+        raise ValueError("The grid is empty: pass at least one row and one column of pictures.")
+    sizes = sorted({picture.size for row in rows for picture in row})
+    if len(sizes) > 1:
+        given = " and ".join(f"{width} × {height}" for width, height in sizes)
+        raise ValueError(f"The pictures of a grid must have one size, but have {given}: draw or resize them alike.")
+    if len(row_labels) != len(rows):
+        raise ValueError(f"The grid has {len(rows)} rows but {len(row_labels)} row labels: pass one for each.")
+    for name, table in (("pictures", rows), ("captions", rows if captions is None else captions)):
+        if len(table) != len(rows) or any(len(row) != len(column_labels) for row in table):
+            raise ValueError(
+                f"The {name} of the grid are {[len(row) for row in table]} a row: expected {len(rows)} rows of"
+                f" {len(column_labels)}, one for each column label."
+            )

@@ -1,0 +1,95 @@
+"""Options of the pipelines: their values, their limits, and their checks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+MAX_CHARACTERS = 20_000
+
+
+"""Longest text that is read, in characters. Longer ones are refused before any work is done on them."""
+
+
+MAX_POSITIONS = 100 * 248
+
+
+"""Most positions that the windows of a text may have: the UNet takes in all of them at every step."""
+
+
+STOCK_POSITIONS = 77
+
+
+"""Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
+
+
+SHORT_PROMPT = ("stock", "stretched")
+
+
+LONG_PROMPT = ("window", "truncate", "error")
+
+
+HIDDEN_STATES = ("penultimate", "published")
+
+
+FINELIP_MERGE = ("replace", "delta")
+
+
+LENGTH_BUCKETS = (77, 154)
+
+
+def check_texts(name: str, value: Any) -> list[str]:
+    """`value` as a list of texts.
+
+    Raises:
+        TypeError: not a string or a list of strings.
+        ValueError: an empty list, more than `MAX_CHARACTERS` characters, or half of a surrogate pair.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise TypeError(f"`{name}` must be a string or a list of strings, but is {_a(value)}.")
+    if not texts:
+        raise ValueError(f"`{name}` is an empty list; pass at least one string.")
+    for index, text in enumerate(texts):
+        place = f"`{name}`" if isinstance(value, str) else f"`{name}[{index}]`"
+        if not isinstance(text, str):
+            raise TypeError(f"{place} must be a string, but is {_a(text)}.")
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"{place} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read: shorten it.")
+        if re.search(r"[\ud800-\udfff]", text):
+            raise ValueError(f"{place} holds half of a surrogate pair, which is no character: decode the text anew.")
+    return list(texts)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """`value` if it is one of `choices`, else a ValueError that names them."""
+    if not isinstance(value, str | None) or value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r:.60}.")
+    return value
+
+
+def check_length_buckets(value: Any) -> tuple[int, ...]:
+    """`value` as an ascending tuple of lengths; None is the empty one, which pads everything to full length."""
+    buckets = () if value is None else value
+    if not isinstance(buckets, list | tuple) or not all(type(length) is int and length > 2 for length in buckets):
+        raise ValueError(
+            "`length_buckets` must be a list of lengths in tokens, each at least 3, such as (77, 154), or empty to"
+            f" pad every prompt to full length, but is {value!r:.60}."
+        )
+    return tuple(sorted(set(buckets)))
+
+
+def _a(value: Any) -> str:
+    return f"{type(value).__name__} ({value!r:.60})" if value is not None else "None"
+
+
+# `None` leaves texts as they are.
+WEIGHTING = (None, "compel", "a1111")
+
+
+# Arguments of a pipeline's loading: of what it is made, and how it reads.
+LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
+
+
+READING = ("short_prompt", "long_prompt", "hidden_states", "weighting")

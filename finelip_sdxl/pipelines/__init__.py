@@ -1,0 +1,66 @@
+"""Diffusers pipelines of SDXL that read prompts of any length."""
+
+import re
+from typing import Any, NoReturn
+
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
+
+from finelip_sdxl.pipelines.stable_diffusion_xl import (
+    FineLIPSDXLControlNetImg2ImgPipeline,
+    FineLIPSDXLControlNetInpaintPipeline,
+    FineLIPSDXLControlNetPipeline,
+    FineLIPSDXLControlNetUnionImg2ImgPipeline,
+    FineLIPSDXLControlNetUnionInpaintPipeline,
+    FineLIPSDXLControlNetUnionPipeline,
+    FineLIPSDXLImg2ImgPipeline,
+    FineLIPSDXLInpaintPipeline,
+    FineLIPSDXLPipeline,
+)
+
+__all__ = [
+    "FineLIPSDXLAdapterPipeline",
+    "FineLIPSDXLControlNetImg2ImgPipeline",
+    "FineLIPSDXLControlNetInpaintPipeline",
+    "FineLIPSDXLControlNetPipeline",
+    "FineLIPSDXLControlNetUnionImg2ImgPipeline",
+    "FineLIPSDXLControlNetUnionInpaintPipeline",
+    "FineLIPSDXLControlNetUnionPipeline",
+    "FineLIPSDXLImg2ImgPipeline",
+    "FineLIPSDXLInpaintPipeline",
+    "FineLIPSDXLPipeline",
+    "LongPromptMixin",
+]
+
+
+class _NoPAG:
+    """Stands where Diffusers looks for a pipeline of ours with perturbed-attention guidance, to say that none is."""
+
+    @classmethod
+    def _get_signature_keys(cls, pipeline: Any) -> NoReturn:
+        raise ValueError(
+            "FineLIP-SDXL has no pipelines with perturbed-attention guidance (PAG): leave out enable_pag; or let"
+            " encode_prompt of this pipeline read the prompt, and pass its embeddings to Diffusers' own"
+            " StableDiffusionXLPAGPipeline."
+        )
+
+
+# So that `AutoPipelineForImage2Image.from_pipe(pipe)` and its siblings turn one of ours into another of ours.
+for mapping, name, pipeline in (
+    (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, "finelip-sdxl", FineLIPSDXLPipeline),
+    (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, "finelip-sdxl-controlnet", FineLIPSDXLControlNetPipeline),
+    (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, "finelip-sdxl-controlnet-union", FineLIPSDXLControlNetUnionPipeline),
+    (AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, "finelip-sdxl", FineLIPSDXLImg2ImgPipeline),
+    (AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, "finelip-sdxl-controlnet", FineLIPSDXLControlNetImg2ImgPipeline),
+    (AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, "finelip-sdxl-controlnet-union", FineLIPSDXLControlNetUnionImg2ImgPipeline),
+    (AUTO_INPAINT_PIPELINES_MAPPING, "finelip-sdxl", FineLIPSDXLInpaintPipeline),
+    (AUTO_INPAINT_PIPELINES_MAPPING, "finelip-sdxl-controlnet", FineLIPSDXLControlNetInpaintPipeline),
+    (AUTO_INPAINT_PIPELINES_MAPPING, "finelip-sdxl-controlnet-union", FineLIPSDXLControlNetUnionInpaintPipeline),
+):
+    mapping[name] = pipeline
+    pag_name = re.sub(r"(Img2Img|Inpaint)?Pipeline$", r"PAG\1Pipeline", pipeline.__name__)
+    no_pag: Any = type(pag_name, (_NoPAG,), {})
+    mapping[f"{name}-pag"] = no_pag

@@ -1,0 +1,253 @@
+"""What is wrong with the folder or file of an SDXL: seen before anything is built of it, or said after it failed."""
+
+import json
+import os
+import re
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl.foreign_files import (
+    Shapes,
+    check_numbers,
+    config_errors,
+    one_line,
+    read_json,
+    read_shapes,
+    shard_names,
+)
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.text_encoders import check_shapes, check_text_config
+
+# Weights of transformers' and of Diffusers' models, whatever their variant and however many files they are in.
+_WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)[.-].*(safetensors|bin)|.*\.index(\..*)?\.json")
+
+
+_TEXT_ENCODERS = {model.__name__: model for model in (CLIPTextModel, CLIPTextModelWithProjection)}
+
+
+# Positional tables of text encoders in the original project's layout: SDXL's two, and the refiner's.
+_TABLES = {
+    "text_encoder": ("conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight",),
+    "text_encoder_2": (
+        "conditioner.embedders.1.model.positional_embedding",
+        "conditioner.embedders.0.model.positional_embedding",
+    ),
+}
+
+
+_MOST_WEIGHTS = 10_000  # of a file that is elsewhere; an SDXL has about 2,500
+
+
+# What a folder tells of its parts without their weights; the patterns by which Diffusers fetches configs.
+_CONFIG_FILES = ["**/*.json", "*.json", "**/*.txt", "*.txt", "**/*.model"]
+
+
+def check_folder(folder: str | os.PathLike, leave_out: Mapping[str, Any] | None = None) -> None:
+    """That the configs in the folder of an SDXL can be read, and ask for no more than the weights beside them fill.
+
+    Args:
+        folder: holds a `model_index.json`.
+        leave_out: components by name that are not loaded from there.
+
+    Raises:
+        OSError, ValueError: a file, by name, and what is wrong with it.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    for name, entry in index.items():
+        if name.startswith("_") or name in (leave_out or {}) or not (folder / name).is_dir():
+            continue
+        if not isinstance(entry, list | str):  # a conditioning adapter's is a string
+            raise ValueError(f"{folder / 'model_index.json'} says {name} {entry!r}; expected its library and class.")
+        check_component(folder / name, entry)
+
+
+def check_component(folder: Path, entry: Any = None) -> None:
+    """As `check_folder`, of one component; `entry` is its library and class."""
+    for file in folder.glob("*config.json"):
+        _check_config(file, entry)
+
+
+def _check_config(file: Path, entry: Any) -> None:
+    shapes = _weight_shapes(file.parent)
+    config = _read_config(file, len(shapes))
+    if file.name != "config.json":
+        return
+    class_name = entry[-1] if isinstance(entry, list) and entry else None
+    model_class = _TEXT_ENCODERS.get(class_name) if isinstance(class_name, str) else None
+    if model_class is None or not shapes or "quantization_config" in config:
+        return
+    with config_errors(file):
+        text_config: Any = CLIPTextConfig.from_dict(config.get("text_config", config))
+    # Recent files leave the prefix out, and some hold more than the encoder.
+    flat = ("embeddings.", "encoder.", "final_layer_norm.")
+    prefixed = {f"text_model.{key}" if key.startswith(flat) else key: shape for key, shape in shapes.items()}
+    own = ("text_model.", "text_projection.") if model_class is CLIPTextModelWithProjection else "text_model."
+    known = {key: shape for key, shape in prefixed.items() if key.startswith(own) and not key.endswith("position_ids")}
+    check_text_config(text_config, known, str(file.parent))
+    check_shapes(model_class, text_config, known, str(file.parent))
+
+
+def _read_config(file: Path, weights: int) -> dict[str, Any]:
+    """A component's config, whose numbers ask for no more than so many weights fill."""
+    config = read_json(file)
+    if file.name == "config.json":
+        check_numbers(config, weights, file)
+    elif file.name == "scheduler_config.json":  # schedulers have no weights, and make tables of as many steps
+        check_numbers(config, weights, file, largest=1_000_000)
+    return config
+
+
+def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights in a component's folder; of those in safetensors files alone if there are any."""
+    found = [file for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name)]
+    for file in found:
+        if file.suffix == ".json":
+            shard_names(file)
+    by_kind = [[file for file in found if file.suffix == suffix] for suffix in (".safetensors", ".bin")]
+    return {key: shape for file in by_kind[0] or by_kind[1] for key, shape in read_shapes(file).items()}
+
+
+@contextmanager
+def loading_errors(source: str | os.PathLike, variant: str | None = None) -> Iterator[None]:
+    """What Diffusers cannot load of a directory or hub repository, in a sentence that says what to do."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        place, said = _place(source, error), one_line(error)
+        if "no such modeling files" in said:
+            raise ValueError(
+                f"{said}: {source} has no weights of variant {variant}, so leave the variant out, or pass one that its"
+                " files are named after, such as fp16 for model.fp16.safetensors."
+            ) from error
+        if "no file named" in said:
+            raise FileNotFoundError(
+                f"{place} lacks weights ({said}): fetch them, or pass variant= if they are named after one, such as"
+                " fp16 for model.fp16.safetensors."
+            ) from error
+        if isinstance(error, SafetensorError) or "Unable to load weights" in said:
+            raise ValueError(
+                f"{place} holds weights that cannot be read ({said}): a file is damaged or cut short, fetch it again."
+            ) from error
+        if isinstance(error, OSError | ValueError) and str(source) in said:
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{place} cannot be loaded ({said}): check the files that are there, or fetch them again."
+        ) from error
+
+
+@contextmanager
+def single_file_errors(file: Any, config: Any) -> Iterator[None]:
+    """What Diffusers cannot load of a single file, in a sentence that says what to do."""
+    name = os.fspath(file)
+    if not os.path.isfile(name) and not name.startswith(("http://", "https://", "hf.co/")):
+        raise FileNotFoundError(f"{name} does not exist, or is no file: pass a .safetensors or .ckpt file.")
+    if config is not None and os.path.isdir(config) and not os.path.isfile(os.path.join(config, "model_index.json")):
+        raise FileNotFoundError(
+            f"config={config} has no model_index.json: pass the directory of an SDXL in Diffusers' layout."
+        )
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except SingleFileComponentError as error:
+        what = str(error.message).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"{name} is no whole SDXL ({what}): pass another file, or config= of its kind.") from error
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise OSError(
+            f"{name} holds weights alone, and configs and tokenizers to go with them could not be fetched from the hub:"
+            " pass config=, the directory of an SDXL in Diffusers' layout."
+        ) from error
+    except Exception as error:
+        shapes = re.search(r"\S+ expected shape .*? but got .*?\)|checkpoint does not seem to contain .*", str(error))
+        if shapes is not None:
+            raise ValueError(
+                f"{name} is no SDXL with the sizes that its config says ({shapes[0]}): pass another file, or config= of"
+                " its kind."
+            ) from error
+        if "Unable to load weights" in str(error):
+            raise ValueError(
+                f"{name} cannot be read as a checkpoint: it is damaged, cut short, or no .safetensors or .ckpt file."
+            ) from error
+        if isinstance(error, OSError | ValueError) and (name in str(error) or str(config) in str(error)):
+            raise
+        part = _component(error)
+        of_part = "" if part is None else f" with the {part} of config={config}"
+        raise ValueError(
+            f"{name} cannot be loaded{of_part} ({one_line(error)}): pass another file, or config= of its kind."
+        ) from error
+
+
+def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Path, **hub_arguments: Any) -> None:
+    """Copy the configs of an SDXL for a single file that is to be loaded with them.
+
+    What a pipeline of this package saves says more than stock's: of text encoders of 248 positions, which a single
+    file has not, and of parts that are in none.
+
+    Args:
+        file: in the original project's layout. Its text encoders are taken for those of 77 positions unless it is here
+            and has others.
+        config: a directory or hub id of an SDXL.
+        folder: where the copy goes; it is made.
+        **hub_arguments: of `snapshot_download`.
+
+    Raises:
+        OSError, ValueError: a file cannot be read.
+    """
+    name = os.fspath(file)
+    shapes: Shapes = {}
+    if os.path.isfile(name):
+        try:
+            shapes = read_shapes(Path(name))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be read as a checkpoint ({one_line(error)}).") from error
+    folder.mkdir()
+    source = Path(config)
+    if not source.is_dir():
+        source = Path(snapshot_download(str(config), allow_patterns=_CONFIG_FILES, **hub_arguments))
+    index = read_json(source / "model_index.json")
+    for part, entry in index.items():
+        if isinstance(entry, list) and not part.startswith("stock_"):
+            for found in (source / part).glob("*config.json"):
+                _read_config(found, len(shapes) or _MOST_WEIGHTS)
+            for pattern in ("*.json", "*.txt", "*.model"):
+                for found in (source / part).glob(pattern):
+                    (folder / part).mkdir(exist_ok=True)
+                    shutil.copyfile(found, folder / part / found.name)
+    index = {key: value for key, value in index.items() if not key.startswith(("stock_", "conditioning_adapter"))}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+    known = {field.name for field in fields(CLIPTextConfig)}  # no notes on weights that are not these
+    for part, tables in _TABLES.items():
+        if (given := source / part / "config.json").is_file():
+            rows = next((shapes[table][0] for table in tables if shapes.get(table)), STOCK_POSITIONS)
+            kept = {key: value for key, value in read_json(given).items() if key in known}
+            (folder / part / "config.json").write_text(json.dumps({**kept, "max_position_embeddings": rows}))
+
+
+def _place(source: str | os.PathLike, error: BaseException) -> str:
+    part = _component(error)
+    return str(source) if part is None else os.path.join(source, part)
+
+
+def _component(error: BaseException) -> str | None:
+    """The component that Diffusers was loading, which its exceptions do not name but a frame of theirs knows."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name in ("load_sub_model", "load_single_file_sub_model"):
+            return frame.f_locals.get("name")
+    return None

@@ -1,0 +1,512 @@
+"""How the pipelines are loaded, given encoders of 248 positions, and saved."""
+
+import inspect
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import file_exists
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from finelip_sdxl.checkpoints.load import load_finelip
+from finelip_sdxl.checkpoints.merging import add_difference
+from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.foreign_files import check_finite, read_json
+from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
+from finelip_sdxl.options import (
+    FINELIP_MERGE,
+    HIDDEN_STATES,
+    LONG_PROMPT,
+    SHORT_PROMPT,
+    STOCK_POSITIONS,
+    WEIGHTING,
+    check_choice,
+    check_length_buckets,
+)
+from finelip_sdxl.pipelines.checking import (
+    check_component,
+    check_folder,
+    loading_errors,
+    single_file_errors,
+    write_configs,
+)
+from finelip_sdxl.pipelines.model_card import model_card
+from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, ReadingMixin
+from finelip_sdxl.provenance import BASE, MADE_FROM, MERGED_WITH, public_name, without_paths
+from finelip_sdxl.text_encoders import (
+    build_text_encoder,
+    check_tokenizer,
+    num_positions,
+    stretch_text_encoder,
+    text_encoder_tensors,
+    with_max_length,
+)
+
+logger = logging.getLogger(__name__)
+
+
+HELD = ("stock_text_encoder", "stock_text_encoder_2")
+
+
+ADAPTER = "conditioning_adapter"
+
+
+# Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
+UNSWAPPED = "_finelip_sdxl_unswapped"
+
+
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "short_prompt": partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
+    "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
+    "long_prompt": partial(check_choice, "long_prompt", choices=LONG_PROMPT),
+    "length_buckets": check_length_buckets,
+    "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
+}
+
+
+_BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
+
+
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
+
+
+class LoadingMixin(ReadingMixin):
+    """The part of `LongPromptMixin` that loads and saves what reads prompts."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an SDXL pipeline and give its text encoders 248 positions.
+
+        Args:
+            base: a hub id or directory of any SDXL, a directory that `save_pretrained` of this class wrote, or
+                `"miniature"` for the small SDXL that comes with this package, and its FineLIPs with it (pass
+                `"miniature-clip-1"` and `"miniature-clip-2"` to have its own encoders stretched instead).
+            finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
+                `FineLIPModel`.
+            finelip_2: replaces the second (OpenCLIP bigG) in the same way.
+            finelip_merge: `"replace"`, or `"delta"`, for fine-tunes that have trained their text encoders: a FineLIP
+                does not replace an encoder then, but what it has learned is added to what the encoder has (the weights
+                are `own + finelip - base`, see `finelip_sdxl.checkpoints.merging`).
+            finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
+                trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's need none.
+            conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
+                `training/align_adapter.py` writes; None for none. By default the one that `base` comes with, unless a
+                FineLIP is passed, with which it was not trained.
+            **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
+                that of every component, float32 by default. An encoder that is passed as None is left out, with what
+                belongs to it, for embeddings that are made elsewhere.
+
+        Returns:
+            The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248, or were built
+            directly with 77 and saved so by this class: what was saved comes back.
+
+        Raises:
+            ValueError: what is no SDXL, a config or a file of weights that is damaged, weights that are not finite, a
+                tokenizer without its words, a FineLIP or an adapter whose widths are
+                not the encoders', one to add without a base, or an unknown option.
+            OSError: `base` or a checkpoint is not there.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
+            >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
+        """
+        brings_finelip = finelip is not None or finelip_2 is not None
+        if base == "miniature":
+            own = [name for name in ENCODERS if name not in kwargs]
+            if len(own) == 2 and not brings_finelip:
+                kwargs.setdefault(ADAPTER, miniature_path().parent / ADAPTER)
+            if finelip is None and "text_encoder" in own:
+                finelip = "miniature-finelip-1"
+            if finelip_2 is None and "text_encoder_2" in own:
+                finelip_2 = "miniature-finelip-2"
+        origin, base = public_name(base), resolve_base(base)
+        merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
+        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        dtype = kwargs["dtype"]
+        if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
+            kwargs = {**dict.fromkeys(HELD), **kwargs}
+        absent = [name for name in ENCODERS if name in kwargs and kwargs[name] is None]
+        kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
+
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        index = _load_index(cls, base, hub_arguments)
+        if not {"unet", "text_encoder_2"} <= index.keys():
+            raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
+        adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
+        if isinstance(adapter, str | os.PathLike):
+            adapter = _open_adapter(adapter, dtype=dtype, **hub_arguments)
+        with loading_errors(base, kwargs.get("variant")):
+            if os.path.isdir(base):
+                check_folder(base, leave_out=kwargs)
+            if adapter is ... and index.get(ADAPTER):
+                adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
+            pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
+        _check_parts(pipe, base)
+        pipe.register_to_config(**{BASE: index.get(BASE, origin)})
+        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
+            logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
+        else:
+            pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | os.PathLike,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
+        encoders 248 positions.
+
+        Args:
+            file: a `.safetensors` or `.ckpt` file, or its address on the hub.
+            finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the checkpoint's
+                own encoders are stretched, with all that it has taught them; a FineLIP in their place knows none of it,
+                and one that is added (`finelip_merge="delta"`) much.
+            conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
+            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; any saved pipeline is
+                one, of this package or not, and so is `"miniature"`. How many positions a file here has is read from
+                it, and one on the hub is taken to have 77. By default what Diffusers finds on the hub to go with the
+                checkpoint.
+            **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
+                every component, float32 by default.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: a file that is no whole SDXL, or what `from_pretrained` refuses.
+            OSError: the file is not there, or there are no configs for it.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
+        """
+        if kwargs.get("config") is not None:
+            kwargs["config"] = resolve_base(kwargs["config"])
+        for name in _BESIDE:
+            if name in inspect.signature(cls.__init__).parameters and kwargs.get(name) is None:
+                raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
+        merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
+        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        adapter = kwargs.pop(ADAPTER, None)
+        if isinstance(adapter, str | os.PathLike):
+            adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
+        with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
+            if config is not None:
+                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+                copied = Path(folder, Path(config).name or "config")
+                write_configs(file, config, copied, **hub_arguments)
+                kwargs["config"] = str(copied)
+            pipe = super().from_single_file(file, **kwargs)
+        pipe.register_modules(conditioning_adapter=adapter)
+        _check_parts(pipe, os.fspath(file))
+        pipe.register_to_config(**{BASE: public_name(file)})
+        pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed. (Diffusers would cast what
+        both share to float32.)"""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def download(cls, *args: Any, **kwargs: Any) -> Any:
+        """As the parent; what came is checked before `from_pretrained` builds anything of it."""
+        folder = super().download(*args, **kwargs)
+        check_folder(folder, leave_out=kwargs)
+        return folder
+
+    def swap_text_encoders(
+        self,
+        finelip: Any = None,
+        finelip_2: Any = None,
+        finelip_merge: str = "replace",
+        finelip_base: str | os.PathLike | None = None,
+    ) -> None:
+        """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
+
+        For pipelines that `from_pretrained` and `from_single_file` did not make, such as those of `from_pipe`.
+        Encoders that already read 248 are left as they are, and no encoder or tokenizer that was passed in is changed.
+
+        Args:
+            finelip: replaces the first text encoder; see `from_pretrained`.
+            finelip_2: replaces the second.
+            finelip_merge, finelip_base: see `from_pretrained`.
+
+        Raises:
+            ValueError: a FineLIP for an encoder that the pipeline does not have, of the wrong width, or to add to an
+                encoder that is none of 77 positions, stretched or not.
+        """
+        self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
+
+    def _swap_text_encoders(self, finelip: Any, finelip_2: Any, merge_base: str | None) -> None:
+        replacements = {}
+        for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+            if source is not None:
+                encoder = getattr(self, name)
+                replacement = _replacement(name, source, encoder)
+                if merge_base is not None:
+                    replacement = _merged(name, replacement, self._stock_reader(name), merge_base)
+                replacements[name] = replacement.to(encoder.device, encoder.dtype)
+        parts: dict[str, Any] = {}
+        bare = []
+        for name, tokenizer_name in ENCODERS.items():
+            encoder, tokenizer = getattr(self, name), getattr(self, tokenizer_name)
+            if encoder is None:
+                continue
+            if name in replacements:
+                stock = self._stock_reader(name)
+                if self.short_prompt == "stock" and stock is not None:
+                    parts[f"stock_{name}"] = stock[0]
+                encoder = parts[name] = replacements[name]
+            elif num_positions(encoder) <= STOCK_POSITIONS:
+                encoder = parts[name] = stretch_text_encoder(encoder)
+                bare.append(name)
+            if tokenizer is not None and tokenizer.model_max_length != num_positions(encoder):
+                parts[tokenizer_name] = with_max_length(tokenizer, num_positions(encoder))
+        self.register_modules(**parts)
+        if bare and not replacements:
+            logger.warning(
+                "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
+                " worse than trained ones: pass a FineLIP or Long-CLIP as finelip= (finelip_2= for the second one).",
+                " and ".join(bare),
+            )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`.
+
+        Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
+        `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, it is shared, with a card that says what it is
+        made of if the repository has no card yet. Of paths on this machine, only the last part is saved. Weights
+        are as readable as `model_index.json`.
+        """
+        if self.conditioning_adapter is not None:
+            logger.warning(
+                "Stock Diffusers opens what is saved here without its conditioning adapter, which FineLIP-SDXL's"
+                " pipelines load. For an alignment inside the text encoders, train with `--method lora`, and use"
+                " `finelip-sdxl export`."
+            )
+        without_paths(self)
+        with _plain_parts(self):
+            super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+        folder = Path(save_directory)
+        for name in self.components:
+            for file in folder.glob(f"{name}/*.safetensors"):  # which safetensors gives to their owner alone
+                shutil.copymode(folder / self.config_name, file)
+
+    def _upload_folder(
+        self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As the parent; in the repository's first upload Diffusers' card, which says nothing, gives way to ours."""
+        if subfolder is None and not file_exists(repo_id, "README.md", token=token):
+            model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
+        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+
+
+def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: Any) -> str | None:
+    """The SDXL whose text encoders FineLIPs to add were trained from; None if they replace encoders."""
+    check_choice("finelip_merge", finelip_merge, FINELIP_MERGE)
+    sources = [source for source in (finelip, finelip_2) if source is not None]
+    if finelip_merge == "replace":
+        if finelip_base is not None:
+            raise ValueError(f"finelip_base={finelip_base} goes with finelip_merge='delta': pass both or neither.")
+        return None
+    if not sources:
+        raise ValueError("finelip_merge='delta' adds what a FineLIP has learned: pass finelip=, finelip_2= or both.")
+    if finelip_base is None and all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in sources):
+        finelip_base = "miniature"
+    if finelip_base is None:
+        raise ValueError(
+            "finelip_merge='delta' needs finelip_base=, the hub id or directory of the SDXL whose text encoders the"
+            " FineLIP was trained from, such as stabilityai/stable-diffusion-xl-base-1.0."
+        )
+    return resolve_base(finelip_base)
+
+
+def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Arguments for loading, checked before gigabytes are loaded: both FineLIPs, and keyword arguments with a dtype."""
+    # Without a dtype every library falls back on its own, and half-precision repositories end in two.
+    torch_dtype = kwargs.pop("torch_dtype", None)
+    kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch_dtype or torch.float32}
+    for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
+        if source is not None and kwargs.get(name) is not None:
+            raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
+    for name in OPTIONS.keys() & kwargs:
+        OPTIONS[name](kwargs[name])
+    finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
+    return finelip, finelip_2, kwargs
+
+
+def _load_index(pipeline_class: Any, base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
+    """What `model_index.json` of a base says."""
+    try:
+        if os.path.isdir(base) and os.path.isfile(file := os.path.join(base, "model_index.json")):
+            return read_json(Path(file))
+        if not os.path.exists(base):
+            validate_repo_id(base)
+        index = pipeline_class.load_config(base, **hub_arguments)
+        if not isinstance(index, dict):
+            raise ValueError(f"The model_index.json of {base} holds no object of components: pass another base.")
+        return index
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.") from error
+    except OSError as error:
+        if os.path.exists(base):
+            raise
+        raise OSError(
+            f"{base} is no directory here, and the hub gave no model_index.json of it: check the name, or whether the"
+            " hub can be reached."
+        ) from error
+
+
+def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAdapter:
+    source = os.fspath(source)
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        last = os.path.join(source, "last")
+        hint = f"pass {last}" if os.path.isdir(last) else "pass what training/align_adapter.py writes to OUT/last"
+        raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
+    if os.path.isdir(source):
+        config: Any = read_json(Path(source, "config.json"))
+    else:
+        config = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
+    if config.get("_class_name") != ConditioningAdapter.__name__:
+        raise ValueError(
+            f"{source} is no conditioning adapter: pass what training/align_adapter.py writes to OUT/last (what"
+            " --method lora writes goes to finelip= and finelip_2=)."
+        )
+    with loading_errors(source):
+        check_component(Path(source))
+        return ConditioningAdapter.from_pretrained(source, **arguments)
+
+
+def _own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
+    """That of a saved pipeline: of the variant if it was saved as one, as components are, or else plain."""
+    if variant is not None:
+        try:
+            return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, variant=variant, **arguments)
+        except OSError:
+            pass
+    return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, **arguments)
+
+
+def _check_parts(pipe: Any, source: str) -> None:
+    """That what reads prompts can: tokenizers know words, weights are numbers, and the adapter fits."""
+    for name in ENCODERS.values():
+        if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
+            check_tokenizer(tokenizer, f"{source}: {name}")
+    for name in (*ENCODERS, *HELD, ADAPTER):
+        if (part := getattr(pipe, name)) is not None:
+            check_finite(dict(part.named_parameters()), f"{source}: {name}")
+    _check_adapter(pipe)
+
+
+def _check_adapter(pipe: Any) -> None:
+    """That the conditioning adapter's widths are those of this SDXL."""
+    adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
+    if adapter is None or encoder_2 is None:
+        return
+    encoders = [encoder for encoder in (pipe.text_encoder, encoder_2) if encoder is not None]
+    found = [*(encoder.config.hidden_size for encoder in encoders), encoder_2.config.projection_dim]
+    if found != adapter.widths:
+        raise adapter.mismatch(f"this SDXL's are {', '.join(map(str, found))}")
+
+
+def _replacement(name: str, source: Any, encoder: Any) -> Any:
+    """The text encoder of a FineLIP, to stand in the place of `encoder`."""
+    if encoder is None:
+        raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
+    if getattr(encoder, "is_quantized", False):
+        raise ValueError(
+            f"`{name}` is quantized, and a FineLIP would take its place unquantized: save the SDXL with this FineLIP by"
+            " `finelip-sdxl convert` first, and load that quantized."
+        )
+    has_projection = isinstance(encoder, CLIPTextModelWithProjection)
+    model = load_finelip(source)
+    if has_projection and model.text_projection is None:
+        raise ValueError(
+            f"The FineLIP for `{name}` has no text projection, so it was made from an encoder such as SDXL's first:"
+            " `finelip` takes it, and `finelip_2` one that was trained from the second (OpenCLIP bigG)."
+        )
+    replacement: Any = model.to_text_encoder(projection=has_projection)
+    for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
+        found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
+        if found != expected:
+            raise ValueError(
+                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: `finelip` takes one"
+                " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
+            )
+    # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
+    vars(replacement.config).pop("stretched_from", None)
+    return replacement
+
+
+def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -> Any:
+    """What `_replacement` gave, added to the encoder that reads short prompts as stock does."""
+    if stock is None:
+        raise ValueError(
+            f"`{name}` was trained or replaced at 248 positions, and finelip_merge='delta' adds to encoders of 77: load"
+            " the fine-tune itself."
+        )
+    own = stock[0] if num_positions(stock[0]) > STOCK_POSITIONS else stretch_text_encoder(stock[0])
+    has_projection = isinstance(own, CLIPTextModelWithProjection)
+    before = load_finelip(base, subfolder=name, dtype=torch.float32).to_text_encoder(projection=has_projection)
+    merged = add_difference(own, finelip, before)
+    setattr(merged.config, MERGED_WITH, vars(finelip.config).get(MADE_FROM))
+    return merged
+
+
+@contextmanager
+def _plain_parts(pipe: Any) -> Iterator[None]:
+    """While saving, puts encoders in place whose files begin their keys with `text_model.`, and tokenizers that do not
+    remember how they were last called.
+
+    Recent `transformers` write other keys for a `CLIPTextModel` that was not loaded from such a file, and older ones
+    load those as random weights.
+    """
+    originals: dict[str, Any] = {}
+    for name in ENCODERS.values():
+        if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
+            originals[name] = tokenizer
+    for name in ("text_encoder", "stock_text_encoder"):
+        encoder = getattr(pipe, name)
+        if isinstance(encoder, CLIPTextModel) and not any(
+            hasattr(module, "base_layer") for module in encoder.modules()
+        ):
+            originals[name] = encoder
+    try:
+        for name, part in originals.items():
+            if isinstance(part, CLIPTextModel):
+                saved: Any = build_text_encoder(part.config, text_encoder_tensors(part))
+            else:
+                saved = with_max_length(part, part.model_max_length)
+            setattr(pipe, name, saved)
+        yield
+    finally:
+        for name, part in originals.items():
+            setattr(pipe, name, part)

@@ -1,0 +1,138 @@
+"""Long-prompt SDXLs for programs that do not know this package: stock Diffusers and ComfyUI."""
+
+import inspect
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from finelip_sdxl.files import written_whole
+from finelip_sdxl.provenance import without_paths
+from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors, with_max_length
+
+logger = logging.getLogger(__name__)
+
+
+# The names that ComfyUI's users know SDXL's text encoders by.
+COMFYUI_FILES = {"text_encoder": "clip_l.safetensors", "text_encoder_2": "clip_g.safetensors"}
+
+
+# ComfyUI takes a file for bigG if it holds this (comfy/sd.py, `detect_te_model`); CLIP-L ends at layer 11.
+_LAYER_30 = "text_model.encoder.layers.30.mlp.fc1.weight"
+
+
+def stock_pipeline(pipe: Any) -> Any:
+    """A pipeline's parts in Diffusers' own class: what `save_pretrained` of the result writes holds nothing of ours.
+
+    Args:
+        pipe: a pipeline of this package, with text encoders of 248 positions. It shares its weights with the result,
+            and is not changed but for paths of this machine in its configs, of which the last part stays.
+
+    Returns:
+        The stock pipeline. It reads up to 248 tokens, each prompt padded to 248, and cuts what is longer.
+
+    Raises:
+        ValueError: if LoRA layers are loaded.
+
+    Example:
+        >>> from finelip_sdxl import FineLIPSDXLPipeline
+        >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter=None)
+        >>> type(stock_pipeline(pipe)).__name__
+        'StableDiffusionXLPipeline'
+    """
+    _check_plain(pipe.components)
+    _say_what_is_lost(pipe)
+    without_paths(pipe)
+    parts: dict[str, Any] = {}
+    for name in ("tokenizer", "tokenizer_2"):  # as copies that do not remember how they were last called
+        if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
+            parts[name] = with_max_length(tokenizer, tokenizer.model_max_length)
+    if isinstance(encoder := pipe.text_encoder, CLIPTextModel):  # so that it is saved under keys that all versions read
+        parts["text_encoder"] = build_text_encoder(encoder.config, text_encoder_tensors(encoder))
+    return in_stock_class(pipe, **parts)
+
+
+def in_stock_class(pipe: Any, **parts: Any) -> Any:
+    """The components of a pipeline of ours in Diffusers' own class, with `parts` in place of those of their names."""
+    stock_class = pipe._stock_class()
+    # Options such as `force_zeros_for_empty_prompt` are in the config.
+    given = {**pipe.config, **pipe.components, **parts}
+    return stock_class(**{name: given[name] for name in inspect.signature(stock_class).parameters if name in given})
+
+
+def save_comfyui(pipe: Any, folder: Path) -> list[Path]:
+    """Write a pipeline's text encoders as the two files that ComfyUI's node DualCLIPLoader, type sdxl, takes.
+
+    ComfyUI reads the number of positions off the positional table of each file and lengthens its tokenizer to match
+    (`comfy/text_encoders/long_clipl.py`), so that it needs no custom node.
+
+    Args:
+        pipe: a pipeline of this package, with text encoders of 248 positions; UNet and VAE may be missing.
+        folder: where the files go, beside what is there already; files of these names are replaced.
+
+    Returns:
+        The files, in the dtype of the encoders. A refiner gives `clip_g.safetensors` alone.
+
+    Raises:
+        ValueError: if the pipeline has no text encoder, or LoRA layers are loaded.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from finelip_sdxl import FineLIPSDXLPipeline
+        >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter=None)
+        >>> with TemporaryDirectory() as folder:
+        ...     [file.name for file in save_comfyui(pipe, Path(folder))]
+        ['clip_l.safetensors', 'clip_g.safetensors']
+    """
+    encoders = {name: getattr(pipe, name) for name in COMFYUI_FILES if getattr(pipe, name) is not None}
+    if not encoders:
+        raise ValueError("This pipeline has no text encoders, so there is nothing that ComfyUI could load.")
+    _check_plain(encoders)
+    _say_what_is_lost(pipe)
+    tensors = {name: text_encoder_tensors(encoder) for name, encoder in encoders.items()}
+    if any((_LAYER_30 in weights) != (name == "text_encoder_2") for name, weights in tensors.items()):
+        depths = " and ".join(str(encoder.config.num_hidden_layers) for encoder in encoders.values())
+        logger.warning(
+            "ComfyUI will not load these files: it knows the text encoders of real SDXLs only, of 12 and 32 layers, and"
+            " tells clip_g by its layer 30, but these have %s layers.",
+            depths,
+        )
+    elif len(encoders) == 1:
+        logger.warning(
+            "%s is the only text encoder here, as in SDXL's refiner: load its file with ComfyUI's CLIPLoader instead"
+            " of DualCLIPLoader.",
+            *encoders,
+        )
+
+    files = {folder / COMFYUI_FILES[name]: weights for name, weights in tensors.items()}
+    with ExitStack() as stack:  # they take their places when all are written
+        for file, weights in files.items():
+            plain = {key: weight.contiguous() for key, weight in weights.items()}
+            save_file(plain, stack.enter_context(written_whole(file)), {"format": "pt"})
+    return list(files)
+
+
+def _check_plain(parts: dict[str, Any]) -> None:
+    """Refuses LoRA layers: their keys are none that a plain model has."""
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and any(hasattr(module, "base_layer") for module in part.modules()):
+            raise ValueError(
+                f"{name} has LoRA layers, which are no part of a plain model: merge them by pipe.fuse_lora() and"
+                " pipe.unload_lora_weights(), or only unload them, and export then."
+            )
+
+
+def _say_what_is_lost(pipe: Any) -> None:
+    if pipe.conditioning_adapter is not None:
+        logger.warning(
+            "conditioning_adapter is left out: it works between the text encoders and the UNet and cannot be merged"
+            " into either. `training/align_adapter.py --method lora` makes an alignment that merges into the encoders."
+        )
+    if pipe.hidden_states != "penultimate":
+        logger.warning(
+            'hidden_states="%s" is left out: stock Diffusers and ComfyUI take penultimate states.', pipe.hidden_states
+        )

@@ -1,0 +1,213 @@
+"""What the FineLIP-SDXL pipelines share: encoders of 248 positions, and prompts of any length."""
+
+import inspect
+import json
+import os
+from numbers import Real
+from typing import Any, get_type_hints
+
+from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.options import LENGTH_BUCKETS
+from finelip_sdxl.pipelines.encoder_swap import ADAPTER, HELD, OPTIONS, UNSWAPPED, LoadingMixin
+from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, adapter_scale, one_at_a_time
+
+
+def _option(name: str, doc: str) -> property:
+    """An option that lives in the pipeline's config, so that Diffusers saves it and hands it on."""
+    return property(
+        lambda self: self.config[name],
+        lambda self, value: self.register_to_config(**{name: OPTIONS[name](value)}),
+        doc=doc,
+    )
+
+
+class LongPromptMixin(LoadingMixin):
+    """Put before an SDXL pipeline of Diffusers, makes it read prompts of any length.
+
+    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.
+    Built directly from components it changes none of them; with encoders of 77 positions it then behaves as its parent
+    does. `from_pretrained` and `swap_text_encoders` give it encoders of 248 positions.
+
+    Args:
+        stock_text_encoder, stock_text_encoder_2: the encoders that short prompts are read with where the weights of
+            the main ones were replaced. Encoders that were only stretched need none: stock's rows stand unchanged in
+            the stretched table.
+        conditioning_adapter: brings what replaced encoders give back to what the UNet knows. What is read as stock
+            does not pass through it.
+        short_prompt: `"stock"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"stretched"` as longer
+            ones.
+        hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"published"`, the last layer's after the
+            final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
+        long_prompt: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
+            100 (see `finelip_sdxl.options.MAX_POSITIONS`), `"truncate"` cuts and logs what is lost, `"error"` raises.
+        length_buckets: lengths in tokens; prompts are padded to the smallest that holds them, or else to full length.
+            Empty for always full length, as stock pipelines do.
+        weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; None reads all that is typed as text. See
+            `finelip_sdxl.prompts.weighting`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        stock_text_encoder: CLIPTextModel | None = None,
+        stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
+        conditioning_adapter: ConditioningAdapter | None = None,
+        short_prompt: str = "stock",
+        hidden_states: str = "penultimate",
+        long_prompt: str = "window",
+        length_buckets: list | tuple | None = LENGTH_BUCKETS,
+        weighting: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_modules(
+            stock_text_encoder=stock_text_encoder,
+            stock_text_encoder_2=stock_text_encoder_2,
+            conditioning_adapter=conditioning_adapter,
+        )
+        self.short_prompt = short_prompt
+        self.hidden_states = hidden_states
+        self.long_prompt = long_prompt
+        self.length_buckets = length_buckets
+        self.weighting = weighting
+        self._said: set[str] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if LongPromptMixin in cls.__bases__:
+            stock = cls._stock_class()
+            cls._optional_components = [*stock._optional_components, *HELD, ADAPTER]
+            sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
+            cls.model_cpu_offload_seq = "->".join([*HELD, sequence])
+        _sign(cls, "__init__")
+        _sign(cls, "__call__")
+
+    short_prompt = _option("short_prompt", "How prompts of up to 77 tokens are read: 'stock' or 'stretched'.")
+    hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'published'.")
+    long_prompt = _option("long_prompt", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
+    length_buckets = _option("length_buckets", "Lengths in tokens that prompts are padded to, ascending.")
+    weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parent's components, and those of this class that there are."""
+        own = (*HELD, ADAPTER)
+        return {name: part for name, part in super().components.items() if name not in own or part is not None}
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """Write `model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
+        config = json.loads(self.to_json_string())
+        config["_class_name"] = self._stock_class().__name__
+        parameters = inspect.signature(LongPromptMixin.__init__).parameters
+        for name in OPTIONS:
+            if self.config[name] == parameters[name].default:
+                del config[name]
+        for name in HELD:
+            if config[name] == [None, None]:
+                del config[name]
+        # As a component's entry, which names a module, it would keep everyone from downloading the repository.
+        del config[ADAPTER]
+        if self.conditioning_adapter is not None:
+            config[ADAPTER] = f"{ConditioningAdapter.__module__}.{ConditioningAdapter.__qualname__}"
+        if "length_buckets" in config:  # an empty list there breaks Diffusers' downloads
+            config["length_buckets"] = config["length_buckets"] or None
+        if self._encoders() and not self._reads_long_prompts():
+            config[UNSWAPPED] = True
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As the parent; the entry that `to_json_file` writes for the adapter is read by `from_pretrained`."""
+        own = {name: value for name, value in config_dict.items() if name != ADAPTER or not isinstance(value, str)}
+        return super().extract_init_dict(own, **kwargs)
+
+    @classmethod
+    def _stock_class(cls) -> type[DiffusionPipeline]:
+        return next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, DiffusionPipeline) and not issubclass(base, LongPromptMixin)
+        )
+
+    @one_at_a_time
+    def __call__(self, *args: Any, conditioning_adapter_scale: float = 1.0, **kwargs: Any) -> Any:
+        """Draw, as the parent does; its arguments are the parent's.
+
+        A second thread waits until the first has drawn, also on another pipeline that `from_pipe` made of this one; one
+        with a scheduler of its own draws at the same time.
+
+        Args:
+            conditioning_adapter_scale: how much of the conditioning adapter counts, from 0 (nothing) to 1.
+
+        Raises:
+            ValueError: a scale out of range; and what `encode_prompt` and the parent raise.
+        """
+        scale = conditioning_adapter_scale
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= scale <= 1:
+            raise ValueError(
+                f"conditioning_adapter_scale is {scale!r:.60}; expected a number from 0, without the adapter, to 1,"
+                " with all of it."
+            )
+        # The parent would look at their shapes first.
+        self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
+        token = adapter_scale.set((self, float(scale)))
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            adapter_scale.reset(token)
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent. Encoders whose weights keep a fused LoRA note it in their configs: nothing else tells then."""
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            if encoder is not None and any(getattr(module, "merged_adapters", ()) for module in encoder.modules()):
+                encoder.config.has_fused_lora = True
+        super().unload_lora_weights(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent. On disk, held encoders have folders of their own: Diffusers names files by layers alone, and
+        theirs are named as those of the encoders that took their place."""
+        disk: Any = kwargs.get("offload_to_disk_path")
+        excluded = kwargs.pop("exclude_modules", None) or []
+        excluded = [excluded] if isinstance(excluded, str) else excluded
+        apart = [name for name in HELD if disk and getattr(self, name) is not None and name not in excluded]
+        super().enable_group_offload(*args, exclude_modules=[*excluded, *apart], **kwargs)
+        for name in apart:
+            kwargs["offload_to_disk_path"] = os.path.join(disk, name)
+            apply_group_offloading(getattr(self, name), *args, **kwargs)
+
+
+def _sign(cls: type, name: str) -> None:
+    """Give a method of `cls` an explicit signature: its own arguments and those of the parent's that it hands on to.
+
+    Diffusers reads a pipeline's components and options from `__init__` and what a call takes from `__call__`, and
+    Python offers no other way to say them once for parents that differ.
+    """
+    if name not in vars(cls):
+
+        def hand_on(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(super(cls, self), name)(*args, **kwargs)  # type: ignore[arg-type, misc]
+
+        hand_on.__name__, hand_on.__qualname__ = name, f"{cls.__qualname__}.{name}"
+        setattr(cls, name, hand_on)
+
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        method = vars(base).get(name)
+        if method is None:
+            continue
+        own, hints = inspect.signature(method).parameters.values(), get_type_hints(inspect.unwrap(method))
+        for parameter in own:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                annotation = hints.get(parameter.name, parameter.annotation)
+                parameters.setdefault(parameter.name, parameter.replace(annotation=annotation))
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+            break
+    ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)  # stable: keyword-only ones last
+    method = vars(cls)[name]
+    method.__signature__ = inspect.Signature(ordered)
+    method.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}

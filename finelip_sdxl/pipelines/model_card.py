@@ -1,0 +1,155 @@
+"""The model card of a pipeline that is shared: what was swapped, from what, licenses, and how to use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+from finelip_sdxl.provenance import BASE, HUB_ID, MADE_FROM, MERGED_WITH, public_name
+from finelip_sdxl.text_encoders import num_positions
+
+# Of bases whose license is known here; what else is in a pipeline has its own.
+_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++", "miniature": "apache-2.0"}
+
+
+_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def model_card(pipe: Any, repo_id: str) -> ModelCard:
+    """The card of a pipeline of this package. Names in it are text, whatever characters they are made of.
+
+    Args:
+        pipe: the pipeline.
+        repo_id: where it is shared, such as `"me/long-sdxl"`.
+
+    Returns:
+        The card. Its license is that of the base where nothing else is in the pipeline, and else `other`, to be filled
+        in by who shares it.
+
+    Raises:
+        ValueError: a `repo_id` that the hub cannot have.
+
+    Example:
+        >>> from finelip_sdxl import FineLIPSDXLPipeline
+        >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+        >>> print(model_card(pipe, "me/tiny").content.split("## ")[1])  # doctest: +NORMALIZE_WHITESPACE
+        What is in it
+        <BLANKLINE>
+        | part | what it is |
+        |---|---|
+        | `text_encoder` | `miniature-finelip-1` in place of the base's; reads 248 tokens |
+        | `text_encoder_2` | `miniature-finelip-2` in place of the base's; reads 248 tokens |
+        | `stock_text_encoder` | the base's own; reads prompts of up to 77 tokens as the base does |
+        | `stock_text_encoder_2` | the base's own; reads prompts of up to 77 tokens as the base does |
+        | `conditioning_adapter` | aligns the text encoders with the UNet; stock Diffusers leaves it out |
+        | all else | as in `miniature` |
+    """
+    validate_repo_id(repo_id)
+    base = _name(pipe.config, BASE)
+    sources = [name for name in (base, *_origins(pipe)) if name is not None]
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stable-diffusion-xl", "long-prompts", "finelip-sdxl"],
+        base_model=[name for name in sources if HUB_ID.fullmatch(name)] or None,
+        **_license(pipe, base),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(pipe, repo_id, base, sources)}")
+
+
+def _origins(pipe: Any) -> list[str]:
+    """What replaced or was merged into text encoders."""
+    configs = [vars(getattr(pipe, name).config) for name in _ENCODERS if getattr(pipe, name) is not None]
+    origins = [_name(config, key) for config in configs for key in (MADE_FROM, MERGED_WITH)]
+    return list(dict.fromkeys(name for name in origins if name is not None))
+
+
+def _license(pipe: Any, base: str | None) -> dict[str, Any]:
+    known = _LICENSES.get(base or "")
+    others = [name for name in _origins(pipe) if not (base == "miniature" and name.startswith("miniature-"))]
+    if known and not others and (base == "miniature" or pipe.conditioning_adapter is None):
+        return {"license": known}
+    return {"license": "other", "license_name": "those-of-its-parts"}
+
+
+def _text(pipe: Any, repo_id: str, base: str | None, sources: list[str]) -> str:
+    parts = "\n".join(f"| {name} | {what} |" for name, what in _parts(pipe, base))
+    origins = ", ".join(_named(name) for name in dict.fromkeys(sources)) or "the parts above"
+    is_refiner = pipe.text_encoder is None
+    kind = "FineLIPSDXLImg2ImgPipeline" if is_refiner else "FineLIPSDXLPipeline"
+    return f"""# {repo_id.split("/")[-1]}
+
+An SDXL that reads prompts of any length: its text encoders have 248 positions instead of 77, and longer prompts are
+read in windows. Made with FineLIP-SDXL.
+
+## What is in it
+
+| part | what it is |
+|---|---|
+{parts}
+
+## How to use it
+
+```python
+import torch
+from finelip_sdxl import {kind}
+
+pipe = {kind}.from_pretrained("{repo_id}", dtype=torch.float16).to("cuda")
+print(pipe.describe_prompt(long_prompt))
+pipe(long_prompt{", image=picture" if is_refiner else ""}).images[0].save("picture.png")
+```
+
+Stock Diffusers opens it too, by `DiffusionPipeline.from_pretrained("{repo_id}")`: it pads every prompt to 248 tokens,
+cuts what is longer, and leaves out what it does not know.
+
+## License
+
+What the weights were made from has licenses that hold here: {origins}.
+"""
+
+
+def _parts(pipe: Any, base: str | None) -> list[tuple[str, str]]:
+    rows = []
+    for name in _ENCODERS:
+        if (encoder := getattr(pipe, name)) is not None:
+            rows.append((f"`{name}`", f"{_encoder(encoder)}; reads {num_positions(encoder)} tokens"))
+    for name in _ENCODERS:
+        if getattr(pipe, f"stock_{name}") is not None:
+            rows.append((f"`stock_{name}`", "the base's own; reads prompts of up to 77 tokens as the base does"))
+    if pipe.conditioning_adapter is not None:
+        what = "aligns the text encoders with the UNet; stock Diffusers leaves it out"
+        rows.append(("`conditioning_adapter`", what))
+    rows.append(("all else", f"as in {_named(base)}" if base else "as in the base"))
+    return rows
+
+
+def _encoder(encoder: Any) -> str:
+    config = vars(encoder.config)
+    if (origin := _name(config, MERGED_WITH)) is not None:
+        return f"the base's, with what {_named(origin)} has learned added"
+    if (rows := config.get("stretched_from")) is not None:
+        return f"the base's, its {_escaped(str(rows))} positions stretched, not trained"
+    if (origin := _name(config, MADE_FROM)) is not None:
+        return f"{_named(origin)} in place of the base's"
+    return "the base's" if num_positions(encoder) <= 77 else "trained or replaced"
+
+
+def _name(config: Mapping[str, Any], key: str) -> str | None:
+    """A source that a config notes; who wrote the config may have noted a path."""
+    source = config.get(key)
+    return None if source is None else public_name(source)
+
+
+def _named(name: str) -> str:
+    if HUB_ID.fullmatch(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{name}`" if re.fullmatch(r"[\w .:/+-]+", name) else _escaped(name)
+
+
+def _escaped(text: str) -> str:
+    """Text that is nothing else in Markdown, HTML or a row of a table."""
+    return "".join(letter if letter.isalnum() else f"&#{ord(letter)};" for letter in " ".join(text.split()))

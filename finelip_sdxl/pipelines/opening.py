@@ -1,0 +1,57 @@
+"""TODO: say what is here."""
+
+from pathlib import Path
+from typing import Any
+
+
+def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **arguments: Any) -> Any:
+    """A pipeline of this class, with encoders of 248 positions.
+
+    Args:
+        pipeline_class: one of this package's.
+        base: hub id, directory or single file of an SDXL, or `"miniature"`.
+        config: for a single file, see `from_single_file`.
+        **arguments: of `from_pretrained` or `from_single_file`.
+
+    Raises:
+        ValueError: a config for what is no single file; and what these raise.
+    """
+    if Path(base).is_file():
+        given = {name: value for name, value in arguments.items() if name != "variant"}
+        return pipeline_class.from_single_file(base, **given, **({} if config is None else {"config": config}))
+    check_config(base, config)
+    pipe = pipeline_class.from_pretrained(base, **arguments)
+    pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
+    return pipe
+
+
+def check_config(base: str, config: str | None) -> None:
+    if config is not None and not Path(base).is_file():
+        raise ValueError(f"--config {config} goes with a single file, but {base} is none: leave it out.")
+
+
+def open_text_to_image(base: str, **arguments: Any) -> Any:
+    """`open_pipeline` for an SDXL that draws from a prompt alone.
+
+    Raises:
+        ValueError: a refiner, which has one text encoder and draws on; a UNet that wants more than noise, as those for
+            inpainting do; and what `open_pipeline` raises.
+    """
+    from finelip_sdxl.pipelines import FineLIPSDXLPipeline
+
+    pipe = open_pipeline(FineLIPSDXLPipeline, base, **arguments)
+    if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+        raise ValueError(
+            f"{base} has not SDXL's two text encoders, as a refiner has not: pass an SDXL that begins pictures."
+        )
+    taken, given, latents = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
+    if (taken, given) != (latents, latents):
+        kinds = {
+            2 * latents + 1: "It is one for inpainting: use it in Python, by FineLIPSDXLInpaintPipeline",
+            2 * latents: "It is one that edits pictures, such as InstructPix2Pix: use it by Diffusers' own pipeline",
+        }
+        raise ValueError(
+            f"{base} does not draw from a prompt alone: its UNet takes {taken} channels and gives {given}, and its VAE"
+            f" has {latents}. {kinds.get(taken, 'They do not belong together')}, or pass another base."
+        )
+    return pipe

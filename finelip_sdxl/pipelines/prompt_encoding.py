@@ -1,0 +1,546 @@
+"""How the pipelines read prompts: `encode_prompt`, and what is behind it.
+
+`encode_prompt` is the one seam. Every SDXL pipeline of Diffusers turns texts into embeddings there, and nothing behind
+it cares how long they are, so the denoising loops stay Diffusers' own.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial, wraps
+from threading import Lock, RLock
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from diffusers.utils.torch_utils import get_module_execution_device
+
+from finelip_sdxl.options import STOCK_POSITIONS, check_texts
+from finelip_sdxl.prompts.plan import (
+    NEGATIVE_PROMPT,
+    PROMPT,
+    EncoderReading,
+    PromptReader,
+    PromptReport,
+    empty_row,
+    read_prompts,
+    token_rows,
+    tokenize,
+    weight_rows,
+)
+from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, weak_parts
+from finelip_sdxl.stretch import stretched_row_indices
+from finelip_sdxl.text_encoders import num_positions
+
+logger = logging.getLogger(__name__)
+
+
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+# Of the call that is running: the pipeline, and how much of its conditioning adapter counts.
+adapter_scale: ContextVar[tuple[Any, float]] = ContextVar("adapter_scale", default=(None, 1.0))
+
+
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+_locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
+
+
+_locks_lock = Lock()
+
+
+# To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
+_Parent: Any = object
+
+
+def one_at_a_time(method: Callable) -> Callable:
+    """Makes a method of a pipeline wait while another thread is in one.
+
+    Diffusers keeps what belongs to a call on the pipeline (guidance, steps), its scheduler (the step that it is at) and
+    its layers (a LoRA's scale). Pipelines that `from_pipe` makes of one another share the scheduler, so the turn is the
+    scheduler's: those with one of their own draw at the same time.
+    """
+
+    @wraps(method)
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _locks_lock:
+            lock = _locks.setdefault(self if self.scheduler is None else self.scheduler, RLock())
+        with lock:
+            return method(self, *args, **kwargs)
+
+    return wait
+
+
+class ReadingMixin(_Parent):
+    """The part of `LongPromptMixin` that reads prompts."""
+
+    def describe_prompt(
+        self,
+        prompt: str | list[str],
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+    ) -> PromptReport:
+        """What each encoder will read of a prompt, in how many windows, and what is cut. Runs no encoder.
+
+        Args:
+            prompt, prompt_2, negative_prompt, negative_prompt_2: as in a call of the pipeline.
+
+        Returns:
+            The report; print it.
+
+        Example:
+            >>> print(pipe.describe_prompt("a red square above a blue ring"))  # doctest: +SKIP
+        """
+        if not self._encoders():
+            raise ValueError("This pipeline has no text encoders, so there is nothing that reads a prompt.")
+        prompts = self._prompt_batches(prompt, prompt_2)
+        negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
+        return self._read(prompts, negatives)
+
+    @one_at_a_time
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        prompt_2: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Encode prompts of any length. The arguments are those of the parent's `encode_prompt`.
+
+        With `weighting`, states of weighted tokens are drawn away from those of the empty prompt, or towards them, in
+        each encoder by itself and last, behind the conditioning adapter, which knows states without weights; for a
+        weight below 1, what an encoder reads without the part is blended in. Pooled vectors have no weights.
+
+        Returns:
+            Prompt and negative prompt as hidden states of both encoders, (batch · images, windows · positions, dim),
+            and pooled, from the first window, (batch · images, pooled dim): prompt, negative, pooled prompt, pooled
+            negative. The negatives are None without classifier-free guidance.
+
+        Raises:
+            TypeError: a prompt that is not a string or a list of strings.
+            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters or more windows
+                than `finelip_sdxl.options.MAX_POSITIONS` allows, one that does not fit where `long_prompt="error"` or
+                embeddings passed beside it fix the length, weights that `finelip_sdxl.prompts.weighting.parse_weights` refuses,
+                a `clip_skip` beyond an encoder's layers, no images, or embeddings of other shapes.
+        """
+        self._check_embeddings(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+        )
+        images = num_images_per_prompt
+        if not isinstance(images, int) or isinstance(images, bool) or images < 1:
+            raise ValueError(f"`num_images_per_prompt` is {images!r:.60}; expected a whole number of at least 1.")
+        if prompt_embeds is None:
+            self._check_weighting()
+            self._check_clip_skip(clip_skip)
+        if self._reads_long_prompts():
+            prompts, negatives, shape = None, None, None
+            if prompt_embeds is None:
+                prompts = self._prompt_batches(prompt, prompt_2)
+                if do_classifier_free_guidance:
+                    shape = self._shape_of("negative_prompt_embeds", negative_prompt_embeds)
+                if any(not "".join(texts).strip() for texts in zip(*prompts, strict=True)):
+                    logger.warning("`prompt` is empty, so no text guides the picture.")
+            if do_classifier_free_guidance and negative_prompt_embeds is None:
+                batch_size = len(prompts[0] if prompts else prompt_embeds)  # type: ignore[arg-type]
+                negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size)
+                shape = None if negatives is None else self._shape_of("prompt_embeds", prompt_embeds)
+
+            if prompts or negatives:
+                report = self._read(prompts, negatives, shape)
+                if report.cut:
+                    lost = dict.fromkeys(f"{reading.role}: {reading.cut_text}" for reading in report.cut)
+                    logger.warning("Cut and not read, %s", "; ".join(lost))
+                with self._scaled_lora(lora_scale):
+                    if prompts:
+                        prompt_embeds, pooled = self._encode(report, PROMPT, clip_skip)
+                        pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
+                    if negatives:  # stock does not apply clip_skip to them
+                        negative_prompt_embeds, pooled = self._encode(report, NEGATIVE_PROMPT, None)
+                        if negative_pooled_prompt_embeds is None:
+                            negative_pooled_prompt_embeds = pooled
+                prompt = prompt_2 = lora_scale = None
+
+        # All that is left, or everything for encoders of 77 positions: zeros for an absent negative, dtype, copies.
+        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
+            super().encode_prompt(
+                prompt,
+                prompt_2,
+                device,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                negative_prompt,
+                negative_prompt_2,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                pooled_prompt_embeds=pooled_prompt_embeds,
+                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                lora_scale=lora_scale,
+                clip_skip=clip_skip,
+            )
+        )
+        # By name, as in stock: Diffusers' tests read them off this line to call `encode_prompt` alone.
+        return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
+
+    def _encoders(self) -> list[tuple[str, Any]]:
+        """Name and tokenizer of each text encoder, paired as stock pairs them: without a first tokenizer or encoder
+        (the refiner has neither), the prompt goes to the second."""
+        tokenizers = [self.tokenizer, self.tokenizer_2] if self.tokenizer is not None else [self.tokenizer_2]
+        names = list(ENCODERS) if self.text_encoder is not None else ["text_encoder_2"]
+        pairs = zip(names, tokenizers, strict=False)
+        return [
+            (name, tokenizer) for name, tokenizer in pairs if tokenizer is not None and getattr(self, name) is not None
+        ]
+
+    def _readers(self) -> list[PromptReader]:
+        return [
+            PromptReader(
+                name,
+                tokenizer,
+                positions=min(num_positions(getattr(self, name)), tokenizer.model_max_length),
+                has_stock=self._stock_reader(name) is not None,
+                expand=partial(self.maybe_convert_prompt, tokenizer=_without_state(tokenizer))
+                if _has_added_tokens(tokenizer)
+                else None,
+            )
+            for name, tokenizer in self._encoders()
+        ]
+
+    def _reads_long_prompts(self) -> bool:
+        return any(reader.positions > STOCK_POSITIONS for reader in self._readers())
+
+    def _check_weighting(self) -> None:
+        if self.weighting is not None and not self._reads_long_prompts():
+            raise ValueError(
+                f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
+            )
+
+    def _check_clip_skip(self, clip_skip: Any) -> None:
+        if clip_skip is None:
+            return
+        most = min((getattr(self, name).config.num_hidden_layers for name, _ in self._encoders()), default=1) - 1
+        if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
+            raise ValueError(
+                f"`clip_skip` is {clip_skip!r:.60}; expected a whole number of layers from 0 to {most}, which the text"
+                " encoders have before their penultimate states, or None."
+            )
+
+    def _check_embeddings(self, **given: Any) -> None:
+        """That embeddings which are passed in, by the names of their arguments, have shapes that the UNet takes.
+
+        Raises:
+            ValueError: one is no tensor of floats, (batch, tokens, dim) or, pooled, (batch, dim), or their batches
+                differ.
+        """
+        tensors = {name: value for name, value in given.items() if value is not None}
+        for name, value in tensors.items():
+            shape = "(batch, dim)" if "pooled" in name else "(batch, tokens, dim)"
+            if not (
+                isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim == shape.count(",") + 1
+            ):
+                is_tensor = isinstance(value, torch.Tensor)
+                found = f"{value.dtype} of shape {tuple(value.shape)}" if is_tensor else type(value).__name__
+                raise ValueError(f"`{name}` must be a tensor of floats, {shape}, but is {found}.")
+            if 0 in value.shape:
+                raise ValueError(f"`{name}` is empty: its shape is {tuple(value.shape)}.")
+            if "pooled" in name:
+                dim = None if self.text_encoder_2 is None else self.text_encoder_2.config.projection_dim
+            else:
+                dim = None if self.unet is None else self.unet.config.cross_attention_dim
+            if isinstance(dim, int) and value.shape[-1] != dim:
+                raise ValueError(f"`{name}` are {value.shape[-1]} wide, but this SDXL takes {dim}: pass its own.")
+        for texts, pooled in (EMBEDDINGS[::2], EMBEDDINGS[1::2]):
+            if texts in tensors and pooled in tensors and len(tensors[texts]) != len(tensors[pooled]):
+                raise ValueError(
+                    f"`{texts}` are {len(tensors[texts])} and `{pooled}` {len(tensors[pooled])}: pass as many of both."
+                )
+
+    def _prompt_batches(self, prompt: Any, prompt_2: Any) -> list[list[str]]:
+        return self._batches(check_texts("prompt", prompt), "prompt_2", prompt_2)
+
+    def _negative_batches(
+        self, negative_prompt: Any, negative_prompt_2: Any, batch_size: int
+    ) -> list[list[str]] | None:
+        """For each encoder its negative prompts; None where stock uses zeros instead."""
+        if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+            return None
+        texts = check_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            texts = texts * batch_size
+        if isinstance(negative_prompt_2, str) and negative_prompt_2:
+            negative_prompt_2 = [negative_prompt_2] * batch_size
+        if len(texts) != batch_size:
+            raise ValueError(
+                f"`negative_prompt` holds {len(texts)} texts and `prompt` {batch_size}: pass as many, or one string."
+            )
+        return self._batches(texts, "negative_prompt_2", negative_prompt_2)
+
+    def _batches(self, texts: list[str], name_2: str, value_2: Any) -> list[list[str]]:
+        """For each encoder its texts."""
+        is_absent = value_2 is None or (isinstance(value_2, str) and not value_2)  # as in stock
+        texts_2 = texts if is_absent else check_texts(name_2, value_2)
+        if len(texts_2) != len(texts):
+            raise ValueError(
+                f"`{name_2}` holds {len(texts_2)} texts and `{name_2[:-2]}` {len(texts)}: pass as many of both."
+            )
+        return [batch for batch, _ in zip((texts, texts_2), self._encoders(), strict=False)]
+
+    def _read(
+        self,
+        prompts: list[list[str]] | None,
+        negatives: list[list[str]] | None,
+        shape: tuple[int, int] | None = None,
+    ) -> PromptReport:
+        self._check_weighting()
+        if not self._reads_long_prompts():  # the parent encodes: one window, the rest cut
+            return read_prompts(self._readers(), prompts, negatives, long_prompt="truncate", length_buckets=())
+        return read_prompts(
+            self._readers(),
+            prompts,
+            negatives,
+            short_prompt=self.short_prompt,
+            long_prompt=self.long_prompt,
+            length_buckets=self.length_buckets,
+            weighting=self.weighting,
+            shape=shape,
+        )
+
+    def _shape_of(self, name: str, embeds: torch.Tensor | None) -> tuple[int, int] | None:
+        """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
+        if embeds is None:
+            return None
+        length, capacity = embeds.shape[1], min(reader.positions for reader in self._readers())
+        if length > capacity and length % capacity:
+            raise ValueError(
+                f"`{name}` are {length} positions long, but a text beside them is encoded to at most {capacity} or a"
+                " multiple of it: pass embeddings for both."
+            )
+        return (1, length) if length <= capacity else (length // capacity, capacity)
+
+    # Encoding
+
+    def _encode(
+        self, report: PromptReport, role: str, clip_skip: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
+        encoded = [self._encode_by(*pair, report, role, clip_skip) for pair in self._encoders()]
+        pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
+        if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
+            pooled = self._adapt(encoded, pooled, clip_skip)
+        # The adapter knows states without weights, so these come last.
+        return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
+
+    def _encode_by(
+        self, name: str, tokenizer: Any, report: PromptReport, role: str, clip_skip: int | None
+    ) -> "_Encoded":
+        """What one encoder gives for a batch."""
+        readings = report.select(name, role)
+        as_stock = readings[0].as_stock
+        stock = self._stock_reader(name) if as_stock else None
+        encoder, position_ids = stock or (getattr(self, name), None)
+        device = get_module_execution_device(encoder)
+        encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
+        token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
+        states, pooled = [], None
+        for window in token_ids.unbind(dim=1):
+            with _ending_at(encoder, tokenizer.eos_token_id, readings):
+                output = encode(window)
+            states.append(self._states(output, as_stock, clip_skip))
+            if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
+                pooled = output[0]
+        encoded = _Encoded(torch.cat(states, dim=1), as_stock, pooled)
+
+        rows = weight_rows(readings, report.windows)
+        if rows is not None:
+            encoded.weights = torch.tensor(rows, device=device)
+            nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
+            encoded.empty = self._states(encode(nothing), as_stock, clip_skip)
+            encoded.weak_parts = weak_parts(rows, report.positions)
+        without = []
+        for part in encoded.weak_parts:
+            mask = torch.ones(1, report.positions, dtype=torch.long, device=device)
+            mask[:, part.first : part.stop] = 0
+            output = encode(token_ids[part.row, part.window][None], attention_mask=mask)
+            without.append(self._states(output, as_stock, clip_skip))
+        encoded.without = torch.cat(without) if without else None
+        self._free_held(encoder)
+        return encoded
+
+    def _adapt(
+        self, encoded: "list[_Encoded]", pooled: torch.Tensor | None, clip_skip: int | None
+    ) -> torch.Tensor | None:
+        """Put what the conditioning adapter makes of states in their place, and give its pooled vector; what was read
+        as stock stays."""
+        if self.hidden_states != "penultimate" or clip_skip is not None:
+            self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
+            return pooled
+        pipe, scale = adapter_scale.get()
+        scale = scale if pipe is self else 1.0
+        if scale == 0:
+            return pooled
+        for kind in ("states", "empty", "without"):
+            given = [None if part.as_stock else getattr(part, kind) for part in encoded]
+            if all(part is None for part in given):  # nothing has weights
+                continue
+            # The pooled vector is the last encoder's.
+            has_pooled = kind == "states" and not encoded[-1].as_stock
+            adapted, adapted_pooled = self.conditioning_adapter(given, pooled if has_pooled else None, scale)
+            for part, new in zip(encoded, adapted, strict=True):
+                if new is not None:
+                    setattr(part, kind, new)
+            pooled = pooled if adapted_pooled is None else adapted_pooled
+        return pooled
+
+    def _states(self, output: Any, as_stock: bool, clip_skip: int | None) -> torch.Tensor:
+        if self.hidden_states == "penultimate" or as_stock:
+            return output.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)]
+        if clip_skip is not None:
+            raise ValueError(
+                f'clip_skip={clip_skip} counts back from the penultimate states and hidden_states="published" takes the'
+                ' last: leave out clip_skip, or set hidden_states="penultimate".'
+            )
+        return output.last_hidden_state
+
+    def _stock_reader(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
+        """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
+        encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
+        if held is not None and _is_stock(held):
+            if not _was_extended(encoder, held):
+                return held, _stock_position_ids(held)
+            self._warn_once(
+                f"{name} has a LoRA or added tokens that stock_{name} lacks, so {name} reads short prompts as well."
+            )
+        return (encoder, _stock_position_ids(encoder)) if _is_stock(encoder) else None
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            logger.warning(sentence)
+
+    def _free_held(self, encoder: Any) -> None:
+        # Model offloading frees a model when the next one in a fixed order runs; a held encoder runs in another's
+        # place, so the order does not free it.
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is encoder and encoder in (self.stock_text_encoder, self.stock_text_encoder_2):
+                hook.offload()
+
+    @contextmanager
+    def _scaled_lora(self, scale: float | None) -> Iterator[None]:
+        """The LoRA scale of a call, set and undone around the encoding as the parent does around its own."""
+        if scale is None or not USE_PEFT_BACKEND:
+            yield
+            return
+        encoders = [getattr(self, name) for name, _ in self._encoders()]
+        for encoder in encoders:
+            scale_lora_layers(encoder, scale)
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                unscale_lora_layers(encoder, scale)
+
+
+@dataclass
+class _Encoded:
+    """What an encoder gives for a batch.
+
+    Attributes:
+        states: (batch, windows · positions, dim).
+        as_stock: whether they are what stock SDXL reads.
+        pooled: (batch, pooled dim); None from an encoder that has no projection.
+        weights: of the tokens, (batch, windows · positions); None if all are 1.
+        empty: where there are weights, states of the empty prompt, (1, positions, dim).
+        weak_parts: those with weights below 1.
+        without: for each of these, states of its window without it, (parts, positions, dim).
+    """
+
+    states: torch.Tensor
+    as_stock: bool
+    pooled: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    empty: torch.Tensor | None = None
+    weak_parts: Sequence[WeakPart] = ()
+    without: torch.Tensor | None = None
+
+    def weighted(self) -> torch.Tensor:
+        if self.weights is None or self.empty is None:
+            return self.states
+        positions = self.empty.shape[1]
+        of_windows = self.weights.unflatten(1, (-1, positions))
+        states = apply_weights(self.states, self.empty.repeat(1, of_windows.shape[1], 1), self.weights)
+        if self.without is None:
+            return states
+        of_parts = torch.stack([of_windows[part.row, part.window] for part in self.weak_parts])
+        return blend_without(states, self.weak_parts, apply_weights(self.without, self.empty, of_parts))
+
+
+def _is_stock(encoder: Any) -> bool:
+    """Whether an encoder's weights are stock's, be its table stretched or not."""
+    stretched_from = getattr(encoder.config, "stretched_from", None)
+    return num_positions(encoder) <= STOCK_POSITIONS or stretched_from == STOCK_POSITIONS
+
+
+def _stock_position_ids(encoder: Any) -> torch.Tensor | None:
+    """Positions (1, 77) of a stretched table that hold the stock table's rows, unchanged."""
+    if num_positions(encoder) <= STOCK_POSITIONS:
+        return None
+    config = encoder.config
+    rows = stretched_row_indices(STOCK_POSITIONS, keep=config.stretch_keep, factor=config.stretch_factor)
+    return torch.as_tensor(rows, device=get_module_execution_device(encoder))[None]
+
+
+def _was_extended(encoder: Any, held: Any) -> bool:
+    """Whether a LoRA or new tokens were loaded into `encoder` that `held` does not have."""
+    if getattr(encoder.config, "has_fused_lora", False):
+        return True
+    if encoder.get_input_embeddings().num_embeddings != held.get_input_embeddings().num_embeddings:
+        return True
+    return any(hasattr(module, "base_layer") for module in encoder.modules())
+
+
+@contextmanager
+def _ending_at(encoder: Any, end: int, readings: Sequence[EncoderReading]) -> Iterator[None]:
+    """With an encoder that pools at the end token, also behind the tokens of a textual inversion.
+
+    Under the old configs that say `eos_token_id=2`, as SDXL's do, it takes the largest id for the end, and those of an
+    inversion are larger. Without one, nothing is touched.
+    """
+    tower = getattr(encoder, "text_model", encoder)
+    before = tower.eos_token_id
+    if any(token > end for reading in readings for window in reading.windows for token in window.token_ids):
+        tower.eos_token_id = end
+    try:
+        yield
+    finally:
+        tower.eos_token_id = before
+
+
+def _has_added_tokens(tokenizer: Any) -> bool:
+    """Whether a textual inversion may be in a prompt, for which Diffusers would have to look."""
+    return not tokenizer.get_added_vocab().keys() <= set(tokenizer.all_special_tokens)
+
+
+def _without_state(tokenizer: Any) -> Any:
+    """As much of a tokenizer as Diffusers needs to look for textual inversions, see `finelip_sdxl.prompts.plan.tokenize`."""
+    return SimpleNamespace(
+        tokenize=lambda text: tokenizer.convert_ids_to_tokens(tokenize(tokenizer, text)[0]),
+        added_tokens_encoder=tokenizer.added_tokens_encoder,
+    )

@@ -1,0 +1,66 @@
+"""The pipelines: Diffusers' own, reading prompts of any length."""
+
+from diffusers import (
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from finelip_sdxl.pipelines.long_prompt import LongPromptMixin
+
+
+class FineLIPSDXLPipeline(LongPromptMixin, StableDiffusionXLPipeline):
+    """Text to image with SDXL and prompts of any length; see `LongPromptMixin` for what it adds.
+
+    Example:
+        >>> from finelip_sdxl import FineLIPSDXLPipeline
+        >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
+        >>> print(pipe.describe_prompt(prompt))  # doctest: +SKIP
+        >>> pipe(prompt, num_inference_steps=20).images[0].save("scene.png")  # doctest: +SKIP
+    """
+
+
+class FineLIPSDXLImg2ImgPipeline(LongPromptMixin, StableDiffusionXLImg2ImgPipeline):
+    """Image to image, the refiner included, with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLInpaintPipeline(LongPromptMixin, StableDiffusionXLInpaintPipeline):
+    """Inpainting with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetPipeline(LongPromptMixin, StableDiffusionXLControlNetPipeline):
+    """Text to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetImg2ImgPipeline(LongPromptMixin, StableDiffusionXLControlNetImg2ImgPipeline):
+    """Image to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetInpaintPipeline(LongPromptMixin, StableDiffusionXLControlNetInpaintPipeline):
+    """Inpainting under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetUnionPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionPipeline):
+    """Text to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetUnionImg2ImgPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionImg2ImgPipeline):
+    """Image to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLControlNetUnionInpaintPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionInpaintPipeline):
+    """Inpainting under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+
+
+class FineLIPSDXLAdapterPipeline(LongPromptMixin, StableDiffusionXLAdapterPipeline):
+    """Text to image under a T2I-Adapter with prompts of any length; see `LongPromptMixin` for what it adds.
+
+    `adapter` is the T2I-Adapter, `conditioning_adapter` this package's.
+    """

@@ -1,0 +1,269 @@
+"""Weights in the prompt: the two syntaxes that SDXL's users type, and what a weight does to a token's states."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import inf, pi, tan
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+MAX_WEIGHT, MAX_DEPTH, MAX_WEAK_PARTS = 10.0, 50, 50
+
+
+# compel's own parser takes minutes for ten open brackets, and knows no `BREAK`: hence one scan for both syntaxes.
+_SYNTAX = {
+    "a1111": re.compile(
+        r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])"
+        r"|(?::\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?=\)))?(?P<close>[)\]])"
+        r"|\s*\b(?P<break>BREAK)\b\s*|[^\\()\[\]:B]+|.",
+        re.DOTALL,
+    ),
+    "compel": re.compile(
+        r"""\\(?P<escaped>[()"+-])|(?P<open>\()|(?P<close>[)"])(?P<weight>\++|-+|\d+\.\d*|\.?\d+)?"""
+        r"""|(?<![^\s(",])(?P<word>[^\s()"\\,.=+-]+(?:[+-][^\s()"\\,.=+-]+)*)(?P<signs>\+\++|--+|[+-](?![^\s()",.=+-]))"""
+        r"""|[^\s()"\\,]+|.""",
+        re.DOTALL,
+    ),
+}
+
+
+_BRACKETS = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
+
+
+_MORE_THAN_WEIGHTS = re.compile(r"\.(?:and|add|attend|blend|swap)\s*\(|(?:use|with)Lora\s*\(")
+
+
+@dataclass(frozen=True)
+class WeightedText:
+    """A text without the syntax of its weights.
+
+    Attributes:
+        text: what is read.
+        spans: first and one past last character of parts with a weight other than 1, and that weight; in order.
+        breaks: characters before which a new window has to begin.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int, float], ...] = ()
+    breaks: tuple[int, ...] = ()
+
+    def weight_at(self, character: int) -> float:
+        before = bisect(self.spans, (character, inf, inf))
+        _, stop, weight = self.spans[before - 1] if before else (0, 0, 1.0)
+        return weight if character < stop else 1.0
+
+
+def parse_weights(text: str, syntax: str | None, expand: Callable[[str], str] | None = None) -> WeightedText:
+    """Take the weights out of a prompt.
+
+    Where parts of different weights touch, each is a word of its own, as both tools have it.
+
+    Args:
+        text: the prompt.
+        syntax: `"a1111"`: `(word:1.3)`, `((word))` for 1.1 each, `[word]` for 1 / 1.1, a backslash before what is
+            meant as it stands, and `BREAK` where a new window has to begin; a bracket that is never closed reaches to
+            the end. `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9, quotes in place of
+            brackets, a backslash likewise; a bracket that is never closed is text. None: the text as it is.
+        expand: applied to the parts of the text, after their weights were taken out.
+
+    Raises:
+        ValueError: a weight below 0 or above 10, more than 50 brackets within one another, more than 50 parts of
+            weights below 1, or compel's `.and()`, `.attend()`, `.blend()`, `.swap()` and `withLora()`, which are more
+            than weights.
+
+    Example:
+        >>> parse_weights("a (red:1.3) fox", "a1111")
+        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=())
+        >>> parse_weights("a (red)1.3 fox", "compel").spans
+        ((2, 5, 1.3),)
+        >>> parse_weights("a fox BREAK a hare", "a1111").breaks
+        (6,)
+    """
+    expand = expand or str
+    if syntax is None:
+        return WeightedText(expand(text))
+    if syntax == "compel" and _MORE_THAN_WEIGHTS.search(text):
+        raise ValueError(
+            "The prompt uses compel's .and(), .attend(), .blend(), .swap() or withLora(), which are more than weights:"
+            " pass the embeddings of CompelForSDXL(pipe) instead."
+        )
+    plain, spans, breaks = "", [], []
+    for part, weight in _runs(text, syntax):
+        if weight is None:
+            breaks.append(len(plain))
+            continue
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(f"{part!r:.60} has weight {weight:g}; expected one from 0 to {MAX_WEIGHT:g}.")
+        start, plain = len(plain), plain + expand(part)
+        if weight != 1:
+            spans.append((start, len(plain), weight))
+    weak = sum(weight < 1 for *_, weight in spans)
+    if weak > MAX_WEAK_PARTS:
+        raise ValueError(
+            f"The prompt has {weak} parts with weights below 1, and each takes another run of the encoders; expected at"
+            f" most {MAX_WEAK_PARTS}: take some out."
+        )
+    return WeightedText(plain, tuple(spans), tuple(breaks))
+
+
+@dataclass(frozen=True)
+class WeakPart:
+    """Neighboring tokens of one weight below 1.
+
+    Attributes:
+        row, window: which text of the batch, and which of its windows.
+        first, stop: the first token and one past the last, counted from the window's start.
+        weight: theirs.
+    """
+
+    row: int
+    window: int
+    first: int
+    stop: int
+    weight: float
+
+
+def weak_parts(rows: Sequence[Sequence[float]], positions: int) -> list[WeakPart]:
+    """Parts with weights below 1, window by window.
+
+    Args:
+        rows: weights of all tokens, (batch, windows · positions).
+        positions: length of a window.
+
+    Example:
+        >>> weak_parts([[1.0, 0.5, 0.5, 1.0, 1.0, 2.0]], positions=3)
+        [WeakPart(row=0, window=0, first=1, stop=3, weight=0.5)]
+    """
+    found = []
+    for row, weights in enumerate(rows):
+        for window, start in enumerate(range(0, len(weights), positions)):
+            first = 0
+            for weight, tokens in groupby(weights[start : start + positions]):
+                stop = first + len(list(tokens))
+                if weight < 1:
+                    found.append(WeakPart(row, window, first, stop, weight))
+                first = stop
+    return found
+
+
+def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
+    """States drawn away from those of the empty prompt, or towards them: `empty + weight · (states − empty)`.
+
+    That is what compel does (`EmbeddingsProvider.build_weighted_embedding_tensor`). (A1111 multiplies the states
+    instead, and scales all of them so that their mean stays.) With weights below 1, `blend_without` comes next.
+
+    Args:
+        states: (batch, tokens, dim).
+        empty: of the empty prompt at the same positions, (1, tokens, dim).
+        weights: of each token, (batch, tokens).
+
+    Example:
+        >>> import torch
+        >>> apply_weights(torch.ones(1, 1, 1), torch.zeros(1, 1, 1), torch.tensor([[1.5]]))
+        tensor([[[1.5000]]])
+    """
+    factors = weights[..., None].to(states.dtype)
+    return (empty + factors * (states - empty)).where(factors != 1, states)  # 1 changes no bit
+
+
+def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) -> Tensor:
+    """Blend in what the encoder reads without a part: half of it at weight 0.5, all of it at 0.
+
+    As compel does for weights below 1 (`EmbeddingsProvider.get_embeddings_for_weighted_prompt_fragments`), but window
+    by window: there, weak parts of other windows thin the blend.
+
+    Args:
+        states: weighted, (batch, windows · positions, dim).
+        parts: those with weights below 1, in order.
+        without: for each part, weighted states of its window without it, (parts, positions, dim).
+
+    Example:
+        >>> import torch
+        >>> part = WeakPart(row=0, window=0, first=1, stop=2, weight=0.5)
+        >>> blend_without(torch.ones(1, 3, 1), [part], torch.zeros(1, 3, 1))[0, :, 0]
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    blended, positions = states.clone(), without.shape[1]
+    for (row, window), numbered in groupby(enumerate(parts), key=lambda item: (item[1].row, item[1].window)):
+        # Weight 0 would be an infinite share.
+        shares = {number: tan((1 - max(part.weight, 1e-5)) * pi / 2) for number, part in numbered}
+        total = 1 + sum(shares.values())
+        place = blended[row, window * positions : (window + 1) * positions]
+        place /= total
+        for number, share in shares.items():
+            place += share / total * without[number]
+    return blended
+
+
+def _runs(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
+    """Parts of one weight, each as long as it goes; None for a break."""
+    run, of_run = "", 1.0
+    for part, weight in _pieces(text, syntax):
+        # A1111 joins parts of one weight again, compel none that its syntax has parted.
+        apart = weight != of_run or syntax == "compel"
+        space = " " if apart and run[-1:].isalnum() and part[:1].isalnum() else ""
+        if weight == of_run:
+            run += space + part
+        elif part or weight is None:
+            if run:
+                yield run + (space if weight is not None else ""), of_run
+            if weight is None:
+                yield "", None
+            run, of_run = part, 1.0 if weight is None else weight
+    if run:
+        yield run, of_run
+
+
+def _pieces(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
+    """Parts as the syntax cuts them, and their weights."""
+    pieces: list[list] = []
+    brackets = _BRACKETS[syntax]
+    opened: dict[str, list[int]] = {bracket: [] for bracket in brackets.values()}  # the pieces that they are
+
+    def close(bracket: str, factor: float) -> None:
+        first = opened[bracket].pop()
+        pieces[first][0] = ""
+        for piece in pieces[first:]:
+            if piece[1] is not None:
+                piece[1] *= factor
+
+    for match in _SYNTAX[syntax].finditer(text):
+        found = match.groupdict()
+        closes = brackets.get(found["close"])
+        if closes and opened[closes]:
+            close(closes, _factor(syntax, closes, found["weight"]))
+        elif found["open"] or closes == '"':
+            if sum(map(len, opened.values())) == MAX_DEPTH:
+                raise ValueError(f"The prompt has more than {MAX_DEPTH} brackets within one another: take some out.")
+            bracket = found["open"] or '"'
+            opened[bracket].append(len(pieces))
+            pieces.append([bracket, 1.0])
+            pieces.append([match[0][1:], 1.0])  # a quote may stand before a number
+        elif found.get("break"):
+            pieces.append(["", None])
+        elif found.get("signs"):
+            pieces.append([found["word"], _factor(syntax, "", found["signs"])])
+        else:
+            pieces.append([found["escaped"] or match[0], 1.0])
+    if syntax == "a1111":
+        for bracket, starts in opened.items():
+            while starts:
+                close(bracket, _factor(syntax, bracket, None))
+    # Rounded, so that as many `(` as `[` come to 1.
+    yield from ((part, weight if weight is None else round(weight, 6)) for part, weight in pieces)
+
+
+def _factor(syntax: str, bracket: str, weight: str | None) -> float:
+    if weight is None:
+        return {"(": 1.1, "[": 1 / 1.1}[bracket] if syntax == "a1111" else 1.0
+    if weight[0] in "+-" and not weight.strip("+-"):
+        # So many are out of range, and a power of thousands is more than a float holds.
+        return (1.1 if weight[0] == "+" else 0.9) ** min(len(weight), 999)
+    return float(weight)

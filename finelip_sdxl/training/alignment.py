@@ -1,0 +1,265 @@
+"""What both stages of the alignment minimize, and the texts that stage 1 learns from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.data import CaptionedImages
+from finelip_sdxl.data.captioned_images import split_sentences
+from finelip_sdxl.options import STOCK_POSITIONS
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A sentence of a long caption as stock's encoders can teach it.
+
+    Attributes:
+        text: the sentence behind earlier ones that it refers to, all within 77 tokens.
+        end: position in `text` of the sentence's last token, or of the last one that 77 hold.
+        end_in_caption: position of the same token in the caption.
+    """
+
+    text: str
+    end: int
+    end_in_caption: int
+
+
+def captions_of(data: CaptionedImages, index: int, tokenizer: Any) -> dict[str, str]:
+    """The `long` and the `short` caption of an image, as far as 248 and 77 tokens hold them."""
+    long, short = data.captions(index)[0], data.short_caption(index)
+    return {"long": fit(long, tokenizer, tokenizer.model_max_length), "short": fit(short, tokenizer, STOCK_POSITIONS)}
+
+
+def fit(text: str, tokenizer: Any, positions: int) -> str:
+    """The sentences of a text that positions hold, or, if they do not hold the first, as much of it as they do.
+
+    Example:
+        >>> from finelip_sdxl.data import load_tokenizer
+        >>> fit("A star is red. A ring is green.", load_tokenizer("miniature-clip-1"), positions=10)
+        'A star is red.'
+    """
+    sentences = split_sentences(text)
+    lengths = token_counts(sentences, tokenizer)
+    held = sum(total <= positions - 2 for total in accumulate(lengths))
+    if held:
+        return " ".join(sentences[:held])
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    # A word that was cut, or a character of several tokens, may have more tokens than it had in the whole.
+    cuts = (text[:end] for _, end in reversed(offsets[: positions - 2]))
+    return next(cut for cut in cuts if token_counts([cut], tokenizer)[0] <= positions - 2)
+
+
+def token_counts(sentences: list[str], tokenizer: Any) -> list[int]:
+    """Tokens of each; those of a text are those of its sentences, since no token of CLIP's reaches over a space."""
+    return [len(ids) for ids in tokenizer(sentences, add_special_tokens=False).input_ids]
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def word_rarity(captions: Collection[str]) -> dict[str, float]:
+    """Of each word the inverse document frequency: 0 if all captions have it.
+
+    Example:
+        >>> word_rarity(["A red star.", "A star."])["star"], round(word_rarity(["A red star.", "A star."])["red"], 2)
+        (0.0, 0.69)
+    """
+    frequency = Counter(word for caption in captions for word in words_of(caption))
+    return {word: math.log(len(captions) / count) for word, count in frequency.items()}
+
+
+def write_lessons(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> list[Lesson]:
+    """What stock can teach of a long caption, a lesson for each sentence.
+
+    What a sentence means may hang on one that stands further back than 77 tokens ("the star"). So its lesson holds,
+    before the sentence, not those just before it but those that introduced its words to the caption, the rarest words
+    counting most; then as many others as fit.
+
+    Args:
+        caption: the text, which the encoders that learn read whole.
+        tokenizer: theirs; SDXL's two have one vocabulary.
+        rarity: of words, see `word_rarity`; one that is not in it counts as the rarest.
+
+    Example:
+        >>> from finelip_sdxl.data import load_tokenizer
+        >>> caption = "A star is red. " + "A dull and gray line is here. " * 12 + "The ring is like the star."
+        >>> write_lessons(caption, load_tokenizer("miniature-clip-1"), rarity={"a": 0, "is": 0})[-1].text[:38]
+        'A star is red. A dull and gray line is'
+    """
+    sentences = split_sentences(caption)
+    lengths = token_counts(sentences, tokenizer)
+    rarest = max(rarity.values(), default=0) or 1.0
+    introduced: dict[str, int] = {}  # by which sentence
+
+    lessons = []
+    for number, sentence in enumerate(sentences):
+        tokens = min(lengths[number], STOCK_POSITIONS - 2)
+        room = STOCK_POSITIONS - 2 - tokens
+        related = dict.fromkeys(range(number), 0.0)
+        for word in words_of(sentence):
+            if introduced.setdefault(word, number) < number:
+                related[introduced[word]] += rarity.get(word, rarest)
+        context: list[int] = []
+        for other in sorted(related, key=lambda other: (-related[other], -other)):
+            if lengths[other] <= room:
+                context.append(other)
+                room -= lengths[other]
+        before = sorted(context)
+        lessons.append(
+            Lesson(
+                text=" ".join([*(sentences[other] for other in before), sentence]),
+                end=sum(lengths[other] for other in before) + tokens,
+                end_in_caption=sum(lengths[:number]) + tokens,
+            )
+        )
+    return lessons
+
+
+class Alignment(nn.Module):
+    """Both stages; its forward pass is what several processes share.
+
+    Args:
+        trained: the parameters that are trained: parts of the pipelines that the stages hold.
+        stages: by name what gives a batch's losses, the one to minimize under `loss`.
+    """
+
+    def __init__(self, trained: Iterable[nn.Parameter], stages: dict[str, Callable[..., dict[str, Tensor]]]) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(trained)  # so a checkpoint holds these and nothing of SDXL
+        self.stages = stages
+
+    def forward(self, stage: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return self.stages[stage](**batch)
+
+
+class TextAlignment:
+    """Stage 1: the states of the swapped encoders, adapted, against those of stock's encoders. No images.
+
+    Short captions are read whole by both: states are compared position by position, padding included, since the UNet
+    reads it too, and so are pooled vectors. Of long ones, stock reads each sentence in a lesson (`write_lessons`), and
+    states are compared at its end alone, where a causal encoder has all of it together; those before also hold what
+    else was read, which is not the same in both. Long captions' pooled vectors have no teacher: none of stock's has
+    read the whole text.
+
+    Args:
+        pipe: reads as it will when it draws; holds what is trained.
+        teacher: stock.
+        rarity: of words, which decides what lessons hold.
+    """
+
+    def __init__(
+        self, pipe: FineLIPSDXLPipeline, teacher: StableDiffusionXLPipeline, rarity: Mapping[str, float]
+    ) -> None:
+        self.pipe, self.teacher, self.rarity = pipe, teacher, rarity
+
+    def __call__(self, long: list[str], short: list[str]) -> dict[str, Tensor]:
+        """The loss, and its parts: relative squared errors, of states the mean over tokens."""
+        lessons = [write_lessons(caption, self.pipe.tokenizer, self.rarity) for caption in long]
+        flat = [lesson for of_caption in lessons for lesson in of_caption]
+        with torch.no_grad():
+            taught, _ = read(self.teacher, [lesson.text for lesson in flat])
+            stock_short, stock_pooled = read(self.teacher, short)
+        states, _ = read(self.pipe, long)
+        short_states, pooled = read(self.pipe, short)
+        said = torch.cat(
+            [
+                of_text[[lesson.end_in_caption for lesson in of_caption]]
+                for of_text, of_caption in zip(states, lessons, strict=True)
+            ]
+        )
+        meant = taught[range(len(flat)), [lesson.end for lesson in flat]]
+        dims = self.pipe.text_encoder.config.hidden_size, self.pipe.text_encoder_2.config.hidden_size
+        losses = {
+            "long": relative_error(said, meant, dims),
+            "short": relative_error(short_states[:, :STOCK_POSITIONS], stock_short, dims),
+            "pooled": relative_error(pooled, stock_pooled, (pooled.shape[-1],)),
+        }
+        return {"loss": sum(losses.values()), **losses}
+
+
+class ImageAlignment:
+    """Stage 2: the denoising loss of pictures and their captions through SDXL's UNet, which stays as it is.
+
+    Args:
+        pipe: holds what is trained.
+        snr_gamma: weigh timesteps by min-SNR with this gamma (arXiv 2303.09556, section 3.4); None weighs all alike.
+    """
+
+    def __init__(self, pipe: FineLIPSDXLPipeline, snr_gamma: float | None = None) -> None:
+        self.pipe, self.snr_gamma = pipe, snr_gamma
+        self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
+
+    def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The mean loss of a batch.
+
+        Args:
+            groups: pictures whose captions are padded alike: `latents` and `noise`, (batch, channels, height, width),
+                `timesteps`, (batch,), `time_ids`, (batch, 6), and either `captions`, or, encoded and not adapted yet,
+                `states`, (batch, tokens, dim), and `pooled`, (batch, dim).
+        """
+        losses = torch.cat([self._losses(**group) for group in groups])
+        return {"loss": losses.mean()}
+
+    def _losses(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        time_ids: Tensor,
+        captions: list[str] | None = None,
+        states: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        if states is None:
+            states, pooled = read(self.pipe, captions)
+        elif self.pipe.conditioning_adapter is not None:
+            dims = self.pipe.conditioning_adapter.config.state_dims
+            parts, pooled = self.pipe.conditioning_adapter(states.split(dims, dim=-1), pooled)
+            states = torch.cat(parts, dim=-1)
+        unet = self.pipe.unet
+        predicted = unet(
+            self.noise.add_noise(latents, noise, timesteps).to(unet.dtype),
+            timesteps,
+            states.to(unet.dtype),
+            added_cond_kwargs={"text_embeds": pooled.to(unet.dtype), "time_ids": time_ids},
+        ).sample.float()
+        by_velocity = self.noise.config.prediction_type == "v_prediction"
+        target = self.noise.get_velocity(latents, noise, timesteps) if by_velocity else noise
+        losses = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
+        if self.snr_gamma is not None:
+            snr = compute_snr(self.noise, timesteps)
+            losses = losses * snr.clamp(max=self.snr_gamma) / (snr + 1 if by_velocity else snr)
+        return losses
+
+
+def read(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """What the UNet gets of texts: states of both encoders, (batch, tokens, dim), and pooled, (batch, dim)."""
+    states, _, pooled, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
+    return states, pooled
+
+
+def relative_error(states: Tensor, target: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Squared error over the target's squared norm: the mean over vectors, the sum over encoders, side by side in them.
+
+    Example:
+        >>> relative_error(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([[1.0, 1.0, 2.0]]), (2, 1))
+        tensor(0.7500)
+    """
+    error = torch.zeros((), device=states.device)
+    for part, meant in zip(states.float().split(dims, dim=-1), target.float().split(dims, dim=-1), strict=True):
+        error = error + ((part - meant).square().sum(-1) / meant.square().sum(-1)).mean()
+    return error

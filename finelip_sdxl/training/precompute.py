@@ -1,0 +1,249 @@
+"""Latents and text states of a data set, computed once and kept in files that are read piece by piece."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.data.captioned_images import CaptionedImages, UnreadableImageError
+from finelip_sdxl.data.images import middle
+from finelip_sdxl.files import written_whole
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.training.alignment import captions_of, read
+from finelip_sdxl.training.run_folder import held
+
+CHUNK = 50  # images in a file
+
+
+class Precomputed(Dataset):
+    """Items that `precompute` wrote: `latents`, (channels, height, width), `time_ids`, (6,), `long` and `short`, the
+    captions, and, if they were wanted, their `long_states`, (tokens, dim), `long_pooled`, (dim,), and the same of
+    `short`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files, self.captions = [], []
+        for file in sorted(folder.glob("chunk-*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                captions = json.loads(tensors.metadata()["captions"])
+            self.captions += captions
+            self.files += [(file, row) for row in range(len(captions))]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, row = self.files[index]
+        with safe_open(file, "pt") as tensors:
+            item = {name: tensors.get_slice(name)[row] for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+        return {**item, **self.captions[index]}
+
+
+@torch.no_grad()
+def precompute(
+    data: CaptionedImages, pipe: FineLIPSDXLPipeline, resolution: int, with_states: bool, folder: Path
+) -> Precomputed:
+    """Encode what is not in the folder yet, and what has been made of other captions, images or weights, which is said.
+
+    Images that cannot be read are named and left out, until they can.
+
+    Args:
+        data: images and captions; of several, the first is the long one.
+        pipe: whose VAE and text encoders, not adapted, encode.
+        resolution: of the square that is cut from the middle of each image, in pixels.
+        with_states: also encode captions, each kind padded alike: for what trains nothing before these states.
+        folder: of the files; one data set, one folder. Runs may share it: one at a time writes to it.
+
+    Raises:
+        UnreadableImageError: if no image can be read.
+        OSError: if the folder cannot be written to.
+    """
+    is_read_only = folder.exists() and not os.access(folder, os.W_OK)
+    with nullcontext() if is_read_only else held(folder):
+        for left in folder.glob(".chunk-*"):  # by a run that was killed
+            left.unlink()
+        encoded_by = digest_of(*digests_of_models(pipe, with_states), resolution)
+        chunks = {
+            folder / f"chunk-{first // CHUNK:06d}.safetensors": range(first, min(first + CHUNK, len(data)))
+            for first in range(0, len(data), CHUNK)
+        }
+        made_of = {file: {"models": encoded_by, "data": digest_of_data(data, chunks[file])} for file in chunks}
+        stale = {file: reason for file in chunks if (reason := why_stale(file, made_of[file], data)) is not None}
+        for reason, count in Counter(reason for file, reason in stale.items() if file.exists()).items():
+            tqdm.write(f"{folder}: {count} of {len(chunks)} files are encoded again, since {reason}.")
+        for file in folder.glob("chunk-*.safetensors"):
+            if file in stale or file not in chunks:
+                file.unlink()
+
+        dtype = pipe.vae.dtype
+        pipe.vae.float()  # SDXL's overflows in half precision
+        for file in tqdm(stale, desc="encoding images", unit_scale=CHUNK, unit="image", disable=None):
+            encode_chunk(data, pipe, resolution, with_states, file, chunks[file], made_of[file])
+        pipe.vae.to(dtype)
+    items = Precomputed(folder)
+    if not len(items):
+        raise UnreadableImageError(f"None of the {len(data)} images can be read: look at the messages above.")
+    return items
+
+
+def encode_chunk(
+    data: CaptionedImages,
+    pipe: FineLIPSDXLPipeline,
+    resolution: int,
+    with_states: bool,
+    file: Path,
+    indices: Iterable[int],
+    made_of: dict[str, str],
+) -> None:
+    """A file of some images and their captions; none, if no image of them can be read."""
+    images, captions, skipped = [], [], []
+    for index in indices:
+        try:
+            images.append(data.image(index))
+        except UnreadableImageError as error:
+            tqdm.write(f"skipped: {error}")
+            skipped.append(index)
+            continue
+        captions.append(captions_of(data, index, pipe.tokenizer))
+    if not images:
+        return
+    pixels, time_ids = zip(*(cut_square(image, resolution) for image in images), strict=True)
+    tensors = {"latents": to_latents(pipe, list(pixels)), "time_ids": torch.tensor(time_ids)}
+    if with_states:
+        for kind in ("long", "short"):
+            states, pooled = read_all(pipe, [caption[kind] for caption in captions], kind)
+            tensors |= {f"{kind}_states": states, f"{kind}_pooled": pooled}
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**made_of, "captions": json.dumps(captions), "skipped": json.dumps(skipped)}
+    with written_whole(file) as temporary:
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+# What a file was made of
+
+
+def why_stale(file: Path, made_of: dict[str, str], data: CaptionedImages) -> str | None:
+    """What a file is not any more; None if it can stay. Images that it lacks are tried again, and named."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            found = tensors.metadata() or {}
+    except FileNotFoundError:
+        return "they are not there"
+    except (SafetensorError, OSError):
+        return "they are damaged"
+    if "models" not in found:
+        return "an earlier version made them, which did not say of what"
+    if found["models"] != made_of["models"]:
+        return "the weights of the VAE or the text encoders have changed"
+    if found["data"] != made_of["data"]:
+        return "captions or images have changed"
+    for index in json.loads(found["skipped"]):
+        try:
+            data.image(index)
+        except UnreadableImageError as error:
+            tqdm.write(f"skipped: {error}")
+        else:
+            return "images that could not be read now can"
+    return None
+
+
+def digest_of_data(data: CaptionedImages, indices: Iterable[int]) -> str:
+    """Of captions, and of images by path, size and time: a million of them are not read for this."""
+    return digest_of(*([data.captions(index), data.short_caption(index), seen(data, index)] for index in indices))
+
+
+def seen(data: CaptionedImages, index: int) -> tuple[Any, ...]:
+    """What can be seen of an image from outside."""
+    file = data.image_file(index)
+    try:
+        state = None if file is None else file.stat()
+    except OSError:
+        state = None
+    return (None if file is None else str(file), state and state.st_size, state and state.st_mtime_ns)
+
+
+def digests_of_models(pipe: FineLIPSDXLPipeline, with_states: bool) -> Iterator[Any]:
+    """Of all that makes latents, and states if they are wanted, from images and captions."""
+    models = {"vae": pipe.vae}
+    if with_states:
+        models |= {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    for name, model in models.items():
+        config = model.config if name == "vae" else model.config.to_dict()
+        # Not where it was loaded from, nor by which version.
+        yield name, {key: repr(value) for key, value in config.items() if key[0] != "_" and "version" not in key}
+        for key, tensor in sorted(model.state_dict().items()):
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            yield key, str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        yield tokenizer.model_max_length, sorted(tokenizer.get_vocab().items())
+
+
+def digest_of(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part).encode() + b"\n")
+    return found.hexdigest()
+
+
+# What it holds
+
+
+def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[int]]:
+    """The largest square in the middle, scaled, and SDXL's time ids for it: height and width of the original, top and
+    left of the cut in the scaled image, height and width of the result (SDXL, arXiv 2307.01952, section 2.2).
+
+    Example:
+        >>> image, time_ids = cut_square(Image.new("RGB", (400, 200)), 100)
+        >>> image.size, time_ids
+        ((100, 100), [200, 400, 0, 50, 100, 100])
+    """
+    scale = resolution / min(image.size)
+
+    def place(size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The scaled size, and left and top of the cut in it."""
+        width, height = (max(resolution, round(side * scale)) for side in size)
+        return (width, height), ((width - resolution) // 2, (height - resolution) // 2)
+
+    near = image.crop(middle(*image.size))
+    size, (left, top) = place(near.size)
+    scaled = near.resize(size, Image.Resampling.LANCZOS)
+    cut = scaled.crop((left, top, left + resolution, top + resolution))
+    _, (left, top) = place(image.size)
+    return cut, [image.height, image.width, top, left, resolution, resolution]
+
+
+def to_latents(pipe: FineLIPSDXLPipeline, images: list[Image.Image]) -> Tensor:
+    """(images, channels, height, width), scaled as the UNet knows them."""
+    pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
+    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pixels.split(8)]).float()
+    config = pipe.vae.config
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (
+            torch.tensor(values, device=latents.device)[:, None, None]
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return (latents - mean) * config.scaling_factor / std
+    return latents * config.scaling_factor
+
+
+def read_all(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tuple[Tensor, Tensor]:
+    """States and pooled vectors: all long captions are padded to one length, and all short ones to stock's."""
+    pipe.length_buckets = () if kind == "long" else (STOCK_POSITIONS,)
+    states, pooled = zip(
+        *(read(pipe, captions[first : first + 8]) for first in range(0, len(captions), 8)), strict=True
+    )
+    return torch.cat(states), torch.cat(pooled)
