@@ -63,7 +63,7 @@ ADAPTER: dict[str, Any] = {}  # its defaults are SDXL's widths
 ENCODERS = ("text_encoder", "text_encoder_2")
 PHASES = ("encoding", "denoising", "decoding")
 OFFLOADS = ("none", "model", "group, by blocks", "group, by layers", "sequential")
-LONG_PROMPT = "a red star above a blue ring. " * 60
+OVERFLOW = "a red star above a blue ring. " * 60
 FULLEST = 'both replaced, `"stock"`, adapter'
 
 
@@ -72,15 +72,15 @@ def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
     return {
         "stock SDXL": build_pipeline,
         "both encoders stretched": build_swapped,
-        'CLIP-L replaced, `short_prompt="stock"`': partial(build_swapped, replaced=ENCODERS[:1]),
-        'CLIP-L replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS[:1], short_prompt="stretched"),
+        'CLIP-L replaced, `short_prompt_encoder="original"`': partial(build_swapped, replaced=ENCODERS[:1]),
+        'CLIP-L replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS[:1], short_prompt_encoder="long"),
         'both replaced, `"stock"`': partial(build_swapped, replaced=ENCODERS),
-        'both replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS, short_prompt="stretched"),
+        'both replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS, short_prompt_encoder="long"),
         FULLEST: partial(build_swapped, replaced=ENCODERS, has_adapter=True),
     }
 
 
-def build_pipeline(filled: bool, short_prompt: str = "stock") -> FineLIPSDXLPipeline:
+def build_pipeline(filled: bool, short_prompt_encoder: str = "original") -> FineLIPSDXLPipeline:
     """Stock SDXL's parts in our pipeline. The miniature's tokenizers do: SDXL's know more words."""
     tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
     special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
@@ -96,15 +96,15 @@ def build_pipeline(filled: bool, short_prompt: str = "stock") -> FineLIPSDXLPipe
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        short_prompt=short_prompt,
+        short_prompt_encoder=short_prompt_encoder,
     )
 
 
 def build_swapped(
-    filled: bool, replaced: Collection[str] = (), short_prompt: str = "stock", has_adapter: bool = False
+    filled: bool, replaced: Collection[str] = (), short_prompt_encoder: str = "original", has_adapter: bool = False
 ) -> FineLIPSDXLPipeline:
     """With encoders in the place of those that are replaced, as FineLIPs would be, and the others stretched."""
-    pipe = build_pipeline(filled, short_prompt)
+    pipe = build_pipeline(filled, short_prompt_encoder)
     finelips = []
     for name in ENCODERS:
         stock = getattr(pipe, name)
@@ -212,7 +212,7 @@ def measured(pipe: FineLIPSDXLPipeline, how: str, device: str, resolution: int) 
         return result
 
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    read = dict(zip(names, run(lambda: pipe.encode_prompt(LONG_PROMPT)), strict=True))
+    read = dict(zip(names, run(lambda: pipe.encode_prompt(OVERFLOW)), strict=True))
     size = {"width": resolution, "height": resolution}
     latents = run(lambda: pipe(**read, **size, num_inference_steps=1, output_type="latent").images)
     run(lambda: pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor))

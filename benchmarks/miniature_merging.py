@@ -60,7 +60,7 @@ def readings(fine_tune: Path) -> dict[str, Callable[[], Draw]]:
     """The table's rows by name."""
 
     def open_pipeline(base: Path | str, **arguments) -> Draw:
-        arguments = {"conditioning_adapter": None, "short_prompt": "stretched", **arguments}
+        arguments = {"conditioning_adapter": None, "short_prompt_encoder": "long", **arguments}
         return draw_with(FineLIPSDXLPipeline.from_pretrained(base, **arguments))
 
     return {

@@ -91,7 +91,7 @@ def open_unaligned(encoders: str, **options: Any) -> Draw:
             finelip=finelip,
             finelip_2=finelip_2,
             conditioning_adapter=None,
-            short_prompt="stretched",
+            short_prompt_encoder="long",
             **options,
         )
     )
@@ -117,7 +117,7 @@ def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
             finelip=finelip,
             finelip_2=finelip_2,
             conditioning_adapter=adapter,
-            short_prompt="stretched",
+            short_prompt_encoder="long",
         )
     )
 

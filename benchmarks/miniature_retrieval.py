@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a scr
 from benchmarks.miniature_parts import fit_probe
 
 BASE = "miniature-clip-1"
-NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --pull-weight 0"
+NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --distillation-weight 0"
 AUGMENTED = "--drop-first 0.5 --sample-sentences 0.3 --prefix-padding 16"
 # Rows that are trained here, by the training script's flags; what no flag says is its default for the miniature.
 TRAINED = {

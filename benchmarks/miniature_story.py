@@ -85,7 +85,7 @@ def readings(runs: Path, train_flags: str = "") -> dict[str, Reading]:
         Reading("compel, windows of 77", open_windows),
         Reading("stretched, not aligned", partial(open_unaligned, "stretched")),
         *aligned("stretched", runs, train_flags),
-        Reading("FineLIP, published states", partial(open_unaligned, "FineLIP", hidden_states="published")),
+        Reading("FineLIP, published states", partial(open_unaligned, "FineLIP", hidden_states="last")),
         Reading("FineLIP, not aligned", partial(open_unaligned, "FineLIP")),
         *aligned("FineLIP", runs, train_flags),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from html import escape
 from itertools import accumulate, pairwise
 
-from finelip_sdxl.prompts.plan import EncoderReading
+from finelip_sdxl.prompts.plan import EncoderPlan
 
 STOCK = "stock"
 MARKERS = 2  # start and end token
@@ -61,7 +61,7 @@ STYLE = """
 
 def render_meter(
     prompt: str,
-    readings: Mapping[str, EncoderReading],
+    readings: Mapping[str, EncoderPlan],
     titles: Mapping[str, str],
     pending: Collection[str] = (),
 ) -> str:
@@ -82,7 +82,7 @@ def render_meter(
     Example:
         >>> from finelip_sdxl.prompts.plan import Window
         >>> windows = (Window("a fox & ", (320, 3240, 261)), Window("a hare", (320, 14036)))
-        >>> reading = EncoderReading("text_encoder", "prompt", 0, windows, positions=5)
+        >>> reading = EncoderPlan("text_encoder", "prompt", 0, windows, positions=5)
         >>> html = render_meter("a fox & a hare", {"compel": reading}, {"compel": "compel"})
         >>> "reads all 7 tokens in 2 windows of 5" in html, "a fox &amp; <span" in html
         (True, True)
@@ -100,7 +100,7 @@ def render_meter(
     return f'<div class="meter">{lines}{_praise(readings, names)}{legend}{_text(prompt, readings, names)}</div>'
 
 
-def _line(column: str, name: str, reading: EncoderReading) -> str:
+def _line(column: str, name: str, reading: EncoderPlan) -> str:
     parts = [("read", len(window.token_ids)) for window in reading.windows]
     loses = ""
     if reading.cut_tokens:
@@ -121,7 +121,7 @@ def _pending(column: str, name: str) -> str:
     )
 
 
-def _sentence(reading: EncoderReading) -> str:
+def _sentence(reading: EncoderPlan) -> str:
     read = sum(len(window.token_ids) for window in reading.windows) + MARKERS
     if reading.cut_tokens:
         are = "is" if reading.cut_tokens == 1 else "are"
@@ -131,7 +131,7 @@ def _sentence(reading: EncoderReading) -> str:
     return f"reads all {read:,} tokens in {len(reading.windows)} windows of {reading.positions}"
 
 
-def _praise(readings: Mapping[str, EncoderReading], names: Mapping[str, str]) -> str:
+def _praise(readings: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
     if not readings or any(reading.cut_tokens for reading in readings.values()):
         return ""
     short = all(len(reading.windows) == 1 for reading in readings.values())
@@ -139,7 +139,7 @@ def _praise(readings: Mapping[str, EncoderReading], names: Mapping[str, str]) ->
     return f'<div class="meter-good">{"Short enough" if short else "Nothing is lost"}: {who} the whole prompt.</div>'
 
 
-def _legend(prompt: str, readings: Mapping[str, EncoderReading], names: Mapping[str, str]) -> Iterator[str]:
+def _legend(prompt: str, readings: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> Iterator[str]:
     """What the marks in the text mean, and whose are missing."""
     for column, reading in readings.items():
         parted = len(reading.windows) > 1 or reading.cut_tokens
@@ -151,7 +151,7 @@ def _legend(prompt: str, readings: Mapping[str, EncoderReading], names: Mapping[
             yield f"{_mark(column, '2')} a new window of {names[column]} begins"
 
 
-def _text(prompt: str, readings: Mapping[str, EncoderReading], names: Mapping[str, str]) -> str:
+def _text(prompt: str, readings: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
     """The prompt, with a mark where a window begins, and struck out from where stock stops."""
     marks: dict[int, str] = {}  # by the character before which they stand
     stop = len(prompt)
@@ -181,6 +181,6 @@ def _mark(column: str, text: str, label: str = "") -> str:
     return f'<span class="meter-mark meter-{column}"{spoken}>{text}</span>'
 
 
-def _joins(prompt: str, reading: EncoderReading) -> bool:
+def _joins(prompt: str, reading: EncoderPlan) -> bool:
     """Whether the windows are slices of the prompt as it was written."""
     return "".join(window.text for window in reading.windows) + reading.cut_text == prompt

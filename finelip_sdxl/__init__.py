@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finelip_sdxl.checkpoints.load import load_finelip, save_published
+    from finelip_sdxl.checkpoints.load import load_finelip, save_openai_layout
     from finelip_sdxl.conditioning_adapter import ConditioningAdapter
     from finelip_sdxl.interaction import late_interaction
     from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
@@ -47,7 +47,7 @@ _EXPORTS = {
     "miniature_clip": "finelip_sdxl.miniature",
     "miniature_finelip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
-    "save_published": "finelip_sdxl.checkpoints.load",
+    "save_openai_layout": "finelip_sdxl.checkpoints.load",
     "stretch_positions": "finelip_sdxl.stretch",
     "triplet_margin_loss": "finelip_sdxl.losses",
 }
@@ -73,7 +73,7 @@ __all__ = [
     "miniature_clip",
     "miniature_finelip",
     "miniature_path",
-    "save_published",
+    "save_openai_layout",
     "stretch_positions",
     "triplet_margin_loss",
 ]

@@ -24,13 +24,13 @@ STOCK_POSITIONS = 77
 """Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
 
 
-SHORT_PROMPT = ("stock", "stretched")
+SHORT_PROMPT_ENCODER = ("original", "long")
 
 
-LONG_PROMPT = ("window", "truncate", "error")
+OVERFLOW = ("window", "truncate", "error")
 
 
-HIDDEN_STATES = ("penultimate", "published")
+HIDDEN_STATES = ("penultimate", "last")
 
 
 FINELIP_MERGE = ("replace", "delta")
@@ -92,4 +92,4 @@ WEIGHTING = (None, "compel", "a1111")
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 
 
-READING = ("short_prompt", "long_prompt", "hidden_states", "weighting")
+ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
-from finelip_sdxl.data import CaptionedImages, EpochBatches, open_images
+from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -169,7 +169,7 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run; gives its progress."""
     check(arguments)
     accelerator = build_accelerator(arguments)
-    with only_run(arguments.out, accelerator):
+    with only_run(arguments.output_dir, accelerator):
         progress = align_alone(arguments, accelerator)
     end(accelerator, progress)
     return progress
@@ -179,14 +179,14 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     """`align`, in a folder that no other run writes to."""
     device = accelerator.device
     set_seed(arguments.seed)
-    data = open_images(
+    data = open_dataset(
         arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
     )
     if data.left_out:
         accelerator.print(data.left_out)
     prompts = validation_prompts(arguments, data)
     stock = load_stock(arguments)
-    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt="stretched", length_buckets=(STOCK_POSITIONS,))
+    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
     pipe.swap_text_encoders(arguments.finelip, arguments.finelip_2)
     for model in models_of(pipe, stock).values():
         model.requires_grad_(False)
@@ -228,10 +228,14 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     )
     average = EMAModel(method.parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
-    run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep, also={"average": average})
+    run = RunFolder(
+        arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit, also={"average": average}
+    )
     progress = run.resume() or {"step": 0}
     if progress["step"] >= arguments.text_steps + arguments.image_steps:
-        accelerator.print(f"{arguments.out} is complete, with {progress['step']} steps: nothing is left to train.")
+        accelerator.print(
+            f"{arguments.output_dir} is complete, with {progress['step']} steps: nothing is left to train."
+        )
     if arguments.report_to != "none":
         accelerator.init_trackers("align_adapter", config=fixed)
 
@@ -239,8 +243,8 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
 
     def train_stage(stage: Stage, first: int) -> None:
         """From the step of `progress` on; `first` is the one that the stage began with."""
-        source = stage.batches((progress["step"] - first) * arguments.accumulation)
-        pairs = arguments.batch_size * arguments.accumulation * accelerator.num_processes
+        source = stage.batches((progress["step"] - first) * arguments.gradient_accumulation_steps)
+        pairs = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         with tqdm(
             initial=progress["step"] - first,
             total=stage.steps,
@@ -254,7 +258,7 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
                 for group in optimizer.param_groups:
                     group["lr"] = arguments.learning_rate * factor
                 sums: dict[str, Tensor] = {}
-                for _ in range(arguments.accumulation):
+                for _ in range(arguments.gradient_accumulation_steps):
                     with accelerator.accumulate(objective):
                         parts = objective(stage.name, next(source))
                         accelerator.backward(parts["loss"])
@@ -263,7 +267,7 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
                         optimizer.step()
                         optimizer.zero_grad()
                     for name, part in parts.items():
-                        sums[name] = sums.get(name, 0) + part.detach() / arguments.accumulation
+                        sums[name] = sums.get(name, 0) + part.detach() / arguments.gradient_accumulation_steps
                 average.step(method.parameters)
                 sums["broken"] = count_broken(method.parameters)
                 progress["step"] = step = progress["step"] + 1
@@ -276,7 +280,7 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
                 if step == first + stage.steps:  # the average is what comes out, and what the next stage begins with
                     average.copy_to(method.parameters)
                     optimizer.state.clear()
-                if step % arguments.save_every == 0 or step == first + stage.steps:
+                if step % arguments.checkpointing_steps == 0 or step == first + stage.steps:
                     run.save(progress)
                 if arguments.validate_every and (step % arguments.validate_every == 0 or step == first + stage.steps):
                     place(models, (*ENCODERS, *TEACHERS, "unet", "vae"), device)
@@ -389,11 +393,11 @@ def precomputed_folder(arguments: argparse.Namespace) -> Path:
     made_of: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
     made_of |= {"states": arguments.method == "adapter", "skip_missing_images": arguments.skip_missing_images}
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return (arguments.precomputed or arguments.out / "precomputed") / digest[:16]
+    return (arguments.precomputed or arguments.output_dir / "precomputed") / digest[:16]
 
 
 def text_batches(
-    data: CaptionedImages, tokenizer: Any, arguments: argparse.Namespace, accelerator: Accelerator, first: int
+    data: CaptionDataset, tokenizer: Any, arguments: argparse.Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[dict[str, Any]]:
     for indices in index_batches(len(data), arguments, accelerator, first):
         captions = [captions_of(data, index, tokenizer) for index in indices]
@@ -437,7 +441,7 @@ def index_batches(
     size: int, arguments: argparse.Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[list[int]]:
     """Batches of this process without end, from number `first` on."""
-    order = EpochBatches(
+    order = ResumableBatchSampler(
         size, 1, arguments.batch_size, arguments.seed, accelerator.num_processes, accelerator.process_index
     )
     return endless(order, order.set_epoch, first)
@@ -448,7 +452,7 @@ def num_long(arguments: argparse.Namespace) -> int:
     return min(max(1, round(arguments.batch_size * (1 - arguments.short_share))), arguments.batch_size - 1)
 
 
-def validation_prompts(arguments: argparse.Namespace, data: CaptionedImages) -> list[str]:
+def validation_prompts(arguments: argparse.Namespace, data: CaptionDataset) -> list[str]:
     if arguments.validation_prompts is None:
         return [data.captions(index)[0] for index in range(min(4, len(data)))]
     if not arguments.validation_prompts.is_file():
@@ -516,7 +520,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         group, "resolution", resolution, "PIXELS", "of the square that is cut from the middle of each image", presets
     )
     add("--precomputed", type=path, metavar="FOLDER", help="of latents and text states, which runs can share (default: "
-        "precomputed/ in --out)")  # fmt: skip
+        "precomputed/ in --output-dir)")  # fmt: skip
 
     group = parser.add_argument_group("optimization")
     add_preset(group, "text-steps", STEPS_OR_NONE, "N", "of stage 1; 0 leaves it out", presets)
@@ -524,7 +528,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_preset(group, "batch-size", BATCH, "CAPTIONS", "of each process and step", presets)
     add_preset(group, "learning-rate", AMOUNT, "X", "peak, in both stages", presets)
     add = group.add_argument
-    add("--accumulation", type=BATCH, default=1, metavar="N", help="batches a step (default: %(default)s)")
+    add(
+        "--gradient-accumulation-steps",
+        type=BATCH,
+        default=1,
+        metavar="N",
+        help="batches a step (default: %(default)s)",
+    )
     add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help="of AdamW (default: %(default)s)")
     add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
     add("--snr-gamma", type=gamma, metavar="X", help="weigh timesteps by min-SNR, customarily "

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.data import open_images
+from finelip_sdxl.data import open_dataset
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
@@ -104,7 +104,7 @@ def measure(stage: str, method: str, batch_size: int, resolution: int, device: s
     """GiB at most, and seconds, of one step."""
     before = memory(device)
     stock = build_pipeline(stage, method, device)
-    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt="stretched", length_buckets=(STOCK_POSITIONS,))
+    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
     if stage == "text" or method == "lora":
         pipe.swap_text_encoders()
         for name in ENCODERS:  # a FineLIP shares nothing with stock
@@ -134,7 +134,7 @@ def measure(stage: str, method: str, batch_size: int, resolution: int, device: s
 
 
 def text_batch(batch_size: int) -> dict[str, list[str]]:
-    scenes = open_images(f"miniature:{batch_size}", split="train")
+    scenes = open_dataset(f"miniature:{batch_size}", split="train")
     longs = num_long(argparse.Namespace(batch_size=batch_size, short_share=0.4))
     return {
         "long": [scenes.captions(index)[0] for index in range(longs)],

@@ -38,18 +38,17 @@ from tqdm import tqdm
 from finelip_sdxl import FineLIPModel, load_finelip
 from finelip_sdxl.data import (
     CaptionAugmentation,
-    EpochBatches,
-    TrainingPairs,
+    ImageTextDataset,
+    ResumableBatchSampler,
     TrainingShards,
     collate,
     load_image_processor,
     load_tokenizer,
-    open_images,
+    open_dataset,
 )
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
 from finelip_sdxl.losses import MARGIN
 from finelip_sdxl.stretch import KEEP
-from finelip_sdxl.training.objective import LOSSES, Base, Objective
 from finelip_sdxl.training.recipe import (
     AMOUNT,
     BATCH,
@@ -78,6 +77,7 @@ from finelip_sdxl.training.recipe import (
     to_device,
 )
 from finelip_sdxl.training.run_folder import RunFolder, only_run, together
+from finelip_sdxl.training.task import LOSSES, Base, FineLIPTask
 
 # What the paper trains with; its batch of 512 pairs is 8 processes of 64.
 PAPER = {
@@ -87,11 +87,11 @@ PAPER = {
     "refinement_learning_rate": 2e-4,
     "weight_decay": 1e-2,
     "warmup_steps": 200,
-    "ramp_epochs": 1.0,
+    "loss_warmup_epochs": 1.0,
     "triplet_weight": 1.0,
     "contrastive_weight": 0.0,
     "region_weight": 0.0,
-    "pull_weight": 0.0,
+    "distillation_weight": 0.0,
 }
 # What makes the miniature's FineLIPs; benchmarks/miniature_retrieval.py compares it with the paper's loss.
 MINIATURE = {
@@ -103,14 +103,14 @@ MINIATURE = {
     "refinement_learning_rate": 4e-3,
     "weight_decay": 1e-2,
     "warmup_steps": 30,
-    "ramp_epochs": 0.25,
+    "loss_warmup_epochs": 0.25,
     "triplet_weight": 0.02,
     "contrastive_weight": 1.0,
     "region_weight": 1.0,
-    "pull_weight": 10.0,
+    "distillation_weight": 10.0,
 }
 # Flags that may change when a run goes on, beside `recipe.FREE_RUN_FLAGS`.
-FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "workers"}
+FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "dataloader_num_workers"}
 
 
 def load_base(name: str) -> FineLIPModel:
@@ -145,7 +145,11 @@ def build_loader(
     augmentation = CaptionAugmentation(arguments.drop_first, arguments.sample_sentences, arguments.prefix_padding)
     share = {"processes": accelerator.num_processes, "process": accelerator.process_index}
     # A generator of its own: resuming draws no numbers from the one that dropout uses.
-    options = {"collate_fn": collate(tokenizer), "num_workers": arguments.workers, "generator": torch.Generator()}
+    options = {
+        "collate_fn": collate(tokenizer),
+        "num_workers": arguments.dataloader_num_workers,
+        "generator": torch.Generator(),
+    }
     regions_wanted = f"--region-weight is {arguments.region_weight:g}, but {arguments.data} knows no regions: pass 0."
     if arguments.data.startswith("webdataset:"):
         if arguments.epoch_size is None:
@@ -162,15 +166,15 @@ def build_loader(
             **share,
         )
         return DataLoader(shards, batch_size=None, **options)
-    data = open_images(
+    data = open_dataset(
         arguments.data, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
     )
     if data.left_out:
         accelerator.print(data.left_out)
     if arguments.region_weight and not data.regions(0):
         raise ValueError(regions_wanted)
-    order = EpochBatches(len(data), data.group_size, arguments.batch_size, arguments.seed, **share)
-    pairs = TrainingPairs(data, image_processor, augmentation, seed=arguments.seed)
+    order = ResumableBatchSampler(len(data), data.group_size, arguments.batch_size, arguments.seed, **share)
+    pairs = ImageTextDataset(data, image_processor, augmentation, seed=arguments.seed)
     return DataLoader(pairs, batch_sampler=order, **options)
 
 
@@ -188,7 +192,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     check(arguments)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
     accelerator = build_accelerator(arguments, handlers=[parallel])
-    with only_run(arguments.out, accelerator):
+    with only_run(arguments.output_dir, accelerator):
         progress = train_alone(arguments, accelerator)
     end(accelerator, progress)
     return progress
@@ -198,7 +202,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     """`train`, in a folder that no other run writes to."""
     set_seed(arguments.seed)
     model = load_base(arguments.base)
-    base = Base(model) if arguments.pull_weight else None
+    base = Base(model) if arguments.distillation_weight else None
     forget_stretch(model.config.text_config)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -211,34 +215,38 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     loader = build_loader(arguments, tokenizer, image_processor, accelerator)
     eval_data = None
     if arguments.eval_data != "none":
-        eval_data = open_images(arguments.eval_data, split="test", images=arguments.eval_images)
+        eval_data = open_dataset(arguments.eval_data, split="test", images=arguments.eval_images)
 
     weights = {name: getattr(arguments, f"{name}_weight") for name in LOSSES}
     objective, optimizer = accelerator.prepare(
-        Objective(model, weights, arguments.margin, arguments.hardest), build_optimizer(model, arguments)
+        FineLIPTask(model, weights, arguments.margin, arguments.hardest), build_optimizer(model, arguments)
     )
     if base is not None:
         base.towers.to(accelerator.device)
     # Of shards, the number of workers decides who reads which.
-    free = FREE - {"workers"} if arguments.data.startswith("webdataset:") else FREE
+    free = FREE - {"dataloader_num_workers"} if arguments.data.startswith("webdataset:") else FREE
     fixed = fixed_settings(arguments, free, accelerator.num_processes)
-    run = RunFolder(arguments.out, accelerator, fixed, keep=arguments.keep)
+    run = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
     progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
     if progress["best"] is not None and not run.holds("best"):
-        accelerator.print(f"{arguments.out / 'best'} is not whole any more: it begins anew with the next evaluation.")
+        accelerator.print(
+            f"{arguments.output_dir / 'best'} is not whole any more: it begins anew with the next evaluation."
+        )
         progress["best"] = None
-    steps_an_epoch = len(loader) / arguments.accumulation
+    steps_an_epoch = len(loader) / arguments.gradient_accumulation_steps
     steps = arguments.max_steps or math.ceil(arguments.epochs * steps_an_epoch)
     if steps > MOST_STEPS:
         raise ValueError(f"--epochs {arguments.epochs:g} are {steps:,} steps of this data: pass --max-steps.")
-    ramp_steps = arguments.ramp_epochs * steps_an_epoch
+    loss_warmup_steps = arguments.loss_warmup_epochs * steps_an_epoch
     if progress["step"] >= steps:
-        accelerator.print(f"{arguments.out} is complete, with {progress['step']} steps: nothing is left to train.")
+        accelerator.print(
+            f"{arguments.output_dir} is complete, with {progress['step']} steps: nothing is left to train."
+        )
     if arguments.report_to != "none":
         accelerator.init_trackers("train_finelip", config=fixed)
 
-    source = endless(loader, partial(set_epoch, loader), first=progress["step"] * arguments.accumulation)
-    batches_a_step = arguments.accumulation * accelerator.num_processes
+    source = endless(loader, partial(set_epoch, loader), first=progress["step"] * arguments.gradient_accumulation_steps)
+    batches_a_step = arguments.gradient_accumulation_steps * accelerator.num_processes
     health = Health()
     objective.train()
     with tqdm(
@@ -249,9 +257,9 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
             factor = schedule(step, arguments.warmup_steps, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            ramp = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
+            ramp = min(1.0, (step + 1) / loss_warmup_steps) if loss_warmup_steps else 1.0
             sums = dict.fromkeys(("loss", *(name for name in LOSSES if weights[name]), "skipped"), 0.0)
-            for _ in range(arguments.accumulation):
+            for _ in range(arguments.gradient_accumulation_steps):
                 batch = to_device(next(source), accelerator.device)
                 for name in batch["skipped"]:
                     bar.write(f"skipped: {name}")
@@ -291,7 +299,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
                             progress["best"] = figures["recall"]
                             run.save_model("best", model, tokenizer, image_processor)
             accelerator.log(figures, step=step)
-            if step % arguments.save_every == 0 or step == steps:
+            if step % arguments.checkpointing_steps == 0 or step == steps:
                 run.save(progress)
     with together(accelerator):
         run.save_model("last", model, tokenizer, image_processor)
@@ -375,7 +383,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max-steps", type=STEPS, metavar="N", help="optimizer steps, in place of --epochs")
     preset(group, "batch-size", BATCH, "PAIRS", "of each process and step; the paper has 512 in all")
     add = group.add_argument
-    add("--accumulation", type=BATCH, default=1, metavar="N", help="batches a step; negatives are those of each batch "
+    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help="batches a step; negatives are those of each batch "
         "(default: %(default)s)")  # fmt: skip
     preset(group, "learning-rate", AMOUNT, "X", "peak, of CLIP")
     preset(group, "refinement-learning-rate", AMOUNT, "X", "peak, of the token refinement")
@@ -388,7 +396,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group = add_run_flags(parser, Path("runs/finelip"), models="best/ and last/ model")
     add = group.add_argument
     add("--eval-every", type=STEPS, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
-    add("--workers", type=workers, default=0, metavar="N", help="processes that prepare data (default: %(default)s)")
+    add(
+        "--dataloader-num-workers",
+        type=workers,
+        default=0,
+        metavar="N",
+        help="processes that prepare data (default: %(default)s)",
+    )
     add_accelerator_flags(group)
     options = parser.parse_args(arguments)
 

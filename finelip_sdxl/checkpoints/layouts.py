@@ -126,7 +126,7 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
     return renamed, is_published
 
 
-def to_published_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a `FineLIPModel` to the keys of the published FineLIP: the inverse of `to_clip_keys`.
 
     Args:
@@ -136,7 +136,7 @@ def to_published_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         Contiguous tensors; none shares memory with another.
 
     Example:
-        >>> sorted(to_published_keys({POSITION_TABLE: torch.zeros(248, 4), "image_refinement.scale": torch.ones(1)}))
+        >>> sorted(to_openai_keys({POSITION_TABLE: torch.zeros(248, 4), "image_refinement.scale": torch.ones(1)}))
         ['cross_net.aggr_net.scale', 'positional_embedding', 'positional_embedding_res']
     """
     tensors = {**tensors, SECOND_TABLE: tensors[POSITION_TABLE].clone()}

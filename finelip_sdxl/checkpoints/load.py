@@ -2,7 +2,7 @@
 
 The way of the weights, top-down: read tensors (and a config, if there is one), rename them to the keys of
 transformers' `CLIPModel`, make one positional table of at least 248 rows, derive the config, build the model.
-`save_published` goes the way back, to a file in the layout of the published checkpoints.
+`save_openai_layout` goes the way back, to a file in the layout of the published checkpoints.
 """
 
 import logging
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finelip_sdxl.checkpoints.config import derive_config
-from finelip_sdxl.checkpoints.layouts import SECOND_TABLE, to_clip_keys, to_published_keys
+from finelip_sdxl.checkpoints.layouts import SECOND_TABLE, to_clip_keys, to_openai_keys
 from finelip_sdxl.checkpoints.sources import Source, read_source
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.foreign_files import check_finite
@@ -105,7 +105,7 @@ def load_finelip(
     return build_model(FineLIPModel, finelip_config, tensors, name)
 
 
-def save_published(model: FineLIPModel, path: str | Path) -> None:
+def save_openai_layout(model: FineLIPModel, path: str | Path) -> None:
     """Write a FineLIP as the published checkpoints are: OpenAI's keys, a second positional table, `cross_net.*`.
 
     What a model lacks (image tower, projections, token refinement) its file lacks too. Both positional tables are
@@ -127,7 +127,7 @@ def save_published(model: FineLIPModel, path: str | Path) -> None:
         >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
         >>> model = load_finelip(stock)
         >>> with TemporaryDirectory() as folder:
-        ...     save_published(model, f"{folder}/finelip.safetensors")
+        ...     save_openai_layout(model, f"{folder}/finelip.safetensors")
         ...     again = load_finelip(f"{folder}/finelip.safetensors")
         >>> all(torch.equal(weight, again.state_dict()[key]) for key, weight in model.state_dict().items())
         True
@@ -135,8 +135,8 @@ def save_published(model: FineLIPModel, path: str | Path) -> None:
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"{path} is neither named .safetensors nor .pt: give one of these suffixes.")
-    _check_published_layout_suffices(model, path)
-    tensors = to_published_keys({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
+    _check_openai_layout_suffices(model, path)
+    tensors = to_openai_keys({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         save_file(tensors, temporary) if path.suffix == ".safetensors" else torch.save(tensors, temporary)
@@ -239,13 +239,13 @@ _INFERRED = {
 }
 
 
-def _check_published_layout_suffices(model: FineLIPModel, path: Path) -> None:
+def _check_openai_layout_suffices(model: FineLIPModel, path: Path) -> None:
     """Refuse a model that would be read as another."""
     weights = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
     if adapted := [key for key in weights if "lora" in key or "base_layer" in key]:
         raise ValueError(f"The model has weights such as {adapted[0]!r}: merge or unload the LoRA first.")
     try:
-        config, _ = convert_weights(to_published_keys(weights), name=str(path))
+        config, _ = convert_weights(to_openai_keys(weights), name=str(path))
     except ValueError as error:
         raise ValueError(f"A published checkpoint cannot hold this model, use save_pretrained: {error}") from error
     for tower, fields in _INFERRED.items():

@@ -5,7 +5,7 @@ import argparse
 from finelip_sdxl.cli.options import chosen_prompt, device_and_dtype, loading_arguments, settings_by_seed
 from finelip_sdxl.cli.output import image_files, picture_parameters
 from finelip_sdxl.console import quiet_transformers
-from finelip_sdxl.prompts.plan import EncoderReading
+from finelip_sdxl.prompts.plan import EncoderPlan
 
 COLUMNS = ("stock", "compel", "finelip")  # the keys of finelip_sdxl.comparison.settings.COLUMNS, whose import is heavy
 
@@ -55,7 +55,7 @@ def compare(options: argparse.Namespace) -> None:
     print(file)
 
 
-def _outline(reading: EncoderReading) -> str:
+def _outline(reading: EncoderPlan) -> str:
     """What a reading holds of its text in one line; start and end token are counted once, however many windows."""
     read = sum(len(window.token_ids) for window in reading.windows) + 2
     windows = "1 window" if len(reading.windows) == 1 else f"{len(reading.windows)} windows"

@@ -28,11 +28,11 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
 
     from finelip_sdxl import evaluation
     from finelip_sdxl.checkpoints.load import load_finelip
-    from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
+    from finelip_sdxl.data import load_image_processor, load_tokenizer, open_dataset
     from finelip_sdxl.stretch import FACTOR
 
     device, factor = open_device(options.device), FACTOR if options.stretch else 1
-    data = open_images(options.data, options.split, images=options.images)
+    data = open_dataset(options.data, options.split, images=options.images)
     model = load_finelip(options.model, dtype=getattr(torch, options.dtype), factor=factor).to(device)
     vision = model.config.vision_config
     if vision is None:

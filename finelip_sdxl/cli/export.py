@@ -21,7 +21,7 @@ def export(options: argparse.Namespace) -> None:
 
 def _export_diffusers(options: argparse.Namespace) -> None:
     out = free_folder(options)
-    pipe = open_base(options, options.dtype or "float32", short_prompt="stretched")  # stock has no other way
+    pipe = open_base(options, options.dtype or "float32", short_prompt_encoder="long")  # stock has no other way
 
     from finelip_sdxl.pipelines.export import stock_pipeline
 
@@ -43,5 +43,5 @@ def _export_comfyui(options: argparse.Namespace) -> None:
         if os.path.lexists(out / file) and not options.overwrite:
             raise ValueError(f"{out / file} exists: pass --overwrite to replace it, or another directory.")
         check_file(out / file)
-    pipe = open_base(options, options.dtype or "float16", short_prompt="stretched", unet=None, vae=None)
+    pipe = open_base(options, options.dtype or "float16", short_prompt_encoder="long", unet=None, vae=None)
     print(*save_comfyui(pipe, out), sep="\n")

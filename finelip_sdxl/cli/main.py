@@ -30,7 +30,7 @@ from finelip_sdxl.cli.options import (
 from finelip_sdxl.cli.tokens import tokens
 from finelip_sdxl.console import printing_stops_nothing
 from finelip_sdxl.files import stopped_by_signals
-from finelip_sdxl.options import HIDDEN_STATES, LONG_PROMPT, SHORT_PROMPT, WEIGHTING
+from finelip_sdxl.options import HIDDEN_STATES, OVERFLOW, SHORT_PROMPT_ENCODER, WEIGHTING
 
 
 @printing_stops_nothing()
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--num-images", type=up_to_pictures, default=1, metavar="N", help="images to draw (default: %(default)s)"
     )
     _add_drawing(command)
-    _add_reading(command)
+    _add_encoding(command)
 
     text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL read it, side by side"
     command = _command(commands, "compare", compare, text)
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=up_to_pictures, default=1, metavar="N", help=text)
     _add_drawing(command)
     add_refiner(command)
-    _add_reading(command)
+    _add_encoding(command)
 
     command = _command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
     command.add_argument("base", help="hub id, directory or single file of an SDXL, or miniature")
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
     add_loading(command, dtype="float32", dtype_help="%(default)s")
     add_adapter(command)
-    _add_reading(command)
+    _add_encoding(command)
 
     text = "save an SDXL with text encoders of 248 positions for programs that do not know this package"
     command = _command(commands, "export", export, text)
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
     _add_prompt(command)
     add_base(command)
-    _add_reading(command, hidden_states=False)
+    _add_encoding(command, hidden_states=False)
 
     group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
     subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval")
@@ -167,13 +167,13 @@ def _add_drawing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
 
 
-def _add_reading(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
+def _add_encoding(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
     command.add_argument(
-        "--short-prompt",
-        choices=SHORT_PROMPT,
+        "--short-prompt-encoder",
+        choices=SHORT_PROMPT_ENCODER,
         help="up to 77 tokens are read as stock SDXL does, or stretched (default: as saved, or stock)",
     )
-    command.add_argument("--long-prompt", choices=LONG_PROMPT, help="past 248 tokens (default: as saved, or window)")
+    command.add_argument("--overflow", choices=OVERFLOW, help="past 248 tokens (default: as saved, or window)")
     text = (
         "read weights in the prompt: compel's (word)1.3 and word++, or a1111's (word:1.3), ((word)), [word] and BREAK"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_sdxl.miniature import resolve_base
-from finelip_sdxl.options import FINELIP_MERGE, LOADED, MAX_CHARACTERS, READING
+from finelip_sdxl.options import ENCODING, FINELIP_MERGE, LOADED, MAX_CHARACTERS
 from finelip_sdxl.pipelines.opening import check_config
 
 MAX_COUNT = 10**9  # what is larger is refused by its flag; most have a smaller limit
@@ -82,7 +82,7 @@ def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: a config for what is no single file.
     """
     check_config(options.base, getattr(options, "config", None))
-    given = {name: value for name, value in vars(options).items() if name in LOADED + READING and value is not None}
+    given = {name: value for name, value in vars(options).items() if name in LOADED + ENCODING and value is not None}
     return {name: None if value == "none" else value for name, value in given.items()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_sdxl.files import check_file, check_writable
-from finelip_sdxl.options import LOADED, READING
+from finelip_sdxl.options import ENCODING, LOADED
 
 
 def folder(options: argparse.Namespace) -> Path:
@@ -82,7 +82,7 @@ def picture_parameters(options: argparse.Namespace, prompt: str, dtype: Any, pip
         "guidance_scale": options.guidance_scale,
         **{name: source and public_name(source) for name, source in sources.items()},
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
-        **{name: getattr(pipe, name) for name in READING},
+        **{name: getattr(pipe, name) for name in ENCODING},
         "dtype": str(dtype).removeprefix("torch."),
         "finelip_sdxl": version("finelip-sdxl"),
     }

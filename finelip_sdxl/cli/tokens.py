@@ -7,15 +7,15 @@ from finelip_sdxl.cli.options import chosen_prompt, config_source, loading_argum
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import (
     LENGTH_BUCKETS,
-    LONG_PROMPT,
-    SHORT_PROMPT,
+    OVERFLOW,
+    SHORT_PROMPT_ENCODER,
     STOCK_POSITIONS,
     WEIGHTING,
     check_choice,
     check_length_buckets,
     check_texts,
 )
-from finelip_sdxl.prompts.plan import PromptReader, read_prompts
+from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
 
 
 def tokens(options: argparse.Namespace) -> None:
@@ -25,21 +25,23 @@ def tokens(options: argparse.Namespace) -> None:
     described = config_source(options)
     if described is None:
         raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
-    readers, saved = _readers(described)
+    readers, saved = _encoder_specs(described)
     chosen = {**saved, **loading_arguments(options)}
-    report = read_prompts(
+    report = plan_prompts(
         readers,
         [prompt] * len(readers),
         None if negative is None else [negative] * len(readers),
-        short_prompt=check_choice("short_prompt", chosen.get("short_prompt", SHORT_PROMPT[0]), SHORT_PROMPT),
-        long_prompt=check_choice("long_prompt", chosen.get("long_prompt", LONG_PROMPT[0]), LONG_PROMPT),
+        short_prompt_encoder=check_choice(
+            "short_prompt_encoder", chosen.get("short_prompt_encoder", SHORT_PROMPT_ENCODER[0]), SHORT_PROMPT_ENCODER
+        ),
+        overflow=check_choice("overflow", chosen.get("overflow", OVERFLOW[0]), OVERFLOW),
         length_buckets=check_length_buckets(chosen.get("length_buckets", LENGTH_BUCKETS)),
         weighting=check_choice("weighting", chosen.get("weighting"), WEIGHTING),
     )
     print(report)
 
 
-def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
+def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
     """The encoders of a base as `from_pretrained` makes them, and the options that are saved with it."""
     quiet_transformers()
     from diffusers import DiffusionPipeline
@@ -56,7 +58,7 @@ def _readers(base: str) -> tuple[list[PromptReader], dict[str, Any]]:
         positions = config.max_position_embeddings
         is_stock = positions <= STOCK_POSITIONS or getattr(config, "stretched_from", None) == STOCK_POSITIONS
         readers.append(
-            PromptReader(
+            EncoderSpec(
                 encoder,
                 CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
                 positions=KEEP + FACTOR * (positions - KEEP) if positions <= STOCK_POSITIONS else positions,

@@ -21,7 +21,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from finelip_sdxl.comparison.compel import open_compel, parsing, read_by_compel
+from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
 from finelip_sdxl.comparison.settings import COLUMNS, Settings, check_columns
 from finelip_sdxl.images import label_grid, to_image
 from finelip_sdxl.miniature import miniature_path, resolve_base
@@ -31,7 +31,7 @@ from finelip_sdxl.options import LOADED, STOCK_POSITIONS, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
-from finelip_sdxl.prompts.plan import PROMPT, EncoderReading, PromptReader, read_prompts
+from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, EncoderSpec, plan_prompts
 from finelip_sdxl.provenance import public_name
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
 
@@ -155,15 +155,15 @@ class Comparison:
             5
         """
         # Stock's own encoders draw a column here, so they are kept even where nothing else reads with them.
-        short_prompt = loading.pop("short_prompt", None)
+        short_prompt_encoder = loading.pop("short_prompt_encoder", None)
         pipe = open_text_to_image(base, dtype=dtype, variant=variant, **loading)
-        pipe.short_prompt = short_prompt or pipe.short_prompt
+        pipe.short_prompt_encoder = short_prompt_encoder or pipe.short_prompt_encoder
         refining = None
         if refiner is not None:
             if Path(refiner).is_file():
                 raise ValueError(f"--refiner {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
             # It reads as the base does, by the second encoder.
-            same = {name: getattr(pipe, name) for name in ("short_prompt", "long_prompt", "weighting")}
+            same = {name: getattr(pipe, name) for name in ("short_prompt_encoder", "overflow", "weighting")}
             if loading.get("finelip_2") is not None:
                 merge = ("finelip_2", "finelip_merge", "finelip_base")
                 same |= {name: loading[name] for name in merge if name in loading}
@@ -187,7 +187,7 @@ class Comparison:
         """The pipeline of FineLIP-SDXL's column."""
         return self._base.pipe
 
-    def read(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderReading]:
+    def read(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
         """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder, and may be called
         while another thread draws. compel takes seconds for long texts.
 
@@ -201,9 +201,9 @@ class Comparison:
         check_texts("prompt", prompt)
         # By the tokenizer of our pipeline: those of stock and compel are told to cut while they draw.
         tokenizer = self.pipe.tokenizer
-        read: dict[str, Callable[[], EncoderReading]] = {
-            "stock": lambda: _read_by_stock(tokenizer, prompt),
-            "compel": lambda: read_by_compel(tokenizer, prompt),
+        read: dict[str, Callable[[], EncoderPlan]] = {
+            "stock": lambda: _plan_by_stock(tokenizer, prompt),
+            "compel": lambda: plan_by_compel(tokenizer, prompt),
             "finelip": lambda: self.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
         }
         return {column: read[column]() for column in check_columns(columns)}
@@ -380,9 +380,9 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
     }
 
 
-def _read_by_stock(tokenizer: Any, prompt: str) -> EncoderReading:
-    reader = PromptReader("text_encoder", tokenizer, STOCK_POSITIONS)
-    return read_prompts([reader], [[prompt]], long_prompt="truncate", length_buckets=()).readings[0]
+def _plan_by_stock(tokenizer: Any, prompt: str) -> EncoderPlan:
+    reader = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
+    return plan_prompts([reader], [[prompt]], overflow="truncate", length_buckets=()).readings[0]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -12,10 +12,10 @@ from compel.prompt_parser import FlattenedPrompt, Fragment, PromptParser
 from pyparsing import ParseBaseException
 
 from finelip_sdxl.options import STOCK_POSITIONS
-from finelip_sdxl.prompts.plan import PROMPT, EncoderReading, Window, tokenize
+from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, Window, tokenize
 
 # Some two seconds.
-MAX_EXTRA_READINGS = 6000
+MAX_PARSER_WORK = 6000
 
 
 # What compel's parser ends in: its own errors, and those of Python where it did not think of a text.
@@ -69,7 +69,7 @@ def open_compel(stock: Any, device: str) -> Callable[[str, str | None], Labelled
     return read
 
 
-def read_by_compel(tokenizer: Any, prompt: str) -> EncoderReading:
+def plan_by_compel(tokenizer: Any, prompt: str) -> EncoderPlan:
     """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left.
 
     Args:
@@ -96,7 +96,7 @@ def read_by_compel(tokenizer: Any, prompt: str) -> EncoderReading:
     starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
     slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
     read = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
-    return EncoderReading("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
+    return EncoderPlan("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def parsing(*texts: str) -> Iterator[None]:
         Traceback (most recent call last):
         ValueError: compel would take minutes for so many brackets within one another: take some out, or leave it out.
     """
-    if any(_extra_readings(text) > MAX_EXTRA_READINGS for text in texts):
+    if any(_parser_work(text) > MAX_PARSER_WORK for text in texts):
         raise ValueError(
             "compel would take minutes for so many brackets within one another: take some out, or leave it out."
         )
@@ -135,7 +135,7 @@ def parsing(*texts: str) -> Iterator[None]:
     )
 
 
-def _extra_readings(text: str) -> int:
+def _parser_work(text: str) -> int:
     """How many characters compel's parser reads beyond those of the text, roughly."""
     depth, extra = 0, 0
     for match in re.finditer(r"\\.|.", text, re.DOTALL):

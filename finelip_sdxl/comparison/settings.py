@@ -29,7 +29,7 @@ class Settings:
         seed: of the noise, which is drawn on the CPU and so is the same on every device.
         width, height: in pixels, multiples of 8 from 64 to 2048; None for the model's own.
         conditioning_adapter_scale: from 0 to 1, for FineLIP-SDXL's column.
-        hidden_states: `"penultimate"` or `"published"`, for the same; None for the pipeline's own.
+        hidden_states: `"penultimate"` or `"last"`, for the same; None for the pipeline's own.
 
     Raises:
         ValueError, TypeError: one of them is out of range.

@@ -1,26 +1,26 @@
 """Images with captions: the data sets of long captions, and what training and evaluation ask of them."""
 
 from finelip_sdxl.data.augmentation import CaptionAugmentation
-from finelip_sdxl.data.captioned_images import CaptionedImages, UnreadableImageError, split_sentences
-from finelip_sdxl.data.formats import open_images
+from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageError, split_sentences
+from finelip_sdxl.data.formats import open_dataset
 from finelip_sdxl.data.preprocessing import load_image_processor, load_tokenizer, tokenize
 from finelip_sdxl.data.regions import Region, follow_regions
 from finelip_sdxl.data.shards import TrainingShards
-from finelip_sdxl.data.training import EpochBatches, TrainingPairs, collate
+from finelip_sdxl.data.training import ImageTextDataset, ResumableBatchSampler, collate
 
 __all__ = [
     "CaptionAugmentation",
-    "CaptionedImages",
-    "EpochBatches",
+    "CaptionDataset",
+    "ImageTextDataset",
     "Region",
-    "TrainingPairs",
+    "ResumableBatchSampler",
     "TrainingShards",
     "UnreadableImageError",
     "collate",
     "follow_regions",
     "load_image_processor",
     "load_tokenizer",
-    "open_images",
+    "open_dataset",
     "split_sentences",
     "tokenize",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .captioned_images import split_sentences
+from .caption_dataset import split_sentences
 
 
 @dataclass(frozen=True)

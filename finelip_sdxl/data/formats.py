@@ -16,7 +16,7 @@ from PIL import Image
 
 from finelip_sdxl.texts import lines_of, read_text
 
-from .captioned_images import CaptionedImages, UnreadableImageError, caption_fault, half_character
+from .caption_dataset import CaptionDataset, UnreadableImageError, caption_fault, half_character
 from .images import read_image
 
 SHAREGPT4V_TEST = 1_000  # leading entries that Long-CLIP and FineLIP hold out
@@ -26,9 +26,9 @@ MINIATURE_SCENES = {"train": 24_000, "test": 500}
 Record = tuple[Path, list[str]]  # an image's file and its captions
 
 
-def open_images(
+def open_dataset(
     spec: str, split: str = "test", images: str | Path | None = None, skip_missing: bool = False
-) -> CaptionedImages:
+) -> CaptionDataset:
     """Open a data set of images with captions.
 
     | spec | what is read |
@@ -60,7 +60,7 @@ def open_images(
         ValueError: if the spec or the split is unknown, or the content is not as it should be (the message says where).
 
     Example:
-        >>> scenes = open_images("miniature:10")
+        >>> scenes = open_dataset("miniature:10")
         >>> len(scenes), scenes.image(3).size
         (10, (96, 96))
     """
@@ -76,10 +76,10 @@ def open_images(
     if not path:
         raise ValueError(f"{spec} names no path: give {kind}:PATH.")
     records = _READERS[kind](Path(path), split, None if images is None else Path(images))
-    return CaptionLines(records, spec) if kind == "txt" else CaptionedFiles(records, spec, skip_missing)
+    return LineDataset(records, spec) if kind == "txt" else FileDataset(records, spec, skip_missing)
 
 
-class CaptionedFiles(CaptionedImages):
+class FileDataset(CaptionDataset):
     """Images in files, whose paths and captions are in memory.
 
     Args:
@@ -92,7 +92,7 @@ class CaptionedFiles(CaptionedImages):
         ValueError: if there is no image, or one has no caption, or one that is no text or too long.
 
     Example:
-        >>> CaptionedFiles([(Path("fox.jpg"), ["A fox\\nsleeps.", "It is night."])]).captions(0)
+        >>> FileDataset([(Path("fox.jpg"), ["A fox\\nsleeps.", "It is night."])]).captions(0)
         ('A fox sleeps.', 'It is night.')
     """
 
@@ -136,11 +136,11 @@ class CaptionedFiles(CaptionedImages):
         return json.loads(self._buffer[self._ends[index] : self._ends[index + 1]])
 
 
-class CaptionLines(CaptionedFiles):
+class LineDataset(FileDataset):
     """Captions without images, for what learns from texts alone; a record names a line in place of an image's file.
 
     Example:
-        >>> CaptionLines([(Path("captions.txt, line 3"), ["A fox sleeps."])]).captions(0)
+        >>> LineDataset([(Path("captions.txt, line 3"), ["A fox sleeps."])]).captions(0)
         ('A fox sleeps.',)
     """
 
@@ -148,7 +148,7 @@ class CaptionLines(CaptionedFiles):
         raise UnreadableImageError(f"{self._record(index)[0]}, has no image: the file holds texts only.")
 
 
-def _miniature(count: str, split: str) -> CaptionedImages:
+def _miniature(count: str, split: str) -> CaptionDataset:
     from finelip_sdxl.miniature.dataset import MiniatureScenes  # which is built on this package
 
     if not count:

@@ -13,7 +13,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from .captioned_images import UnreadableImageError
+from .caption_dataset import UnreadableImageError
 
 MAX_RATIO = 16  # of an image's sides: what a square cut from the middle sees lies well within
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import CLIPImageProcessorPil
 
 from .augmentation import CaptionAugmentation
-from .captioned_images import CaptionedImages, UnreadableImageError, caption_fault
+from .caption_dataset import CaptionDataset, UnreadableImageError, caption_fault
 from .images import read_image
 from .training import make_item
 
@@ -25,7 +25,7 @@ SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which 
 
 
 class TrainingShards(IterableDataset):
-    """Whole batches of the items of `TrainingPairs`, read from shards one after another.
+    """Whole batches of the items of `ImageTextDataset`, read from shards one after another.
 
     For a `DataLoader(shards, batch_size=None, collate_fn=collate(tokenizer))`. Each process and each of its workers
     reads shards of its own, in an order of the epoch, and begins again where they do not suffice. What comes when
@@ -121,7 +121,7 @@ class TrainingShards(IterableDataset):
         return {**item, "id": int.from_bytes(digest[:8], "big") >> 1}
 
 
-class _Window(CaptionedImages):
+class _Window(CaptionDataset):
     """Consecutive samples of a shard."""
 
     def __init__(self, samples: Sequence[dict[str, Any]]) -> None:

@@ -16,14 +16,14 @@ from finelip_sdxl.model import end_positions
 from finelip_sdxl.options import STOCK_POSITIONS
 
 from .augmentation import CaptionAugmentation
-from .captioned_images import CaptionedImages, UnreadableImageError
+from .caption_dataset import CaptionDataset, UnreadableImageError
 from .preprocessing import tokenize
 from .regions import Region, follow_regions
 
 MAX_UNREADABLE = 100  # images in a row: more means that something is wrong with all of them
 
 
-class TrainingPairs(Dataset):
+class ImageTextDataset(Dataset):
     """Images with one caption each, anew in every epoch.
 
     Where an image cannot be read, the next readable one takes its place, under its own id: losses that mask pairs of
@@ -36,15 +36,15 @@ class TrainingPairs(Dataset):
         seed: of the choice of captions and their augmentation.
 
     Example:
-        >>> from finelip_sdxl.data import load_image_processor, open_images
-        >>> pairs = TrainingPairs(open_images("miniature:5"), load_image_processor("miniature-clip-1", 96))
+        >>> from finelip_sdxl.data import load_image_processor, open_dataset
+        >>> pairs = ImageTextDataset(open_dataset("miniature:5"), load_image_processor("miniature-clip-1", 96))
         >>> pairs[2]["id"], pairs[2]["pixel_values"].shape, pairs[2]["skipped"]
         (2, torch.Size([3, 96, 96]), ())
     """
 
     def __init__(
         self,
-        data: CaptionedImages,
+        data: CaptionDataset,
         image_processor: CLIPImageProcessorPil,
         augmentation: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008 (it is frozen)
         seed: int = 0,
@@ -66,7 +66,7 @@ class TrainingPairs(Dataset):
 
 
 def make_item(
-    data: CaptionedImages,
+    data: CaptionDataset,
     index: int,
     image_processor: CLIPImageProcessorPil,
     augmentation: CaptionAugmentation,
@@ -104,7 +104,7 @@ def make_item(
         }
     raise UnreadableImageError(
         f"{len(skipped)} images in a row cannot be read, so the cause may be none of theirs. The first: {skipped[0]} "
-        "Where images are missing on purpose, pass --skip-missing-images, or skip_missing=True to open_images."
+        "Where images are missing on purpose, pass --skip-missing-images, or skip_missing=True to open_dataset."
     )
 
 
@@ -117,8 +117,8 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], di
     phrase), `label` (equal numbers for equal labels), `weight`, (regions,), and `box`, (regions, 4).
 
     Example:
-        >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
-        >>> pairs = TrainingPairs(open_images("miniature:5"), load_image_processor("miniature-clip-1", 96))
+        >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_dataset
+        >>> pairs = ImageTextDataset(open_dataset("miniature:5"), load_image_processor("miniature-clip-1", 96))
         >>> batch = collate(load_tokenizer("miniature-clip-1"))([pairs[0], pairs[1]])
         >>> batch["ids"], batch["short_mask"].shape == batch["short_input_ids"].shape
         (tensor([0, 1]), True)
@@ -162,7 +162,7 @@ def _collate_regions(tokenizer: CLIPTokenizer, items: Sequence[dict[str, Any]]) 
     }
 
 
-class EpochBatches(Sampler[list[int]]):
+class ResumableBatchSampler(Sampler[list[int]]):
     """Batches of indices for a `DataLoader(batch_sampler=...)`, shuffled by seed and epoch alone.
 
     Groups of consecutive indices stay together. All processes' batches are cut from one order, so that each sees its
@@ -170,7 +170,7 @@ class EpochBatches(Sampler[list[int]]):
 
     Args:
         size: of the data.
-        group_size: consecutive indices that stay together, `CaptionedImages.group_size`.
+        group_size: consecutive indices that stay together, `CaptionDataset.group_size`.
         batch_size: indices in a batch of one process.
         seed: of the order.
         processes: number of processes that train.
@@ -180,7 +180,7 @@ class EpochBatches(Sampler[list[int]]):
         ValueError: if `batch_size` is no multiple of `group_size`, or the data does not fill one batch.
 
     Example:
-        >>> batches = EpochBatches(size=8, group_size=2, batch_size=4, seed=0)
+        >>> batches = ResumableBatchSampler(size=8, group_size=2, batch_size=4, seed=0)
         >>> batches.set_epoch(3, first_batch=1)
         >>> len(batches), len(list(batches)[0])
         (2, 4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from finelip_sdxl.data import CaptionedImages, UnreadableImageError, tokenize
+from finelip_sdxl.data import CaptionDataset, UnreadableImageError, tokenize
 from finelip_sdxl.interaction import late_interaction
 from finelip_sdxl.model import GLOBAL_WEIGHT, FineLIPImageOutput, FineLIPModel, FineLIPTextOutput
 
@@ -104,7 +104,7 @@ class RetrievalResult:
 
 def evaluate_retrieval(
     model: FineLIPModel,
-    data: CaptionedImages,
+    data: CaptionDataset,
     tokenizer: CLIPTokenizer,
     image_processor: Callable[..., Any],
     *,
@@ -138,10 +138,10 @@ def evaluate_retrieval(
 
     Example:
         >>> from finelip_sdxl import load_finelip
-        >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_images
+        >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_dataset
         >>> name = "miniature-clip-1"
         >>> result = evaluate_retrieval(
-        ...     load_finelip(name), open_images("miniature:5"), load_tokenizer(name), load_image_processor(name, 96)
+        ...     load_finelip(name), open_dataset("miniature:5"), load_tokenizer(name), load_image_processor(name, 96)
         ... )
         >>> result.images, result.recall["global"].image_to_text[5]
         (5, 1.0)
@@ -175,7 +175,7 @@ def evaluate_retrieval(
 
 def encode_pairs(
     model: FineLIPModel,
-    data: CaptionedImages,
+    data: CaptionDataset,
     tokenizer: CLIPTokenizer,
     image_processor: Callable[..., Any],
     *,

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from PIL import Image
 
-from finelip_sdxl.data.captioned_images import CaptionedImages
+from finelip_sdxl.data.caption_dataset import CaptionDataset
 from finelip_sdxl.data.regions import Region
 
 from .captions import Caption, long_caption, short_caption
@@ -14,7 +14,7 @@ from .drawing import draw_scene
 from .world import Scene, make_family
 
 
-class MiniatureScenes(CaptionedImages):
+class MiniatureScenes(CaptionDataset):
     """Scenes in families of five that share the four objects which their long captions describe first.
 
     77 tokens hold about three of those: a reader of no more cannot tell the five apart.

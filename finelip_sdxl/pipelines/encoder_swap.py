@@ -25,8 +25,8 @@ from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
 from finelip_sdxl.options import (
     FINELIP_MERGE,
     HIDDEN_STATES,
-    LONG_PROMPT,
-    SHORT_PROMPT,
+    OVERFLOW,
+    SHORT_PROMPT_ENCODER,
     STOCK_POSITIONS,
     WEIGHTING,
     check_choice,
@@ -40,7 +40,7 @@ from finelip_sdxl.pipelines.checking import (
     write_configs,
 )
 from finelip_sdxl.pipelines.model_card import model_card
-from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, ReadingMixin
+from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, PromptEncodingMixin
 from finelip_sdxl.provenance import BASE, MADE_FROM, MERGED_WITH, public_name, without_paths
 from finelip_sdxl.text_encoders import (
     build_text_encoder,
@@ -54,7 +54,7 @@ from finelip_sdxl.text_encoders import (
 logger = logging.getLogger(__name__)
 
 
-HELD = ("stock_text_encoder", "stock_text_encoder_2")
+ORIGINAL_ENCODERS = ("stock_text_encoder", "stock_text_encoder_2")
 
 
 ADAPTER = "conditioning_adapter"
@@ -65,9 +65,9 @@ UNSWAPPED = "_finelip_sdxl_unswapped"
 
 
 OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "short_prompt": partial(check_choice, "short_prompt", choices=SHORT_PROMPT),
+    "short_prompt_encoder": partial(check_choice, "short_prompt_encoder", choices=SHORT_PROMPT_ENCODER),
     "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
-    "long_prompt": partial(check_choice, "long_prompt", choices=LONG_PROMPT),
+    "overflow": partial(check_choice, "overflow", choices=OVERFLOW),
     "length_buckets": check_length_buckets,
     "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
 }
@@ -79,7 +79,7 @@ _BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
 
-class LoadingMixin(ReadingMixin):
+class EncoderSwapMixin(PromptEncodingMixin):
     """The part of `LongPromptMixin` that loads and saves what reads prompts."""
 
     @classmethod
@@ -141,8 +141,8 @@ class LoadingMixin(ReadingMixin):
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
-        if kwargs.get("short_prompt") == "stretched":  # then nothing reads the held encoders
-            kwargs = {**dict.fromkeys(HELD), **kwargs}
+        if kwargs.get("short_prompt_encoder") == "stretched":  # then nothing reads the held encoders
+            kwargs = {**dict.fromkeys(ORIGINAL_ENCODERS), **kwargs}
         absent = [name for name in ENCODERS if name in kwargs and kwargs[name] is None]
         kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
 
@@ -272,7 +272,7 @@ class LoadingMixin(ReadingMixin):
                 encoder = getattr(self, name)
                 replacement = _replacement(name, source, encoder)
                 if merge_base is not None:
-                    replacement = _merged(name, replacement, self._stock_reader(name), merge_base)
+                    replacement = _merged(name, replacement, self._original_encoder(name), merge_base)
                 replacements[name] = replacement.to(encoder.device, encoder.dtype)
         parts: dict[str, Any] = {}
         bare = []
@@ -281,8 +281,8 @@ class LoadingMixin(ReadingMixin):
             if encoder is None:
                 continue
             if name in replacements:
-                stock = self._stock_reader(name)
-                if self.short_prompt == "stock" and stock is not None:
+                stock = self._original_encoder(name)
+                if self.short_prompt_encoder == "original" and stock is not None:
                     parts[f"stock_{name}"] = stock[0]
                 encoder = parts[name] = replacements[name]
             elif num_positions(encoder) <= STOCK_POSITIONS:
@@ -420,7 +420,7 @@ def _check_parts(pipe: Any, source: str) -> None:
     for name in ENCODERS.values():
         if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
             check_tokenizer(tokenizer, f"{source}: {name}")
-    for name in (*ENCODERS, *HELD, ADAPTER):
+    for name in (*ENCODERS, *ORIGINAL_ENCODERS, ADAPTER):
         if (part := getattr(pipe, name)) is not None:
             check_finite(dict(part.named_parameters()), f"{source}: {name}")
     _check_adapter(pipe)

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.options import LENGTH_BUCKETS
-from finelip_sdxl.pipelines.encoder_swap import ADAPTER, HELD, OPTIONS, UNSWAPPED, LoadingMixin
+from finelip_sdxl.pipelines.encoder_swap import ADAPTER, OPTIONS, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, adapter_scale, one_at_a_time
 
 
@@ -25,7 +25,7 @@ def _option(name: str, doc: str) -> property:
     )
 
 
-class LongPromptMixin(LoadingMixin):
+class LongPromptMixin(EncoderSwapMixin):
     """Put before an SDXL pipeline of Diffusers, makes it read prompts of any length.
 
     A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.
@@ -38,11 +38,11 @@ class LongPromptMixin(LoadingMixin):
             the stretched table.
         conditioning_adapter: brings what replaced encoders give back to what the UNet knows. What is read as stock
             does not pass through it.
-        short_prompt: `"stock"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"stretched"` as longer
+        short_prompt_encoder: `"original"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"long"` as longer
             ones.
-        hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"published"`, the last layer's after the
+        hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"last"`, the last layer's after the
             final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
-        long_prompt: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
+        overflow: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
             100 (see `finelip_sdxl.options.MAX_POSITIONS`), `"truncate"` cuts and logs what is lost, `"error"` raises.
         length_buckets: lengths in tokens; prompts are padded to the smallest that holds them, or else to full length.
             Empty for always full length, as stock pipelines do.
@@ -56,9 +56,9 @@ class LongPromptMixin(LoadingMixin):
         stock_text_encoder: CLIPTextModel | None = None,
         stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
         conditioning_adapter: ConditioningAdapter | None = None,
-        short_prompt: str = "stock",
+        short_prompt_encoder: str = "original",
         hidden_states: str = "penultimate",
-        long_prompt: str = "window",
+        overflow: str = "window",
         length_buckets: list | tuple | None = LENGTH_BUCKETS,
         weighting: str | None = None,
         **kwargs: Any,
@@ -69,9 +69,9 @@ class LongPromptMixin(LoadingMixin):
             stock_text_encoder_2=stock_text_encoder_2,
             conditioning_adapter=conditioning_adapter,
         )
-        self.short_prompt = short_prompt
+        self.short_prompt_encoder = short_prompt_encoder
         self.hidden_states = hidden_states
-        self.long_prompt = long_prompt
+        self.overflow = overflow
         self.length_buckets = length_buckets
         self.weighting = weighting
         self._said: set[str] = set()
@@ -80,22 +80,24 @@ class LongPromptMixin(LoadingMixin):
         super().__init_subclass__(**kwargs)
         if LongPromptMixin in cls.__bases__:
             stock = cls._stock_class()
-            cls._optional_components = [*stock._optional_components, *HELD, ADAPTER]
+            cls._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
-            cls.model_cpu_offload_seq = "->".join([*HELD, sequence])
+            cls.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
         _sign(cls, "__init__")
         _sign(cls, "__call__")
 
-    short_prompt = _option("short_prompt", "How prompts of up to 77 tokens are read: 'stock' or 'stretched'.")
-    hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'published'.")
-    long_prompt = _option("long_prompt", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
+    short_prompt_encoder = _option(
+        "short_prompt_encoder", "How prompts of up to 77 tokens are read: 'original' or 'long'."
+    )
+    hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'last'.")
+    overflow = _option("overflow", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
     length_buckets = _option("length_buckets", "Lengths in tokens that prompts are padded to, ascending.")
     weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
 
     @property
     def components(self) -> dict[str, Any]:
         """The parent's components, and those of this class that there are."""
-        own = (*HELD, ADAPTER)
+        own = (*ORIGINAL_ENCODERS, ADAPTER)
         return {name: part for name, part in super().components.items() if name not in own or part is not None}
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
@@ -106,7 +108,7 @@ class LongPromptMixin(LoadingMixin):
         for name in OPTIONS:
             if self.config[name] == parameters[name].default:
                 del config[name]
-        for name in HELD:
+        for name in ORIGINAL_ENCODERS:
             if config[name] == [None, None]:
                 del config[name]
         # As a component's entry, which names a module, it would keep everyone from downloading the repository.
@@ -115,7 +117,7 @@ class LongPromptMixin(LoadingMixin):
             config[ADAPTER] = f"{ConditioningAdapter.__module__}.{ConditioningAdapter.__qualname__}"
         if "length_buckets" in config:  # an empty list there breaks Diffusers' downloads
             config["length_buckets"] = config["length_buckets"] or None
-        if self._encoders() and not self._reads_long_prompts():
+        if self._encoders() and not self._has_long_encoders():
             config[UNSWAPPED] = True
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -174,7 +176,9 @@ class LongPromptMixin(LoadingMixin):
         disk: Any = kwargs.get("offload_to_disk_path")
         excluded = kwargs.pop("exclude_modules", None) or []
         excluded = [excluded] if isinstance(excluded, str) else excluded
-        apart = [name for name in HELD if disk and getattr(self, name) is not None and name not in excluded]
+        apart = [
+            name for name in ORIGINAL_ENCODERS if disk and getattr(self, name) is not None and name not in excluded
+        ]
         super().enable_group_offload(*args, exclude_modules=[*excluded, *apart], **kwargs)
         for name in apart:
             kwargs["offload_to_disk_path"] = os.path.join(disk, name)

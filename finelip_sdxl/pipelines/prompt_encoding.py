@@ -23,14 +23,14 @@ from finelip_sdxl.options import STOCK_POSITIONS, check_texts
 from finelip_sdxl.prompts.plan import (
     NEGATIVE_PROMPT,
     PROMPT,
-    EncoderReading,
-    PromptReader,
-    PromptReport,
+    EncoderPlan,
+    EncoderSpec,
+    PromptPlan,
     empty_row,
-    read_prompts,
-    token_rows,
+    padded_token_ids,
+    padded_weights,
+    plan_prompts,
     tokenize,
-    weight_rows,
 )
 from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, weak_parts
 from finelip_sdxl.stretch import stretched_row_indices
@@ -77,7 +77,7 @@ def one_at_a_time(method: Callable) -> Callable:
     return wait
 
 
-class ReadingMixin(_Parent):
+class PromptEncodingMixin(_Parent):
     """The part of `LongPromptMixin` that reads prompts."""
 
     def describe_prompt(
@@ -86,7 +86,7 @@ class ReadingMixin(_Parent):
         prompt_2: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
-    ) -> PromptReport:
+    ) -> PromptPlan:
         """What each encoder will read of a prompt, in how many windows, and what is cut. Runs no encoder.
 
         Args:
@@ -135,7 +135,7 @@ class ReadingMixin(_Parent):
         Raises:
             TypeError: a prompt that is not a string or a list of strings.
             ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters or more windows
-                than `finelip_sdxl.options.MAX_POSITIONS` allows, one that does not fit where `long_prompt="error"` or
+                than `finelip_sdxl.options.MAX_POSITIONS` allows, one that does not fit where `overflow="error"` or
                 embeddings passed beside it fix the length, weights that `finelip_sdxl.prompts.weighting.parse_weights` refuses,
                 a `clip_skip` beyond an encoder's layers, no images, or embeddings of other shapes.
         """
@@ -151,7 +151,7 @@ class ReadingMixin(_Parent):
         if prompt_embeds is None:
             self._check_weighting()
             self._check_clip_skip(clip_skip)
-        if self._reads_long_prompts():
+        if self._has_long_encoders():
             prompts, negatives, shape = None, None, None
             if prompt_embeds is None:
                 prompts = self._prompt_batches(prompt, prompt_2)
@@ -210,13 +210,13 @@ class ReadingMixin(_Parent):
             (name, tokenizer) for name, tokenizer in pairs if tokenizer is not None and getattr(self, name) is not None
         ]
 
-    def _readers(self) -> list[PromptReader]:
+    def _encoder_specs(self) -> list[EncoderSpec]:
         return [
-            PromptReader(
+            EncoderSpec(
                 name,
                 tokenizer,
                 positions=min(num_positions(getattr(self, name)), tokenizer.model_max_length),
-                has_stock=self._stock_reader(name) is not None,
+                has_stock=self._original_encoder(name) is not None,
                 expand=partial(self.maybe_convert_prompt, tokenizer=_without_state(tokenizer))
                 if _has_added_tokens(tokenizer)
                 else None,
@@ -224,11 +224,11 @@ class ReadingMixin(_Parent):
             for name, tokenizer in self._encoders()
         ]
 
-    def _reads_long_prompts(self) -> bool:
-        return any(reader.positions > STOCK_POSITIONS for reader in self._readers())
+    def _has_long_encoders(self) -> bool:
+        return any(reader.positions > STOCK_POSITIONS for reader in self._encoder_specs())
 
     def _check_weighting(self) -> None:
-        if self.weighting is not None and not self._reads_long_prompts():
+        if self.weighting is not None and not self._has_long_encoders():
             raise ValueError(
                 f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
             )
@@ -308,16 +308,16 @@ class ReadingMixin(_Parent):
         prompts: list[list[str]] | None,
         negatives: list[list[str]] | None,
         shape: tuple[int, int] | None = None,
-    ) -> PromptReport:
+    ) -> PromptPlan:
         self._check_weighting()
-        if not self._reads_long_prompts():  # the parent encodes: one window, the rest cut
-            return read_prompts(self._readers(), prompts, negatives, long_prompt="truncate", length_buckets=())
-        return read_prompts(
-            self._readers(),
+        if not self._has_long_encoders():  # the parent encodes: one window, the rest cut
+            return plan_prompts(self._encoder_specs(), prompts, negatives, overflow="truncate", length_buckets=())
+        return plan_prompts(
+            self._encoder_specs(),
             prompts,
             negatives,
-            short_prompt=self.short_prompt,
-            long_prompt=self.long_prompt,
+            short_prompt_encoder=self.short_prompt_encoder,
+            overflow=self.overflow,
             length_buckets=self.length_buckets,
             weighting=self.weighting,
             shape=shape,
@@ -327,7 +327,7 @@ class ReadingMixin(_Parent):
         """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
         if embeds is None:
             return None
-        length, capacity = embeds.shape[1], min(reader.positions for reader in self._readers())
+        length, capacity = embeds.shape[1], min(reader.positions for reader in self._encoder_specs())
         if length > capacity and length % capacity:
             raise ValueError(
                 f"`{name}` are {length} positions long, but a text beside them is encoded to at most {capacity} or a"
@@ -337,9 +337,7 @@ class ReadingMixin(_Parent):
 
     # Encoding
 
-    def _encode(
-        self, report: PromptReport, role: str, clip_skip: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _encode(self, report: PromptPlan, role: str, clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
         encoded = [self._encode_by(*pair, report, role, clip_skip) for pair in self._encoders()]
         pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
@@ -348,17 +346,15 @@ class ReadingMixin(_Parent):
         # The adapter knows states without weights, so these come last.
         return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
 
-    def _encode_by(
-        self, name: str, tokenizer: Any, report: PromptReport, role: str, clip_skip: int | None
-    ) -> "_Encoded":
+    def _encode_by(self, name: str, tokenizer: Any, report: PromptPlan, role: str, clip_skip: int | None) -> "_Encoded":
         """What one encoder gives for a batch."""
         readings = report.select(name, role)
         as_stock = readings[0].as_stock
-        stock = self._stock_reader(name) if as_stock else None
+        stock = self._original_encoder(name) if as_stock else None
         encoder, position_ids = stock or (getattr(self, name), None)
         device = get_module_execution_device(encoder)
         encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
-        token_ids = torch.tensor(token_rows(readings, tokenizer, report.windows), device=device)
+        token_ids = torch.tensor(padded_token_ids(readings, tokenizer, report.windows), device=device)
         states, pooled = [], None
         for window in token_ids.unbind(dim=1):
             with _ending_at(encoder, tokenizer.eos_token_id, readings):
@@ -368,7 +364,7 @@ class ReadingMixin(_Parent):
                 pooled = output[0]
         encoded = _Encoded(torch.cat(states, dim=1), as_stock, pooled)
 
-        rows = weight_rows(readings, report.windows)
+        rows = padded_weights(readings, report.windows)
         if rows is not None:
             encoded.weights = torch.tensor(rows, device=device)
             nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
@@ -381,7 +377,7 @@ class ReadingMixin(_Parent):
             output = encode(token_ids[part.row, part.window][None], attention_mask=mask)
             without.append(self._states(output, as_stock, clip_skip))
         encoded.without = torch.cat(without) if without else None
-        self._free_held(encoder)
+        self._free_original(encoder)
         return encoded
 
     def _adapt(
@@ -414,12 +410,12 @@ class ReadingMixin(_Parent):
             return output.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)]
         if clip_skip is not None:
             raise ValueError(
-                f'clip_skip={clip_skip} counts back from the penultimate states and hidden_states="published" takes the'
+                f'clip_skip={clip_skip} counts back from the penultimate states and hidden_states="last" takes the'
                 ' last: leave out clip_skip, or set hidden_states="penultimate".'
             )
         return output.last_hidden_state
 
-    def _stock_reader(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
+    def _original_encoder(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
         """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
         encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
         if held is not None and _is_stock(held):
@@ -435,7 +431,7 @@ class ReadingMixin(_Parent):
             self._said.add(sentence)
             logger.warning(sentence)
 
-    def _free_held(self, encoder: Any) -> None:
+    def _free_original(self, encoder: Any) -> None:
         # Model offloading frees a model when the next one in a fixed order runs; a held encoder runs in another's
         # place, so the order does not free it.
         for hook in getattr(self, "_all_hooks", []):
@@ -517,7 +513,7 @@ def _was_extended(encoder: Any, held: Any) -> bool:
 
 
 @contextmanager
-def _ending_at(encoder: Any, end: int, readings: Sequence[EncoderReading]) -> Iterator[None]:
+def _ending_at(encoder: Any, end: int, readings: Sequence[EncoderPlan]) -> Iterator[None]:
     """With an encoder that pools at the end token, also behind the tokens of a textual inversion.
 
     Under the old configs that say `eos_token_id=2`, as SDXL's do, it takes the largest id for the end, and those of an

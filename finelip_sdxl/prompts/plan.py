@@ -1,7 +1,7 @@
 """How prompts are read: tokens, windows, padding, and a report of what each text encoder saw.
 
-Nothing here touches a model. `read_prompts` decides everything that happens to a text before it is encoded and says
-so in a `PromptReport`; the pipelines encode exactly that report, so what `describe_prompt` prints is what was read.
+Nothing here touches a model. `plan_prompts` decides everything that happens to a text before it is encoded and says
+so in a `PromptPlan`; the pipelines encode exactly that report, so what `describe_prompt` prints is what was read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEGATIVE_PROMPT = "negative prompt"
 
 
 @dataclass(frozen=True)
-class PromptReader:
+class EncoderSpec:
     """A text encoder as far as reading a prompt needs it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class EncoderReading:
+class EncoderPlan:
     """What one encoder reads of one text.
 
     Attributes:
@@ -104,7 +104,7 @@ class EncoderReading:
 
 
 @dataclass(frozen=True)
-class PromptReport:
+class PromptPlan:
     """What every encoder reads of a batch of prompts; `str(report)` is the text for people.
 
     Attributes:
@@ -113,16 +113,16 @@ class PromptReport:
         windows: how many windows every text of the batch is padded to, with windows of the empty prompt.
     """
 
-    readings: tuple[EncoderReading, ...]
+    readings: tuple[EncoderPlan, ...]
     positions: int
     windows: int
 
     @property
-    def cut(self) -> tuple[EncoderReading, ...]:
+    def cut(self) -> tuple[EncoderPlan, ...]:
         """The readings that lose a part of their text."""
         return tuple(reading for reading in self.readings if reading.cut_tokens)
 
-    def select(self, encoder: str, role: str) -> list[EncoderReading]:
+    def select(self, encoder: str, role: str) -> list[EncoderPlan]:
         """The readings of one encoder, `"prompt"` or `"negative prompt"`, in the order of the batch."""
         return [reading for reading in self.readings if reading.encoder == encoder and reading.role == role]
 
@@ -142,7 +142,7 @@ class PromptReport:
 class _Text:
     """A text that one encoder is to read, with its tokens and where each of them stands."""
 
-    reader: PromptReader
+    reader: EncoderSpec
     role: str
     index: int
     weighted: WeightedText
@@ -150,7 +150,7 @@ class _Text:
     offsets: list[tuple[int, int]]
 
     @classmethod
-    def read(cls, reader: PromptReader, role: str, index: int, weighted: WeightedText) -> _Text:
+    def read(cls, reader: EncoderSpec, role: str, index: int, weighted: WeightedText) -> _Text:
         return cls(reader, role, index, weighted, *tokenize(reader.tokenizer, weighted.text))
 
     @property
@@ -181,17 +181,17 @@ class _Text:
         return self.text[self.offsets[token][0] :] if token < len(self.offsets) else ""
 
 
-def read_prompts(
-    readers: Sequence[PromptReader],
+def plan_prompts(
+    readers: Sequence[EncoderSpec],
     prompts: Sequence[Sequence[str]] | None,
     negative_prompts: Sequence[Sequence[str]] | None = None,
     *,
-    short_prompt: str = "stock",
-    long_prompt: str = "window",
+    short_prompt_encoder: str = "original",
+    overflow: str = "window",
     length_buckets: Sequence[int] = LENGTH_BUCKETS,
     weighting: str | None = None,
     shape: tuple[int, int] | None = None,
-) -> PromptReport:
+) -> PromptPlan:
     """Decide how a batch of prompts and negative prompts is read.
 
     All of them get the same number of windows and the same length, the smallest that holds the longest: hidden states
@@ -201,20 +201,20 @@ def read_prompts(
         readers: the encoders.
         prompts: for each reader its batch of texts; None if the prompts come as embeddings.
         negative_prompts: the same for the negative prompts; None if there are none.
-        short_prompt: `"stock"` reads what fits stock's 77 positions there as stock does, where a reader has a stock.
-        long_prompt: what happens to a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
+        short_prompt_encoder: `"stock"` reads what fits stock's 77 positions there as stock does, where a reader has a stock.
+        overflow: what happens to a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
         length_buckets: lengths to pad to; the encoders' own closes the list.
         weighting: the syntax of weights in the texts, see `finelip_sdxl.prompts.weighting.parse_weights`.
         shape: (windows, positions) when embeddings that were passed in fix them.
 
     Raises:
-        ValueError: a text does not fit and `long_prompt="error"`, does not fit `shape` and must not be cut, or needs
+        ValueError: a text does not fit and `overflow="error"`, does not fit `shape` and must not be cut, or needs
             windows of more than `MAX_POSITIONS` in all.
 
     Example:
-        >>> from finelip_sdxl.prompts.plan import PromptReader, read_prompts
-        >>> reader = PromptReader("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
-        >>> print(read_prompts([reader], [["a red square"]]))  # doctest: +SKIP
+        >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
+        >>> reader = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
+        >>> print(plan_prompts([reader], [["a red square"]]))  # doctest: +SKIP
         text_encoder reads prompt: 5 tokens in 1 window of 77 positions; nothing is cut
           window 1, 5 tokens: "a red square"
     """
@@ -226,14 +226,14 @@ def read_prompts(
         for index, text in enumerate(batch)
     ]
     longest = max(texts, key=lambda text: text.tokens)
-    if long_prompt == "error" and longest.tokens > capacity:
+    if overflow == "error" and longest.tokens > capacity:
         raise ValueError(
             f"The {longest.role} has {longest.tokens} tokens for {longest.reader.encoder}, which reads {capacity} at"
-            ' once: shorten it, or set long_prompt="window" (reads all of it) or long_prompt="truncate".'
+            ' once: shorten it, or set overflow="window" (reads all of it) or overflow="truncate".'
         )
 
     spans = [
-        [(0, min(len(text.offsets), capacity - 2))] if long_prompt == "truncate" else text.spans(capacity - 2)
+        [(0, min(len(text.offsets), capacity - 2))] if overflow == "truncate" else text.spans(capacity - 2)
         for text in texts
     ]
     windows = max(map(len, spans))
@@ -242,24 +242,24 @@ def read_prompts(
         text = texts[[*map(len, spans)].index(windows)]
         raise ValueError(
             f"The {text.role} needs {windows:,} windows of {capacity} positions, and every step of a picture takes in"
-            f' all of them; expected at most {most}: shorten it, take BREAKs out, or set long_prompt="truncate".'
+            f' all of them; expected at most {most}: shorten it, take BREAKs out, or set overflow="truncate".'
         )
     if shape and windows > shape[0]:
         raise ValueError(
             f"The text needs {windows} windows of {capacity} positions, but the embeddings passed beside it have"
-            f' {shape[0]}: pass both as text, shorten it, or set long_prompt="truncate".'
+            f' {shape[0]}: pass both as text, shorten it, or set overflow="truncate".'
         )
     if shape:
         windows, positions = shape
     elif windows > 1:
         positions = capacity
     else:
-        stock = short_prompt == "stock" and any(reader.has_stock for reader in readers)
+        stock = short_prompt_encoder == "original" and any(reader.has_stock for reader in readers)
         positions = _padded_length(min(longest.tokens, capacity), capacity, length_buckets, stock)
-    as_stock = short_prompt == "stock" and windows == 1 and positions == STOCK_POSITIONS
+    as_stock = short_prompt_encoder == "original" and windows == 1 and positions == STOCK_POSITIONS
 
     readings = [
-        EncoderReading(
+        EncoderPlan(
             encoder=text.reader.encoder,
             role=text.role,
             index=text.index,
@@ -271,10 +271,10 @@ def read_prompts(
         )
         for text, text_spans in zip(texts, spans, strict=True)
     ]
-    return PromptReport(tuple(readings), positions, windows)
+    return PromptPlan(tuple(readings), positions, windows)
 
 
-def token_rows(readings: Sequence[EncoderReading], tokenizer: Any, windows: int) -> list[list[list[int]]]:
+def padded_token_ids(readings: Sequence[EncoderPlan], tokenizer: Any, windows: int) -> list[list[list[int]]]:
     """Token ids of readings, padded alike: (batch, windows, positions), missing windows as the empty prompt."""
     return [
         [
@@ -314,8 +314,8 @@ def empty_row(tokenizer: Any, positions: int) -> list[int]:
     return _row(Window(""), tokenizer, positions)
 
 
-def weight_rows(readings: Sequence[EncoderReading], windows: int) -> list[list[float]] | None:
-    """Weights of the tokens of `token_rows`, (batch, windows · positions); None if all are 1."""
+def padded_weights(readings: Sequence[EncoderPlan], windows: int) -> list[list[float]] | None:
+    """Weights of the tokens of `padded_token_ids`, (batch, windows · positions); None if all are 1."""
     if not any(window.weights for reading in readings for window in reading.windows):
         return None
     rows = []

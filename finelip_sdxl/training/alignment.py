@@ -17,13 +17,13 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.data import CaptionedImages
-from finelip_sdxl.data.captioned_images import split_sentences
+from finelip_sdxl.data import CaptionDataset
+from finelip_sdxl.data.caption_dataset import split_sentences
 from finelip_sdxl.options import STOCK_POSITIONS
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherContext:
     """A sentence of a long caption as stock's encoders can teach it.
 
     Attributes:
@@ -37,7 +37,7 @@ class Lesson:
     end_in_caption: int
 
 
-def captions_of(data: CaptionedImages, index: int, tokenizer: Any) -> dict[str, str]:
+def captions_of(data: CaptionDataset, index: int, tokenizer: Any) -> dict[str, str]:
     """The `long` and the `short` caption of an image, as far as 248 and 77 tokens hold them."""
     long, short = data.captions(index)[0], data.short_caption(index)
     return {"long": fit(long, tokenizer, tokenizer.model_max_length), "short": fit(short, tokenizer, STOCK_POSITIONS)}
@@ -82,10 +82,10 @@ def word_rarity(captions: Collection[str]) -> dict[str, float]:
     return {word: math.log(len(captions) / count) for word, count in frequency.items()}
 
 
-def write_lessons(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> list[Lesson]:
-    """What stock can teach of a long caption, a lesson for each sentence.
+def build_teacher_contexts(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> list[TeacherContext]:
+    """What stock can teach of a long caption, a context for each sentence.
 
-    What a sentence means may hang on one that stands further back than 77 tokens ("the star"). So its lesson holds,
+    What a sentence means may hang on one that stands further back than 77 tokens ("the star"). So its context holds,
     before the sentence, not those just before it but those that introduced its words to the caption, the rarest words
     counting most; then as many others as fit.
 
@@ -97,7 +97,7 @@ def write_lessons(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> caption = "A star is red. " + "A dull and gray line is here. " * 12 + "The ring is like the star."
-        >>> write_lessons(caption, load_tokenizer("miniature-clip-1"), rarity={"a": 0, "is": 0})[-1].text[:38]
+        >>> build_teacher_contexts(caption, load_tokenizer("miniature-clip-1"), rarity={"a": 0, "is": 0})[-1].text[:38]
         'A star is red. A dull and gray line is'
     """
     sentences = split_sentences(caption)
@@ -105,7 +105,7 @@ def write_lessons(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> 
     rarest = max(rarity.values(), default=0) or 1.0
     introduced: dict[str, int] = {}  # by which sentence
 
-    lessons = []
+    contexts = []
     for number, sentence in enumerate(sentences):
         tokens = min(lengths[number], STOCK_POSITIONS - 2)
         room = STOCK_POSITIONS - 2 - tokens
@@ -119,14 +119,14 @@ def write_lessons(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> 
                 context.append(other)
                 room -= lengths[other]
         before = sorted(context)
-        lessons.append(
-            Lesson(
+        contexts.append(
+            TeacherContext(
                 text=" ".join([*(sentences[other] for other in before), sentence]),
                 end=sum(lengths[other] for other in before) + tokens,
                 end_in_caption=sum(lengths[:number]) + tokens,
             )
         )
-    return lessons
+    return contexts
 
 
 class Alignment(nn.Module):
@@ -150,7 +150,7 @@ class TextAlignment:
     """Stage 1: the states of the swapped encoders, adapted, against those of stock's encoders. No images.
 
     Short captions are read whole by both: states are compared position by position, padding included, since the UNet
-    reads it too, and so are pooled vectors. Of long ones, stock reads each sentence in a lesson (`write_lessons`), and
+    reads it too, and so are pooled vectors. Of long ones, stock reads each sentence in a context (`build_teacher_contexts`), and
     states are compared at its end alone, where a causal encoder has all of it together; those before also hold what
     else was read, which is not the same in both. Long captions' pooled vectors have no teacher: none of stock's has
     read the whole text.
@@ -158,7 +158,7 @@ class TextAlignment:
     Args:
         pipe: reads as it will when it draws; holds what is trained.
         teacher: stock.
-        rarity: of words, which decides what lessons hold.
+        rarity: of words, which decides what contexts hold.
     """
 
     def __init__(
@@ -168,20 +168,20 @@ class TextAlignment:
 
     def __call__(self, long: list[str], short: list[str]) -> dict[str, Tensor]:
         """The loss, and its parts: relative squared errors, of states the mean over tokens."""
-        lessons = [write_lessons(caption, self.pipe.tokenizer, self.rarity) for caption in long]
-        flat = [lesson for of_caption in lessons for lesson in of_caption]
+        contexts = [build_teacher_contexts(caption, self.pipe.tokenizer, self.rarity) for caption in long]
+        flat = [context for of_caption in contexts for context in of_caption]
         with torch.no_grad():
-            taught, _ = read(self.teacher, [lesson.text for lesson in flat])
+            taught, _ = read(self.teacher, [context.text for context in flat])
             stock_short, stock_pooled = read(self.teacher, short)
         states, _ = read(self.pipe, long)
         short_states, pooled = read(self.pipe, short)
         said = torch.cat(
             [
-                of_text[[lesson.end_in_caption for lesson in of_caption]]
-                for of_text, of_caption in zip(states, lessons, strict=True)
+                of_text[[context.end_in_caption for context in of_caption]]
+                for of_text, of_caption in zip(states, contexts, strict=True)
             ]
         )
-        meant = taught[range(len(flat)), [lesson.end for lesson in flat]]
+        meant = taught[range(len(flat)), [context.end for context in flat]]
         dims = self.pipe.text_encoder.config.hidden_size, self.pipe.text_encoder_2.config.hidden_size
         losses = {
             "long": relative_error(said, meant, dims),

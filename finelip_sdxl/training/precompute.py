@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.data.captioned_images import CaptionedImages, UnreadableImageError
+from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageError
 from finelip_sdxl.data.images import middle
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -55,7 +55,7 @@ class Precomputed(Dataset):
 
 @torch.no_grad()
 def precompute(
-    data: CaptionedImages, pipe: FineLIPSDXLPipeline, resolution: int, with_states: bool, folder: Path
+    data: CaptionDataset, pipe: FineLIPSDXLPipeline, resolution: int, with_states: bool, folder: Path
 ) -> Precomputed:
     """Encode what is not in the folder yet, and what has been made of other captions, images or weights, which is said.
 
@@ -101,7 +101,7 @@ def precompute(
 
 
 def encode_chunk(
-    data: CaptionedImages,
+    data: CaptionDataset,
     pipe: FineLIPSDXLPipeline,
     resolution: int,
     with_states: bool,
@@ -136,7 +136,7 @@ def encode_chunk(
 # What a file was made of
 
 
-def why_stale(file: Path, made_of: dict[str, str], data: CaptionedImages) -> str | None:
+def why_stale(file: Path, made_of: dict[str, str], data: CaptionDataset) -> str | None:
     """What a file is not any more; None if it can stay. Images that it lacks are tried again, and named."""
     try:
         with safe_open(file, "pt") as tensors:
@@ -161,12 +161,12 @@ def why_stale(file: Path, made_of: dict[str, str], data: CaptionedImages) -> str
     return None
 
 
-def digest_of_data(data: CaptionedImages, indices: Iterable[int]) -> str:
+def digest_of_data(data: CaptionDataset, indices: Iterable[int]) -> str:
     """Of captions, and of images by path, size and time: a million of them are not read for this."""
     return digest_of(*([data.captions(index), data.short_caption(index), seen(data, index)] for index in indices))
 
 
-def seen(data: CaptionedImages, index: int) -> tuple[Any, ...]:
+def seen(data: CaptionDataset, index: int) -> tuple[Any, ...]:
     """What can be seen of an image from outside."""
     file = data.image_file(index)
     try:

@@ -24,7 +24,14 @@ from finelip_sdxl.files import check_writable, stopped_by_signals
 from finelip_sdxl.training.run_folder import MODELS
 
 # Flags of every recipe that may change when a run goes on: what it learns from one batch is the same with any of them.
-FREE_RUN_FLAGS = {"out", "save_every", "keep", "gradient_checkpointing", "cpu", "report_to"}
+FREE_RUN_FLAGS = {
+    "output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "gradient_checkpointing",
+    "cpu",
+    "report_to",
+}
 
 
 MOST = 10**9  # of any number that no other bound is given for
@@ -49,16 +56,28 @@ def add_run_flags(parser: argparse.ArgumentParser, out: Path, models: str) -> An
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> add_accelerator_flags(add_run_flags(parser, Path("runs/new"), models="last/ model"))
-        >>> parser.parse_args(["--keep", "3"])  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
-        Namespace(out=...Path('runs/new'), save_every=100, keep=3, mixed_precision='no', gradient_checkpointing=False,
+        >>> parser.parse_args(["--checkpoints-total-limit", "3"])  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
+        Namespace(output_dir=...Path('runs/new'), checkpointing_steps=100, keep=3, mixed_precision='no', gradient_checkpointing=False,
             cpu=False, report_to='none')
     """
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--out", type=path, default=out, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: a run that "
+    add("--output-dir", type=path, default=out, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: a run that "
         "finds some goes on (default: %(default)s)")  # fmt: skip
-    add("--save-every", type=STEPS, default=100, metavar="STEPS", help="between checkpoints (default: %(default)s)")
-    add("--keep", type=KEEP, default=2, metavar="N", help="checkpoints that are kept (default: %(default)s)")
+    add(
+        "--checkpointing-steps",
+        type=STEPS,
+        default=100,
+        metavar="STEPS",
+        help="between checkpoints (default: %(default)s)",
+    )
+    add(
+        "--checkpoints-total-limit",
+        type=KEEP,
+        default=2,
+        metavar="N",
+        help="checkpoints that are kept (default: %(default)s)",
+    )
     return group
 
 
@@ -170,7 +189,7 @@ def check_run(arguments: argparse.Namespace) -> None:
     """What is known to go wrong with the flags of a run, before anything is loaded.
 
     Raises:
-        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or --out is no folder for a run.
+        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or --output-dir is no folder for a run.
         OSError: if the folder cannot be written to.
     """
     # Accelerate takes it, and trains nothing.
@@ -179,14 +198,14 @@ def check_run(arguments: argparse.Namespace) -> None:
     tracker = arguments.report_to
     if tracker != "none" and find_spec(tracker) is None:
         raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
-    out = arguments.out
+    out = arguments.output_dir
     if os.path.lexists(out) and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: pass the name of a folder.")
+        raise ValueError(f"--output-dir {out} is a file: pass the name of a folder.")
     if out.resolve().parent == out.resolve():
-        raise ValueError(f"--out {out} is the root of all folders: pass one of the run's own.")
+        raise ValueError(f"--output-dir {out} is the root of all folders: pass one of the run's own.")
     for place in (out / "checkpoints", *(out / name for name in MODELS)):
         if os.path.lexists(place) and (not place.is_dir() or (place.is_symlink() and place.name in MODELS)):
-            raise ValueError(f"{place} is no folder, but a run saves one there: move it, or pass another --out.")
+            raise ValueError(f"{place} is no folder, but a run saves one there: move it, or pass another --output-dir.")
     check_writable(out)
 
 
@@ -195,14 +214,14 @@ def uses_cpu(arguments: argparse.Namespace) -> bool:
 
 
 def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHandler] = ()) -> Accelerator:
-    """From --cpu, --mixed-precision, --accumulation, --report-to and --out."""
+    """From --cpu, --mixed-precision, --gradient-accumulation-steps, --report-to and --output-dir."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # the others wait while one process evaluates
     return Accelerator(
         cpu=uses_cpu(arguments),
         mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.accumulation,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_dir=str(arguments.out),
+        project_dir=str(arguments.output_dir),
         kwargs_handlers=[*handlers, patience],
     )
 
@@ -256,8 +275,8 @@ def endless(batches: Any, set_epoch: Callable[[int, int], None], first: int) -> 
 
     Example:
         >>> from itertools import islice
-        >>> from finelip_sdxl.data import EpochBatches
-        >>> order = EpochBatches(size=6, group_size=1, batch_size=2, seed=0)
+        >>> from finelip_sdxl.data import ResumableBatchSampler
+        >>> order = ResumableBatchSampler(size=6, group_size=1, batch_size=2, seed=0)
         >>> whole = list(islice(endless(order, order.set_epoch, first=0), 8))
         >>> whole[4:] == list(islice(endless(order, order.set_epoch, first=4), 4))
         True
@@ -310,7 +329,7 @@ class Health:
             problem = f"The gradients of {MOST_SKIPPED} steps in a row, the last of them step {step}, are not finite"
         if problem is not None:
             raise ValueError(
-                f"{problem}: training has diverged, and nothing of this is saved. Train anew in another --out with a"
+                f"{problem}: training has diverged, and nothing of this is saved. Train anew in another --output-dir with a"
                 " lower --learning-rate, or with gradients that --max-grad-norm limits."
             )
 

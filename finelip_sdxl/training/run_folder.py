@@ -71,7 +71,7 @@ class RunFolder:
         if newest is None and notes:
             raise ValueError(
                 f"{' '.join(notes)} No checkpoint is left to go on from: delete {self.folder / 'checkpoints'} to begin"
-                " anew, or pass another --out."
+                " anew, or pass another --output-dir."
             )
         for note in notes:
             self.accelerator.print(f"{note} The run goes on from {newest.name}.")
@@ -87,14 +87,16 @@ class RunFolder:
             if begun.get(name, now) != now
         ]
         if changed:
-            raise ValueError(f"{self.folder} holds a run of other settings ({', '.join(changed)}): pass another --out.")
+            raise ValueError(
+                f"{self.folder} holds a run of other settings ({', '.join(changed)}): pass another --output-dir."
+            )
         try:
             self.accelerator.load_state(str(newest))
             for name, item in self.also.items():
                 state = torch.load(newest / f"{name}.pt", map_location=self.accelerator.device, weights_only=True)
                 item.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{newest} is a checkpoint of another model: pass another --out.") from error
+            raise ValueError(f"{newest} is a checkpoint of another model: pass another --output-dir.") from error
         except pickle.UnpicklingError as error:
             raise ValueError(f"{newest} holds more than tensors and numbers: no run wrote it, delete it.") from error
         return progress
@@ -184,7 +186,7 @@ def only_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     with ExitStack() as stack:
         with together(accelerator):
             if accelerator.is_main_process:
-                refusal = f"Another run is writing to {folder}: wait for its end, or pass another --out."
+                refusal = f"Another run is writing to {folder}: wait for its end, or pass another --output-dir."
                 stack.enter_context(held(folder, refusal))
                 clear_of_the_dead(folder)
         yield

@@ -98,7 +98,7 @@ def test_refuses_sizes_that_measure_nothing(flags, monkeypatch, capsys) -> None:
 
 @pytest.mark.slow
 def test_retrieval_trains_its_rows_once_and_prints_them_beside_stock(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr(miniature_retrieval, "TRAINED", {"tried": "--region-weight 0 --pull-weight 0"})
+    monkeypatch.setattr(miniature_retrieval, "TRAINED", {"tried": "--region-weight 0 --distillation-weight 0"})
     flags = ["--runs", str(tmp_path), "--seeds", "1", "--scenes", "10"]
     flags += ["--train-flags", "--data miniature:10 --batch-size 10 --max-steps 1"]
     monkeypatch.setattr(sys, "argv", ["miniature_retrieval.py", *flags])

@@ -21,7 +21,7 @@ from finelip_sdxl import (
     load_finelip,
     miniature_clip,
     miniature_finelip,
-    save_published,
+    save_openai_layout,
     stretch_positions,
 )
 from finelip_sdxl.checkpoints.load import convert_weights
@@ -189,7 +189,7 @@ def test_leaves_a_state_dict_in_memory_alone() -> None:
 def test_a_published_checkpoint_read_and_written_is_the_same_file(suffix, tmp_path) -> None:
     original = load_file(PUBLISHED) | refinement_tensors()
     path = tmp_path / "folder" / f"finelip{suffix}"
-    save_published(load_finelip(original), path)
+    save_openai_layout(load_finelip(original), path)
     written = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
     assert written.keys() == original.keys()
     # Training leaves rows in either table that nobody reads.
@@ -205,7 +205,7 @@ def test_a_published_checkpoint_read_and_written_is_the_same_file(suffix, tmp_pa
 def test_a_model_written_and_read_is_the_same_model(dtype, tmp_path) -> None:
     model = load_finelip(tiny_clip(), dtype=dtype)
     model.add_token_refinement()
-    save_published(model, str(tmp_path / "finelip.safetensors"))
+    save_openai_layout(model, str(tmp_path / "finelip.safetensors"))
     reloaded = load_finelip(tmp_path / "finelip.safetensors")
     assert same_weights(reloaded, model)
     assert reloaded.dtype == dtype
@@ -216,7 +216,7 @@ def test_a_model_written_and_read_is_the_same_model(dtype, tmp_path) -> None:
 @pytest.mark.parametrize("encoder_class", [CLIPTextModel, CLIPTextModelWithProjection])
 def test_a_text_tower_alone_has_less_to_write(encoder_class, tmp_path) -> None:
     model = load_finelip(encoder_class(tiny_clip().config.text_config))
-    save_published(model, tmp_path / "text.pt")
+    save_openai_layout(model, tmp_path / "text.pt")
     assert not any(key.startswith(("visual.", "cross_net.")) for key in torch.load(tmp_path / "text.pt"))
     assert same_weights(load_finelip(tmp_path / "text.pt"), model)
 
@@ -224,7 +224,7 @@ def test_a_text_tower_alone_has_less_to_write(encoder_class, tmp_path) -> None:
 def test_an_old_config_s_end_token_is_no_hindrance(published, tmp_path) -> None:
     text = tiny_clip().config.text_config
     text.eos_token_id = 2
-    save_published(load_finelip(CLIPTextModel(text)), tmp_path / "text.pt")
+    save_openai_layout(load_finelip(CLIPTextModel(text)), tmp_path / "text.pt")
     assert load_finelip(tmp_path / "text.pt").config.text_config.eos_token_id == 98
 
 
@@ -240,22 +240,22 @@ def test_an_old_config_s_end_token_is_no_hindrance(published, tmp_path) -> None:
 def test_refuses_to_write_what_would_be_read_as_another_model(source, message, tmp_path) -> None:
     model = load_finelip(source if isinstance(source, str) else tiny_clip(**source))
     with pytest.raises(ValueError, match=message):
-        save_published(model, tmp_path / "x.pt")
+        save_openai_layout(model, tmp_path / "x.pt")
     assert not any(tmp_path.iterdir())
 
 
 def test_refuses_to_write_positions_that_would_be_stretched_again(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"max_position_embeddings 77, and x\.pt would be read with 248"):
-        save_published(FineLIPModel(FineLIPConfig(text_config=tiny_clip().config.text_config)), tmp_path / "x.pt")
+        save_openai_layout(FineLIPModel(FineLIPConfig(text_config=tiny_clip().config.text_config)), tmp_path / "x.pt")
 
 
 def test_refuses_to_write_adapters_and_other_suffixes(published, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"x\.ckpt is neither named \.safetensors nor \.pt"):
-        save_published(published, tmp_path / "x.ckpt")
+        save_openai_layout(published, tmp_path / "x.ckpt")
     adapted = load_finelip(published)
     adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge or unload the LoRA first"):
-        save_published(adapted, tmp_path / "x.pt")
+        save_openai_layout(adapted, tmp_path / "x.pt")
 
 
 def test_a_failed_write_leaves_the_old_file(published, monkeypatch, tmp_path) -> None:
@@ -268,7 +268,7 @@ def test_a_failed_write_leaves_the_old_file(published, monkeypatch, tmp_path) ->
 
     monkeypatch.setattr("finelip_sdxl.checkpoints.load.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_published(published, path)
+        save_openai_layout(published, path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 

@@ -154,7 +154,7 @@ def test_prompts_of_every_length_are_read(fine_tune, finelips, stock_folder) -> 
     assert [embeddings(pipe, prompt).shape[1] for prompt in (SHORT, LONG, ENDLESS)] == [77, 154, 2 * 248]
     for prompt in (LONG, ENDLESS):
         assert (embeddings(pipe, prompt) - embeddings(replaced, prompt)).abs().max() > 1e-2
-    pipe.short_prompt = "stretched"
+    pipe.short_prompt_encoder = "long"
     assert (embeddings(pipe, SHORT) - embeddings(stock, SHORT)).abs().max() > 1e-2
 
 
@@ -229,7 +229,7 @@ def test_a_base_of_other_sizes_is_refused(fine_tune, finelips) -> None:
 
 
 def test_encoders_that_were_trained_at_248_are_no_fine_tune_to_add_to(fine_tune, finelips, stock_folder) -> None:
-    pipe = FineLIPSDXLPipeline.from_pretrained(fine_tune, **finelips, short_prompt="stretched")  # holds no stock
+    pipe = FineLIPSDXLPipeline.from_pretrained(fine_tune, **finelips, short_prompt_encoder="long")  # holds no stock
     with pytest.raises(ValueError, match="`text_encoder` was trained or replaced at 248 positions"):
         pipe.swap_text_encoders(**finelips, finelip_merge="delta", finelip_base=stock_folder)
 

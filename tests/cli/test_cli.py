@@ -28,7 +28,7 @@ from finelip_sdxl.console import printing_stops_nothing
 from finelip_sdxl.images import read_parameters
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.world import make_scene
-from finelip_sdxl.prompts.plan import EncoderReading, Window
+from finelip_sdxl.prompts.plan import EncoderPlan, Window
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_sdxl import make_text_encoder
 
@@ -66,13 +66,13 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, pictu
 def test_generate_takes_options_and_a_prompt_from_a_file(stock_folder, picture, tmp_path, capsys) -> None:
     (tmp_path / "prompt.txt").write_text(LONG * 3, encoding="utf-8")
     arguments = ["--base", stock_folder, "--steps", "1", "--out", picture, "--num-images", "2", "--device", "cpu"]
-    more = ["--dtype", "bfloat16", "--long-prompt", "truncate", "--width", "72", "--hidden-states", "published"]
+    more = ["--dtype", "bfloat16", "--overflow", "truncate", "--width", "72", "--hidden-states", "last"]
     assert main(["generate", "--prompt-file", str(tmp_path / "prompt.txt"), *arguments, *more]) == 0
     assert "are CUT" in capsys.readouterr().out
     first, second = (parameters(picture.replace(".png", f"-{number}.png")) for number in (1, 2))
     assert second["seed"] == first["seed"] + 1
     assert (first["width"], first["height"], first["dtype"]) == (72, 16, "bfloat16")
-    assert (first["long_prompt"], first["hidden_states"]) == ("truncate", "published")
+    assert (first["overflow"], first["hidden_states"]) == ("truncate", "published")
 
 
 def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path, capsys) -> None:
@@ -104,7 +104,7 @@ class FakeComparison:
     """Stands in for the real one: notes what it is told, and draws red."""
 
     is_miniature = False
-    pipe = SimpleNamespace(short_prompt="stock", long_prompt="window", hidden_states="published", weighting="a1111")
+    pipe = SimpleNamespace(short_prompt_encoder="original", overflow="window", hidden_states="last", weighting="a1111")
     loaded: dict
     drawn: list
 
@@ -114,10 +114,10 @@ class FakeComparison:
         cls.loaded, cls.drawn = {"base": base, **loading}, []
         return opened
 
-    def read(self, prompt: str, columns: list[str]) -> dict[str, EncoderReading]:
+    def read(self, prompt: str, columns: list[str]) -> dict[str, EncoderPlan]:
         parts = {"stock": [75], "compel": [75, 75, 25], "finelip": [175]}
         return {
-            column: EncoderReading(
+            column: EncoderPlan(
                 "text_encoder",
                 "prompt",
                 0,
@@ -146,7 +146,7 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     arguments = ["--columns", "finelip", "stock", "stock", "--seeds", "2", "--seed", "7", "--device", "cpu"]
     more = ["--steps", "4", "--guidance-scale", "3", "--negative-prompt", "large", "--width", "64", "--height", "72"]
     loading = ["--base", "some/sdxl", "--finelip", "some/clip", "--refiner", "some/refiner", "--dtype", "bfloat16"]
-    scale = ["--conditioning-adapter-scale", "0.5", "--hidden-states", "published"]
+    scale = ["--conditioning-adapter-scale", "0.5", "--hidden-states", "last"]
     assert main(["compare", LONG, "--out", picture, *arguments, *more, *loading, *scale]) == 0
 
     order = [("stock", 7), ("finelip", 7), ("stock", 8), ("finelip", 8)]
@@ -168,8 +168,8 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     found = read_parameters(picture)
     assert (found["prompt"], found["columns"], found["seeds"]) == (LONG, ["stock", "finelip"], [7, 8])
     assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
-    assert (found["short_prompt"], found["long_prompt"], found["weighting"]) == ("stock", "window", "a1111")
-    assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="published")
+    assert (found["short_prompt_encoder"], found["overflow"], found["weighting"]) == ("stock", "window", "a1111")
+    assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="last")
 
 
 def test_compare_draws_all_columns_of_one_random_seed_by_default(fake, picture, capsys) -> None:
@@ -238,12 +238,12 @@ def test_compare_offers_the_columns_that_there_are() -> None:
 def test_convert_writes_what_stock_and_ours_open(stock_folder, tmp_path, capsys) -> None:
     finelip, out = tmp_path / "finelip", tmp_path / "deep" / "converted"
     make_text_encoder(32, positions=248, seed=7).save_pretrained(finelip)
-    options = ["--finelip", str(finelip), "--long-prompt", "error", "--dtype", "float16"]
+    options = ["--finelip", str(finelip), "--overflow", "error", "--dtype", "float16"]
     assert main(["convert", stock_folder, str(out), *options]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert [path.name for path in out.parent.iterdir()] == ["converted"], "no temporary directory is left"
     pipe = FineLIPSDXLPipeline.from_pretrained(out, dtype=torch.float16)
-    assert pipe.long_prompt == "error"
+    assert pipe.overflow == "error"
     assert StableDiffusionXLPipeline.from_pretrained(out).tokenizer.model_max_length == 248
 
     before = (out / "model_index.json").read_text()
@@ -251,7 +251,7 @@ def test_convert_writes_what_stock_and_ours_open(stock_folder, tmp_path, capsys)
     assert "exists: pass --overwrite" in capsys.readouterr().err
     assert (out / "model_index.json").read_text() == before
     assert main(["convert", stock_folder, str(out), "--overwrite"]) == 0
-    assert "long_prompt" not in (out / "model_index.json").read_text()
+    assert "overflow" not in (out / "model_index.json").read_text()
     assert [path.name for path in out.parent.iterdir()] == ["converted"]
 
 
@@ -489,7 +489,7 @@ def test_a_picture_does_not_say_where_it_was_made(fake, stock_folder, tmp_path, 
 @pytest.mark.parametrize("prompt", [LONG, LONG * 4, "a fox", ""])
 @pytest.mark.parametrize("saved", [False, True])
 def test_tokens_prints_what_the_pipeline_reports(stock_folder, tmp_path, capsys, prompt, saved) -> None:
-    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, short_prompt="stretched", length_buckets=())
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, short_prompt_encoder="long", length_buckets=())
     if saved:
         pipe.save_pretrained(tmp_path)
     else:
@@ -504,7 +504,7 @@ def test_tokens_needs_no_weights(stock_folder, tmp_path, capsys) -> None:
     pipe.save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
-    assert main(["tokens", "a fox", "--base", str(tmp_path), "--long-prompt", "error"]) == 0
+    assert main(["tokens", "a fox", "--base", str(tmp_path), "--overflow", "error"]) == 0
     assert "as stock SDXL reads it" in capsys.readouterr().out
 
 
@@ -578,7 +578,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "--prompt-file", "missing.txt"], "missing.txt"),
         (["tokens", "--prompt-file", "{binary}"], "is not text in UTF-8"),
         (["tokens", "{endless}", "--base", "{stock}"], "at most 20,000"),
-        (["tokens", "{long}", "--base", "{stock}", "--long-prompt", "error"], "which reads 248"),
+        (["tokens", "{long}", "--base", "{stock}", "--overflow", "error"], "which reads 248"),
         (["tokens", "{breaks}", "--base", "{stock}", "--weighting", "a1111"], "needs 2,500 windows"),
         (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
         (["tokens", "a", "--config", "miniature"], "--config miniature goes with a single file"),
@@ -885,7 +885,7 @@ def make_odd(name: str, stock_folder: str, tmp_path) -> str:
         (["evaluate"], "required"),
         (["evaluate", "taste"], "invalid choice"),
         (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
-        (["generate", "a", "--short-prompt", "long"], "invalid choice"),
+        (["generate", "a", "--short-prompt-encoder", "long"], "invalid choice"),
         (["compare", "a", "--columns", "midjourney"], "invalid choice: 'midjourney'"),
         (["generate", "a", "--num-images", "100000000000"], "and at most 100"),
         (["generate", "a", "--num-images", "101"], "and at most 100"),
@@ -911,7 +911,7 @@ def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) ->
     [
         (
             ["generate"],
-            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--long-prompt", "PIXELS", "default: 30"),
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "default: 30"),
         ),
         (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "default: 30")),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),

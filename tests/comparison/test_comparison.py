@@ -170,7 +170,7 @@ def test_encoders_that_were_only_stretched_take_no_memory_twice(comparison) -> N
 
 def test_hidden_states_are_chosen_for_one_picture_alone(comparison) -> None:
     usual = comparison.draw("finelip", SETTINGS).image
-    published = comparison.draw("finelip", Settings(LONG, steps=2, seed=3, hidden_states="published")).image
+    published = comparison.draw("finelip", Settings(LONG, steps=2, seed=3, hidden_states="last")).image
     assert difference(usual, published) > 1
     assert difference(comparison.draw("finelip", SETTINGS).image, usual) <= 1
 
@@ -390,7 +390,7 @@ def test_the_refiner_too_reads_the_prompt_in_each_column_s_way(components, refin
 def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, tmp_path) -> None:
     make_refiner(refiner).save_pretrained(tmp_path)
     encoder = f"{stock_folder}/text_encoder_2"
-    options = {"weighting": "a1111", "long_prompt": "truncate", "hidden_states": "published"}
+    options = {"weighting": "a1111", "overflow": "truncate", "hidden_states": "last"}
     comparison = Comparison.load(stock_folder, refiner=str(tmp_path), finelip_2=encoder, **options)
     base, refining = comparison._base.pipe, comparison._refiner.pipe
     assert comparison.sources == {
@@ -400,7 +400,7 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
         "dtype": "float32",
     }
     assert refining.weighting == base.weighting == "a1111"
-    assert refining.long_prompt == base.long_prompt == "truncate"
+    assert refining.overflow == base.overflow == "truncate"
     found, expected = refining.text_encoder_2.state_dict(), base.text_encoder_2.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # These are what an adapter or a FineLIP of the base was trained for.
@@ -408,7 +408,7 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
     spied = []
     refining.encode_prompt = lambda *_, **__: spied.append(refining.hidden_states) or 1 / 0
     with pytest.raises(ZeroDivisionError):
-        comparison.draw("finelip", Settings("a fox", steps=5, hidden_states="published"))
+        comparison.draw("finelip", Settings("a fox", steps=5, hidden_states="last"))
     assert spied == ["penultimate"]
 
 
@@ -425,8 +425,8 @@ def test_a_finelip_is_added_to_the_refiner_s_encoder_as_to_the_base_s(stock_fold
 
 def test_stock_draws_though_short_prompts_are_stretched(stock_folder) -> None:
     encoder = f"{stock_folder}/text_encoder"
-    comparison = Comparison.load(stock_folder, finelip=encoder, short_prompt="stretched")
-    assert comparison.pipe.short_prompt == "stretched"
+    comparison = Comparison.load(stock_folder, finelip=encoder, short_prompt_encoder="long")
+    assert comparison.pipe.short_prompt_encoder == "long"
     assert comparison.draw("stock", SETTINGS).image.size == (16, 16)
 
 

@@ -20,18 +20,18 @@ from transformers import CLIPImageProcessorPil
 
 from finelip_sdxl.data import (
     CaptionAugmentation,
-    CaptionedImages,
-    EpochBatches,
-    TrainingPairs,
+    CaptionDataset,
+    ImageTextDataset,
+    ResumableBatchSampler,
     TrainingShards,
     UnreadableImageError,
     collate,
     load_image_processor,
     load_tokenizer,
-    open_images,
+    open_dataset,
     tokenize,
 )
-from finelip_sdxl.data.formats import CaptionedFiles
+from finelip_sdxl.data.formats import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
 from finelip_sdxl.texts import lines_of
@@ -168,7 +168,7 @@ def jsonl_file(folder: Path) -> str:
     ],
 )
 def test_a_published_layout_is_read(build, split, size, captions, tmp_path) -> None:
-    data = open_images(build(tmp_path), split)
+    data = open_dataset(build(tmp_path), split)
     assert len(data) == size
     assert data.captions(1) == captions
     assert (data.image(1).mode, data.image(1).getpixel((0, 0))) == ("RGB", (1, 1, 1))
@@ -176,25 +176,25 @@ def test_a_published_layout_is_read(build, split, size, captions, tmp_path) -> N
 
 def test_a_text_file_holds_a_caption_a_line_and_no_images(tmp_path) -> None:
     file = write_lines(tmp_path / "captions.txt", "A fox  sleeps. It is night.", "", "  ", "A hare runs.")
-    data = open_images(f"txt:{file}", "train")
+    data = open_dataset(f"txt:{file}", "train")
     assert [data.captions(index) for index in range(len(data))] == [("A fox sleeps. It is night.",), ("A hare runs.",)]
     assert data.short_caption(0) == "A fox sleeps."
     with pytest.raises(UnreadableImageError, match=r"captions\.txt, line 4, has no image: the file holds texts only"):
         data.image(1)
     with pytest.raises(ValueError, match="holds texts only: there is no folder of images to give"):
-        open_images(f"txt:{file}", images=tmp_path)
+        open_dataset(f"txt:{file}", images=tmp_path)
 
 
 def test_images_may_be_elsewhere(tmp_path) -> None:
     spec = sharegpt4v(tmp_path / "captions")
     (tmp_path / "captions" / "coco").rename(tmp_path / "coco")
-    assert open_images(spec, images=tmp_path).image(1).size == (8, 8)
+    assert open_dataset(spec, images=tmp_path).image(1).size == (8, 8)
     with pytest.raises(UnreadableImageError, match=r"coco/train2017/1\.png cannot be read \(No such file or directory"):
-        open_images(spec).image(1)
+        open_dataset(spec).image(1)
 
 
 def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
-    sizes = [len(open_images(*spec)) for spec in (("miniature",), ("miniature", "train"), ("miniature:7", "train"))]
+    sizes = [len(open_dataset(*spec)) for spec in (("miniature",), ("miniature", "train"), ("miniature:7", "train"))]
     assert sizes == [500, 24_000, 7]
 
 
@@ -212,12 +212,12 @@ def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
 )
 def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message) -> None:
     with pytest.raises(ValueError, match=message):
-        open_images(spec, split)
+        open_dataset(spec, split)
 
 
 def test_a_split_that_the_annotations_do_not_have_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"captions\.txt of flickr30k has no split train: give test"):
-        open_images(flickr30k_csv(tmp_path), "train")
+        open_dataset(flickr30k_csv(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:
     spec = build(tmp_path)
     (tmp_path / lost).rename(tmp_path / "lost")
     with pytest.raises(FileNotFoundError, match=message):
-        open_images(spec)
+        open_dataset(spec)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:
 def test_malformed_content_is_refused_with_its_place(spec, content, message, tmp_path) -> None:
     (tmp_path / "x").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        open_images(f"{spec[:-1]}{tmp_path / 'x'}")
+        open_dataset(f"{spec[:-1]}{tmp_path / 'x'}")
 
 
 IMAGES_OF_COCO = '{"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": %s}], "annotations": %s}'
@@ -319,7 +319,7 @@ def with_entry(kind: str, folder: Path, image: str, caption: str) -> tuple[str, 
 def test_an_image_that_is_no_path_is_refused_with_its_place(kind, image, fault, tmp_path) -> None:
     spec, place = with_entry(kind, tmp_path, image, '"A."')
     with pytest.raises(ValueError, match=rf"{place} has not the layout of its data set \({fault}[^\n]*\)\.$"):
-        open_images(spec)
+        open_dataset(spec)
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
@@ -340,7 +340,7 @@ def test_an_image_that_is_no_path_is_refused_with_its_place(kind, image, fault, 
 def test_a_caption_that_is_none_is_refused_by_name(kind, caption, fault, tmp_path) -> None:
     spec, _ = with_entry(kind, tmp_path, '"a.jpg"', caption)
     with pytest.raises(ValueError, match=f"^{fault.format(spec)}[^\n]*$"):
-        open_images(spec)
+        open_dataset(spec)
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
@@ -358,7 +358,7 @@ def test_a_caption_that_is_none_is_refused_by_name(kind, caption, fault, tmp_pat
 def test_json_that_cannot_be_read_is_refused_with_its_file(kind, image, fault, tmp_path) -> None:
     spec, _ = with_entry(kind, tmp_path, image, '"A."')
     with pytest.raises(ValueError, match=rf"{tmp_path}[^\n]* is not JSON \([^\n]*({fault})[^\n]*\)\.$"):
-        open_images(spec)
+        open_dataset(spec)
 
 
 @pytest.mark.parametrize(
@@ -380,14 +380,14 @@ def test_annotations_that_fit_no_image_are_refused_with_their_place(image, annot
     (tmp_path / "val2017").mkdir()
     write_lines(tmp_path / "annotations" / "captions_val2017.json", IMAGES_OF_COCO % (image, annotations))
     with pytest.raises(ValueError, match=message):
-        open_images(f"coco:{tmp_path}")
+        open_dataset(f"coco:{tmp_path}")
 
 
 def test_a_malformed_line_of_a_token_file_is_refused(tmp_path) -> None:
     spec = flickr30k_token(tmp_path)
     write_lines(tmp_path / "results_20130124.token", "0.png#0\tA cat.", "no tab")
     with pytest.raises(ValueError, match=r"Line 2 of .* is not IMAGE#NUMBER, a tab and a caption"):
-        open_images(spec)
+        open_dataset(spec)
 
 
 # Text files
@@ -412,19 +412,19 @@ def test_captions_are_split_at_line_ends_alone(end, mark, tmp_path) -> None:
         write_image(tmp_path / name)
     write("caption/a.txt", caption, "Not read, as in Long-CLIP.")
     entry = json.dumps({"image": "a.png", "caption": caption}, ensure_ascii=False)
-    texts = open_images(f"txt:{write('x.txt', caption, '', 'A hare.')}")
+    texts = open_dataset(f"txt:{write('x.txt', caption, '', 'A hare.')}")
     read = [
         *(texts.captions(index) for index in range(len(texts))),
-        open_images(f"urban1k:{tmp_path}").captions(0),
-        open_images(f"jsonl:{write('x.jsonl', entry)}").captions(0),
-        open_images(f"csv:{write('x.csv', 'image,caption', f'a.png,{caption}')}").captions(0),
+        open_dataset(f"urban1k:{tmp_path}").captions(0),
+        open_dataset(f"jsonl:{write('x.jsonl', entry)}").captions(0),
+        open_dataset(f"csv:{write('x.csv', 'image,caption', f'a.png,{caption}')}").captions(0),
     ]
     for name, lines in {
         "results_20130124.token": [f"a.png#0\t{caption}"],
         "captions.txt": ["image,caption", f'a.png,"{caption}"'],
     }.items():
         file = write(name, *lines)
-        read.append(open_images(f"flickr30k:{tmp_path}").captions(0))
+        read.append(open_dataset(f"flickr30k:{tmp_path}").captions(0))
         file.unlink()
     read.remove(("A hare.",))
     assert read == [expected] * 6
@@ -450,7 +450,7 @@ def test_prompts_are_split_at_line_ends_alone() -> None:
 def test_text_that_is_not_utf_8_is_refused_with_its_line(kind, content, place, tmp_path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/x is not UTF-8 text \({place}[^\n]*\): save it as UTF-8\.$"):
-        open_images(f"{kind}:{tmp_path / 'x'}")
+        open_dataset(f"{kind}:{tmp_path / 'x'}")
 
 
 def test_text_that_is_in_no_regular_file_is_refused_at_once(tmp_path) -> None:
@@ -458,14 +458,14 @@ def test_text_that_is_in_no_regular_file_is_refused_at_once(tmp_path) -> None:
     for file in (tmp_path / "pipe", tmp_path, "/dev/zero"):
         for kind in ("csv", "jsonl", "txt", "sharegpt4v"):
             with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
-                open_images(f"{kind}:{file}")
+                open_dataset(f"{kind}:{file}")
 
 
 def test_two_images_of_one_name_are_not_made_one(tmp_path) -> None:
     spec = urban1k(tmp_path)
     write_image(tmp_path / "image" / "1.bmp")
     with pytest.raises(ValueError, match=r"1\.(png|bmp) and .*1\.(png|bmp) have one name"):
-        open_images(spec)
+        open_dataset(spec)
 
 
 def csv_rows(folder: Path, rows: str) -> str:
@@ -475,7 +475,7 @@ def csv_rows(folder: Path, rows: str) -> str:
 
 def test_a_csv_may_quote_captions_of_several_lines(tmp_path) -> None:
     rows = 'image,caption\r\na.png,"A ""red"" fox,\r\nasleep."\r\n\r\nb.png,A 5" hare.\r\n'
-    data = open_images(csv_rows(tmp_path, rows))
+    data = open_dataset(csv_rows(tmp_path, rows))
     assert [data.captions(index) for index in range(len(data))] == [('A "red" fox, asleep.',), ('A 5" hare.',)]
 
 
@@ -502,7 +502,7 @@ def test_a_csv_may_quote_captions_of_several_lines(tmp_path) -> None:
 )
 def test_a_row_of_a_csv_that_cannot_be_read_is_refused_with_its_line(rows, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
-        open_images(csv_rows(tmp_path, f"image,caption\nz,A zebra.\n{rows}"))
+        open_dataset(csv_rows(tmp_path, f"image,caption\nz,A zebra.\n{rows}"))
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_a_row_of_a_csv_that_cannot_be_read_is_refused_with_its_line(rows, messa
 )
 def test_a_header_of_a_csv_that_does_not_do_is_refused(header, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
-        open_images(csv_rows(tmp_path, f"{header}\na,A fox.,B.\n"))
+        open_dataset(csv_rows(tmp_path, f"{header}\na,A fox.,B.\n"))
 
 
 # Missing images
@@ -524,26 +524,26 @@ def test_a_header_of_a_csv_that_does_not_do_is_refused(header, message, tmp_path
 
 def test_missing_images_are_left_out_and_counted_if_that_is_asked_for(tmp_path) -> None:
     spec = sharegpt4v(tmp_path)
-    data = open_images(spec, "train", skip_missing=True)
+    data = open_dataset(spec, "train", skip_missing=True)
     assert [data.captions(index) for index in range(len(data))] == [("Caption 1001. It is gray.",)]
     first = tmp_path / "coco" / "train2017" / "1000.png"
     assert data.left_out == f"2 of 3 images of {spec} are not there and are left out; first {first}."
-    assert TrainingPairs(data, PROCESSOR)[0]["skipped"] == ()
-    assert (len(open_images(spec, "train")), open_images(spec, "train").left_out) == (3, "")
-    assert len(open_images(spec, "test", skip_missing=True)) == 1, "the same 1,000 entries are held out"
+    assert ImageTextDataset(data, PROCESSOR)[0]["skipped"] == ()
+    assert (len(open_dataset(spec, "train")), open_dataset(spec, "train").left_out) == (3, "")
+    assert len(open_dataset(spec, "test", skip_missing=True)) == 1, "the same 1,000 entries are held out"
 
 
 def test_where_all_images_are_missing_that_is_said(tmp_path) -> None:
     spec = sharegpt4v(tmp_path)
     (tmp_path / "no").mkdir()
     with pytest.raises(FileNotFoundError, match=r"None of the 3 images of .* is there; the first would be .*/no/coco/"):
-        open_images(spec, "train", images=tmp_path / "no", skip_missing=True)
+        open_dataset(spec, "train", images=tmp_path / "no", skip_missing=True)
 
 
 def test_of_data_without_files_nothing_is_missing(tmp_path) -> None:
     file = write_lines(tmp_path / "x.txt", "A fox.")
     for spec in (f"txt:{file}", "miniature:1"):
-        data = open_images(spec, skip_missing=True)
+        data = open_dataset(spec, skip_missing=True)
         assert (len(data), data.left_out) == (1, "")
 
 
@@ -551,18 +551,18 @@ def test_a_photograph_is_turned_upright(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("L", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
-    image = CaptionedFiles([(tmp_path / "a.jpg", ["A."])]).image(0)
+    image = FileDataset([(tmp_path / "a.jpg", ["A."])]).image(0)
     assert (image.size, image.mode) == ((4, 8), "RGB")
 
 
 @pytest.mark.parametrize("captions", [None, [], [""], ["A.", " "]])
 def test_records_without_a_caption_are_refused(captions) -> None:
     with pytest.raises(ValueError, match=r"^The data set has no caption, or an empty one, for a\.jpg: add it"):
-        CaptionedFiles([(Path("a.jpg"), captions)])
+        FileDataset([(Path("a.jpg"), captions)])
 
 
 def test_captions_are_packed_so_that_workers_need_no_copy() -> None:
-    data = CaptionedFiles((Path(f"{k}.jpg"), [f"Naïve {k}."]) for k in range(100))
+    data = FileDataset((Path(f"{k}.jpg"), [f"Naïve {k}."]) for k in range(100))
     assert data.captions(99) == ("Naïve 99.",)
     assert len(pickle.dumps(data)) < 6_000
     with pytest.raises(IndexError, match="Image 100 was asked for, but there are 100"):
@@ -765,9 +765,9 @@ def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
     return first.keys() == second.keys() and all(same)
 
 
-def load(data: CaptionedImages, epoch: int = 0, first_batch: int = 0, workers: int = 0) -> list[dict[str, Any]]:
-    pairs = TrainingPairs(data, PROCESSOR, AUGMENTATION, seed=1)
-    batches = EpochBatches(len(data), data.group_size, batch_size=5, seed=1)
+def load(data: CaptionDataset, epoch: int = 0, first_batch: int = 0, workers: int = 0) -> list[dict[str, Any]]:
+    pairs = ImageTextDataset(data, PROCESSOR, AUGMENTATION, seed=1)
+    batches = ResumableBatchSampler(len(data), data.group_size, batch_size=5, seed=1)
     pairs.set_epoch(epoch)
     batches.set_epoch(epoch, first_batch)
     collate_fn = collate(load_tokenizer("miniature-clip-1"))
@@ -801,8 +801,8 @@ def test_regions_follow_their_phrases_through_augmentation() -> None:
 
 def test_short_texts_are_cut_at_77(tmp_path) -> None:
     write_image(tmp_path / "a.png")
-    data = CaptionedFiles([(tmp_path / "a.png", ["a red star " * 90])])
-    batch = collate(load_tokenizer("miniature-clip-1"))([TrainingPairs(data, PROCESSOR)[0]])
+    data = FileDataset([(tmp_path / "a.png", ["a red star " * 90])])
+    batch = collate(load_tokenizer("miniature-clip-1"))([ImageTextDataset(data, PROCESSOR)[0]])
     assert batch["short_input_ids"].shape == batch["short_mask"].shape == (1, 77)
     assert batch["input_ids"].shape == (1, 248)
     assert batch["short_mask"].all()
@@ -819,18 +819,18 @@ def test_a_resumed_epoch_sees_what_a_whole_one_sees(workers) -> None:
 
 def test_each_epoch_has_its_own_order_and_augmentation() -> None:
     scenes = MiniatureScenes("test", size=20)
-    pairs = TrainingPairs(scenes, PROCESSOR, AUGMENTATION)
+    pairs = ImageTextDataset(scenes, PROCESSOR, AUGMENTATION)
     first = [(pairs[k]["caption"], pairs[k]["prefix"]) for k in range(10)]
     pairs.set_epoch(1)
     assert first != [(pairs[k]["caption"], pairs[k]["prefix"]) for k in range(10)]
-    batches = EpochBatches(20, 1, batch_size=5, seed=0)
+    batches = ResumableBatchSampler(20, 1, batch_size=5, seed=0)
     order = list(batches)
     batches.set_epoch(1)
     assert order != list(batches)
 
 
 def test_one_of_several_captions_is_chosen(tmp_path) -> None:
-    pairs = TrainingPairs(open_images(coco(tmp_path)), PROCESSOR)
+    pairs = ImageTextDataset(open_dataset(coco(tmp_path)), PROCESSOR)
     seen = set()
     for epoch in range(30):
         pairs.set_epoch(epoch)
@@ -840,7 +840,7 @@ def test_one_of_several_captions_is_chosen(tmp_path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_replaced_by_the_next_counted_and_named(workers, tmp_path) -> None:
-    data = open_images(csv_file(tmp_path, count=10))
+    data = open_dataset(csv_file(tmp_path, count=10))
     content = (tmp_path / "images" / "4.png").read_bytes()
     (tmp_path / "images" / "4.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "images" / "9.png").unlink()
@@ -852,16 +852,16 @@ def test_a_broken_image_is_replaced_by_the_next_counted_and_named(workers, tmp_p
 
 
 def test_when_nothing_can_be_read_training_stops(tmp_path) -> None:
-    data = CaptionedFiles((tmp_path / f"{k}.jpg", ["A."]) for k in range(150))
+    data = FileDataset((tmp_path / f"{k}.jpg", ["A."]) for k in range(150))
     with pytest.raises(UnreadableImageError, match=r"100 images in a row cannot be read.* The first: .*/7\.jpg cannot"):
-        TrainingPairs(data, PROCESSOR)[7]
+        ImageTextDataset(data, PROCESSOR)[7]
 
 
 def test_batches_of_all_processes_part_one_order_of_whole_groups() -> None:
-    parts = [EpochBatches(47, 5, batch_size=10, seed=0, processes=2, process=k) for k in range(2)]
+    parts = [ResumableBatchSampler(47, 5, batch_size=10, seed=0, processes=2, process=k) for k in range(2)]
     both = [list(part) for part in parts]
     assert [len(part) for part in parts] == [len(batches) for batches in both] == [2, 2]
-    alone = [index for batch in EpochBatches(47, 5, batch_size=20, seed=0) for index in batch]
+    alone = [index for batch in ResumableBatchSampler(47, 5, batch_size=20, seed=0) for index in batch]
     assert alone == [index for pair in zip(*both, strict=True) for batch in pair for index in batch]
     assert len(set(alone)) == 40
     groups = [alone[start : start + 5] for start in range(0, 40, 5)]
@@ -878,7 +878,7 @@ def test_batches_of_all_processes_part_one_order_of_whole_groups() -> None:
 )
 def test_batches_that_cannot_be_are_refused(size, batch_size, message) -> None:
     with pytest.raises(ValueError, match=message):
-        EpochBatches(size, 5, batch_size, seed=0)
+        ResumableBatchSampler(size, 5, batch_size, seed=0)
 
 
 # Shards

@@ -10,7 +10,7 @@ import pytest
 from demo.meter import HINT, STYLE, render_meter
 from finelip_sdxl.miniature.captions import count_words
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.prompts.plan import EncoderReading, PromptReader, Window, read_prompts
+from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, Window, plan_prompts
 from tests.helpers.tiny_sdxl import make_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "demo" / "examples"
@@ -19,19 +19,19 @@ TOKENIZER = make_tokenizer(248)
 FOX = "a red fox and the hare. "  # seven tokens
 
 
-def read(prompt: str, positions: int, long_prompt: str = "window", tokenizer=TOKENIZER) -> EncoderReading:
-    reader = PromptReader("text_encoder", tokenizer, positions)
-    return read_prompts([reader], [[prompt]], long_prompt=long_prompt, length_buckets=(77,)).readings[0]
+def read(prompt: str, positions: int, overflow: str = "window", tokenizer=TOKENIZER) -> EncoderPlan:
+    reader = EncoderSpec("text_encoder", tokenizer, positions)
+    return plan_prompts([reader], [[prompt]], overflow=overflow, length_buckets=(77,)).readings[0]
 
 
-def reading(*windows: str) -> EncoderReading:
+def reading(*windows: str) -> EncoderPlan:
     """A reading whose windows hold a token for each word."""
-    return EncoderReading(
+    return EncoderPlan(
         "text_encoder", "prompt", 0, tuple(Window(text, (1,) * len(text.split())) for text in windows), positions=77
     )
 
 
-def readings_of(prompt: str, *columns: str) -> dict[str, EncoderReading]:
+def readings_of(prompt: str, *columns: str) -> dict[str, EncoderPlan]:
     every = {
         "stock": read(prompt, 77, "truncate"),
         "compel": read(prompt, 77),
@@ -89,7 +89,7 @@ class Page(HTMLParser):
             self.struck += data if "del" in {tag for tag, _ in self._open} else ""
 
 
-def page(prompt: str, readings: dict[str, EncoderReading]) -> Page:
+def page(prompt: str, readings: dict[str, EncoderPlan]) -> Page:
     return Page(render_meter(prompt, readings, TITLES))
 
 

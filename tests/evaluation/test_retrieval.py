@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTokenizer
 
 from finelip_sdxl import FineLIPConfig, FineLIPModel
-from finelip_sdxl.data import CaptionedImages, UnreadableImageError
+from finelip_sdxl.data import CaptionDataset, UnreadableImageError
 from finelip_sdxl.evaluation import EncodedPairs, encode_pairs, evaluate_retrieval, retrieval_ranks
 from finelip_sdxl.model import GLOBAL_WEIGHT
 from tests.helpers.tiny_sdxl import make_tokenizer
@@ -21,7 +21,7 @@ from tests.helpers.tiny_sdxl import make_tokenizer
 WORDS = ["red fox", "blue hare", "small square", "quiet fox", "large hare", "red square", "the fox", "a blue fox"]
 
 
-class Noise(CaptionedImages):
+class Noise(CaptionDataset):
     """Noise with captions; those in `broken` cannot be read."""
 
     def __init__(self, size: int, captions: int = 1, broken: tuple[int, ...] = (), words: int = 6) -> None:

@@ -164,7 +164,7 @@ def test_a_call_that_fails_leaves_no_scale_behind(pipe) -> None:
 def test_a_short_prompt_read_as_stock_does_not_pass_through_it(pipe, stock_folder) -> None:
     stock = StableDiffusionXLPipeline.from_pretrained(stock_folder)
     np.testing.assert_allclose(draw(pipe, SHORT), draw(stock, SHORT), atol=1e-5)
-    pipe.short_prompt = "stretched"
+    pipe.short_prompt_encoder = "long"
     assert not np.allclose(draw(pipe, SHORT), draw(stock, SHORT), atol=1e-3)
 
 

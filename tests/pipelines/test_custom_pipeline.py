@@ -44,18 +44,18 @@ def test_encoders_are_swapped_on_construction(stock_folder) -> None:
 
 def test_options_and_a_finelip_are_arguments_of_construction(stock_folder) -> None:
     encoder = make_text_encoder(32, positions=248, seed=7)
-    pipe = load(stock_folder, finelip=encoder, long_prompt="error", length_buckets=[100])
+    pipe = load(stock_folder, finelip=encoder, overflow="error", length_buckets=[100])
     assert torch.equal(pipe.text_encoder(torch.tensor([[1, 2]]))[0], encoder(torch.tensor([[1, 2]]))[0])
     assert num_positions(pipe.stock_text_encoder) == 77
-    assert pipe.long_prompt == "error"
+    assert pipe.overflow == "error"
     assert pipe.length_buckets == (100,)
 
 
 def test_it_saves_and_reopens_like_ours(stock_folder, tmp_path) -> None:
-    pipe = load(stock_folder, long_prompt="truncate")
+    pipe = load(stock_folder, overflow="truncate")
     pipe.save_pretrained(tmp_path)
     for again in (load(str(tmp_path)), FineLIPSDXLPipeline.from_pretrained(tmp_path)):
-        assert again.long_prompt == "truncate"
+        assert again.overflow == "truncate"
         assert np.array_equal(draw(again, LONG), draw(pipe, LONG))
 
 

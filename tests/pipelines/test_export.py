@@ -118,7 +118,7 @@ def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp
     assert [path.name for path in out.parent.iterdir()] == ["exported"], "no temporary directory is left"
 
     ours = FineLIPSDXLPipeline.from_pretrained(
-        stock_folder, finelip=finelip, length_buckets=(), short_prompt="stretched"
+        stock_folder, finelip=finelip, length_buckets=(), short_prompt_encoder="long"
     )
     assert all(155 <= reading.tokens <= 248 for reading in ours.describe_prompt(LONG).readings)
     subprocess.run([sys.executable, "-c", STOCK, str(out), LONG], check=True)
@@ -129,7 +129,7 @@ def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp
 def test_nothing_of_ours_is_left_but_what_stretched_encoders_say_of_themselves(stock_folder, tmp_path) -> None:
     saved = tmp_path / "saved"
     finelip = make_text_encoder(32, positions=248, seed=7)
-    FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=finelip, long_prompt="error").save_pretrained(saved)
+    FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=finelip, overflow="error").save_pretrained(saved)
     assert (saved / "stock_text_encoder").is_dir()
     assert main(["export", str(tmp_path / "out"), "--base", str(saved), "--dtype", "float16"]) == 0
 
@@ -165,7 +165,7 @@ def test_the_kind_of_pipeline_and_its_options_stay(components, tmp_path) -> None
 
 def test_a_conditioning_adapter_and_published_states_are_left_out_with_a_warning(components, tmp_path, caplog) -> None:
     adapter = ConditioningAdapter(state_dims=(32, 48), pooled_dim=24, hidden_dim=4)
-    pipe = FineLIPSDXLPipeline(**components, conditioning_adapter=adapter, hidden_states="published")
+    pipe = FineLIPSDXLPipeline(**components, conditioning_adapter=adapter, hidden_states="last")
     pipe.swap_text_encoders()
     pipe.save_pretrained(tmp_path / "saved")
     caplog.clear()
@@ -173,7 +173,7 @@ def test_a_conditioning_adapter_and_published_states_are_left_out_with_a_warning
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("conditioning_adapter is left out")
     assert "training/align_adapter.py --method lora" in first
-    assert second.startswith('hidden_states="published" is left out')
+    assert second.startswith('hidden_states="last" is left out')
     assert not (tmp_path / "out" / "conditioning_adapter").exists()
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert not {"conditioning_adapter", "hidden_states"} & index.keys()

@@ -122,7 +122,7 @@ def test_embeddings_of_77_positions_are_the_parents(components, arguments, zeros
 @pytest.mark.parametrize("zeros", [True, False])
 def test_embeddings_at_full_length_are_stocks_over_the_same_encoders(components, arguments, zeros) -> None:
     components = stretched(components) | {"force_zeros_for_empty_prompt": zeros}
-    ours = FineLIPSDXLPipeline(**components, length_buckets=(), short_prompt="stretched")
+    ours = FineLIPSDXLPipeline(**components, length_buckets=(), short_prompt_encoder="long")
     stock = StableDiffusionXLPipeline(**components)
     assert_same(embeddings(ours, **arguments), embeddings(stock, **arguments))
 
@@ -130,7 +130,7 @@ def test_embeddings_at_full_length_are_stocks_over_the_same_encoders(components,
 @pytest.mark.parametrize("kept", ["prompt", "negative", "both", "pooled"])
 def test_embeddings_passed_in_are_handled_as_in_stock(components, kept) -> None:
     components = stretched(components)
-    ours = FineLIPSDXLPipeline(**components, length_buckets=(), short_prompt="stretched")
+    ours = FineLIPSDXLPipeline(**components, length_buckets=(), short_prompt_encoder="long")
     stock = StableDiffusionXLPipeline(**components)
     prompt, negative, pooled, negative_pooled = embeddings(stock, prompt=LONG, negative_prompt="large")
     arguments = {"prompt": LONG, "negative_prompt": "large", "num_images_per_prompt": 2}
@@ -189,12 +189,12 @@ def test_length_is_the_smallest_bucket_that_holds_prompt_and_negative(components
     pipe.length_buckets = ()
     assert embeddings(pipe, prompt=MIDDLE)[0].shape[1] == 248
     assert embeddings(pipe)[0].shape[1] == 77, "as stock reads it, whatever the buckets"
-    pipe.short_prompt = "stretched"
+    pipe.short_prompt_encoder = "long"
     assert embeddings(pipe)[0].shape[1] == 248
 
 
 def test_stretched_short_prompts_use_the_stretched_rows(components) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt="stretched")
+    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt_encoder="long")
     stock = StableDiffusionXLPipeline(**components)
     ours, theirs = embeddings(pipe)[0], embeddings(stock)[0]
     assert torch.allclose(ours[:, :9], theirs[:, :9], atol=1e-4), "the first 20 rows are kept"
@@ -202,7 +202,7 @@ def test_stretched_short_prompts_use_the_stretched_rows(components) -> None:
 
 
 def test_windows_are_encoded_alone_and_joined(components) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt="stretched", length_buckets=())
+    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt_encoder="long", length_buckets=())
     report = pipe.describe_prompt(ENDLESS)
     texts = [window.text for window in report.readings[0].windows]
     assert "".join(texts) == ENDLESS
@@ -222,7 +222,7 @@ def test_windows_are_encoded_alone_and_joined(components) -> None:
 
 
 def test_truncate_reads_the_beginning_and_logs_what_is_lost(components, caplog) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), long_prompt="truncate")
+    pipe = FineLIPSDXLPipeline(**stretched(components), overflow="truncate")
     stock = StableDiffusionXLPipeline(**stretched(components))
     with caplog.at_level(logging.WARNING, "finelip_sdxl"):
         ours = embeddings(pipe, prompt=ENDLESS)
@@ -235,14 +235,14 @@ def test_truncate_reads_the_beginning_and_logs_what_is_lost(components, caplog) 
 
 
 def test_error_names_the_counts(components) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), long_prompt="error")
+    pipe = FineLIPSDXLPipeline(**stretched(components), overflow="error")
     with pytest.raises(ValueError, match=r"prompt has \d{3} tokens for text_encoder, which reads 248"):
         embeddings(pipe, prompt=ENDLESS)
     embeddings(pipe, prompt=LONG)
 
 
 def test_published_hidden_states_are_the_last_after_the_norm(components) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), hidden_states="published")
+    pipe = FineLIPSDXLPipeline(**stretched(components), hidden_states="last")
     rows = pipe.tokenizer(LONG, padding="max_length", max_length=248, return_tensors="pt").input_ids
     rows_2 = pipe.tokenizer_2(LONG, padding="max_length", max_length=248, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -352,7 +352,7 @@ def test_lora_scale_is_applied_and_undone_as_in_stock(components, scale) -> None
 
 
 def test_lora_scale_is_undone_after_an_error(components) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), hidden_states="published")
+    pipe = FineLIPSDXLPipeline(**stretched(components), hidden_states="last")
     add_lora(pipe.text_encoder)
     before = embeddings(pipe, prompt=LONG)
     with pytest.raises(ValueError, match="clip_skip"):
@@ -370,7 +370,7 @@ def test_lora_on_a_stretched_encoder_acts_on_short_prompts(components) -> None:
 
 def test_textual_inversion_of_several_vectors(components) -> None:
     components = stretched(components)
-    ours = FineLIPSDXLPipeline(**components, length_buckets=(), short_prompt="stretched")
+    ours = FineLIPSDXLPipeline(**components, length_buckets=(), short_prompt_encoder="long")
     stock = StableDiffusionXLPipeline(**components)
     for width, number in ((32, ""), (48, "_2")):
         torch.manual_seed(0)
@@ -433,7 +433,9 @@ def with_adapter(components) -> FineLIPSDXLPipeline:
     adapter = ConditioningAdapter([32, 48], 24, 8)
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=0.5)
-    return FineLIPSDXLPipeline(**stretched(components), conditioning_adapter=adapter.eval(), short_prompt="stretched")
+    return FineLIPSDXLPipeline(
+        **stretched(components), conditioning_adapter=adapter.eval(), short_prompt_encoder="long"
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["one pipeline", "one made of the other"])
@@ -453,7 +455,9 @@ def test_two_threads_draw_what_each_has_asked_for(components, shared) -> None:
 
 def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
     pipe = with_adapter(components)
-    other = FineLIPSDXLPipeline(**{**pipe.components, "scheduler": EulerDiscreteScheduler()}, short_prompt="stretched")
+    other = FineLIPSDXLPipeline(
+        **{**pipe.components, "scheduler": EulerDiscreteScheduler()}, short_prompt_encoder="long"
+    )
     whole, none = embeddings(pipe, prompt=LONG), []
     inside = []
 
@@ -473,7 +477,7 @@ def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
 
 
 def test_a_lora_s_scale_is_no_other_call_s(components) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt="stretched")
+    pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt_encoder="long")
     torch.manual_seed(0)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         add_lora(encoder)
@@ -531,33 +535,33 @@ def test_a_report_does_not_wait_for_a_drawing(components) -> None:
 
 @ALL_FOUR
 def test_components_and_parameters_rebuild_the_pipeline(components, controlnet, ours) -> None:
-    pipe = build(ours, stretched(components), controlnet, long_prompt="truncate", length_buckets=[100])
+    pipe = build(ours, stretched(components), controlnet, overflow="truncate", length_buckets=[100])
     assert pipe.components.keys() - {"controlnet", "image_encoder", "feature_extractor"} == components.keys()
     again = ours(**pipe.components, **pipe.parameters)
-    assert again.long_prompt == "truncate"
+    assert again.overflow == "truncate"
     assert again.length_buckets == (100,)
     assert np.array_equal(draw(again, LONG), draw(pipe, LONG))
 
 
 def test_from_pipe_shares_components_and_options(components, controlnet) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), long_prompt="truncate")
+    pipe = FineLIPSDXLPipeline(**stretched(components), overflow="truncate")
     for ours in PARENTS:
         extra = {"controlnet": controlnet} if "ControlNet" in ours.__name__ else {}
         other = ours.from_pipe(pipe, **extra)
         assert type(other) is ours
         assert other.text_encoder is pipe.text_encoder
-        assert other.long_prompt == "truncate"
+        assert other.overflow == "truncate"
         assert draw(other, LONG).shape == (1, 16, 16, 3)
     stock = StableDiffusionXLPipeline.from_pipe(pipe)
     assert np.array_equal(draw(stock, " ".join(["a"] * 200)), draw(pipe, " ".join(["a"] * 200)))
-    assert FineLIPSDXLPipeline.from_pipe(stock).long_prompt == "truncate"
+    assert FineLIPSDXLPipeline.from_pipe(stock).overflow == "truncate"
 
 
 def test_auto_pipelines_turn_one_of_ours_into_another(components, controlnet) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), long_prompt="error")
+    pipe = FineLIPSDXLPipeline(**stretched(components), overflow="error")
     image_to_image = AutoPipelineForImage2Image.from_pipe(pipe)
     assert type(image_to_image) is FineLIPSDXLImg2ImgPipeline
-    assert image_to_image.long_prompt == "error"
+    assert image_to_image.overflow == "error"
     assert type(AutoPipelineForInpainting.from_pipe(image_to_image)) is FineLIPSDXLInpaintPipeline
     assert type(AutoPipelineForText2Image.from_pipe(image_to_image)) is FineLIPSDXLPipeline
     with_controlnet = AutoPipelineForText2Image.from_pipe(pipe, controlnet=controlnet)
@@ -604,9 +608,9 @@ def test_offloading(components) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("short_prompt", "long"),
-        ("short_prompt", None),
-        ("long_prompt", ["window"]),
+        ("short_prompt_encoder", "long"),
+        ("short_prompt_encoder", None),
+        ("overflow", ["window"]),
         ("hidden_states", "last"),
         ("length_buckets", 77),
         ("length_buckets", [77, "154"]),
@@ -629,7 +633,7 @@ def test_unknown_options_are_refused_on_construction_and_later(components, optio
 
 def test_options_are_readable_and_settable(components) -> None:
     pipe = FineLIPSDXLPipeline(**components, length_buckets=[154, 77, 77])
-    assert (pipe.short_prompt, pipe.long_prompt, pipe.hidden_states) == ("stock", "window", "penultimate")
+    assert (pipe.short_prompt_encoder, pipe.overflow, pipe.hidden_states) == ("stock", "window", "penultimate")
     assert pipe.length_buckets == (77, 154)
     pipe.length_buckets = None
     assert pipe.length_buckets == pipe.config.length_buckets == ()
@@ -746,7 +750,7 @@ def test_prompt_and_embeddings_together_are_refused(components) -> None:
     "text", ["🦊🏽‍🚀", "赤い狐が青い四角の上にいる。", "a\x00fox\x07\x1b[0m", "\u202efox", "ﬁ İ ß", "\t\n"]
 )
 def test_any_unicode_is_encoded_and_reported(components, text, caplog) -> None:
-    pipe = FineLIPSDXLPipeline(**stretched(components), length_buckets=(), short_prompt="stretched")
+    pipe = FineLIPSDXLPipeline(**stretched(components), length_buckets=(), short_prompt_encoder="long")
     stock = StableDiffusionXLPipeline(**stretched(components))
     assert_same(embeddings(pipe, prompt=text), embeddings(stock, prompt=text))
     report = pipe.describe_prompt(text)

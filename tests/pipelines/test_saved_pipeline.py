@@ -114,14 +114,14 @@ def test_both_encoders_may_be_replaced(stock_folder, tmp_path) -> None:
 
 def test_without_stock_short_prompts_no_original_is_held_or_loaded(stock_folder, tmp_path) -> None:
     encoder = make_text_encoder(32, positions=248, seed=7)
-    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=encoder, short_prompt="stretched")
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=encoder, short_prompt_encoder="long")
     assert pipe.stock_text_encoder is None
     FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=encoder).save_pretrained(tmp_path)
     assert (tmp_path / "stock_text_encoder").is_dir()
-    again = FineLIPSDXLPipeline.from_pretrained(tmp_path, short_prompt="stretched")
+    again = FineLIPSDXLPipeline.from_pretrained(tmp_path, short_prompt_encoder="long")
     assert again.stock_text_encoder is None
     assert np.array_equal(draw(again, SHORT), draw(pipe, SHORT))
-    again.short_prompt = "stock"
+    again.short_prompt_encoder = "original"
     readings = again.describe_prompt(SHORT).readings
     assert [reading.as_stock for reading in readings] == [False, True], "only what can be is read as stock"
 
@@ -129,9 +129,9 @@ def test_without_stock_short_prompts_no_original_is_held_or_loaded(stock_folder,
 def test_a_finelip_of_77_positions_is_not_taken_for_stock(stock_folder) -> None:
     """Its rows are those of its own table, which only its own pictures are stock for."""
     source = make_text_encoder(32, positions=77, seed=7)
-    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=source, short_prompt="stretched")
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=source, short_prompt_encoder="long")
     assert num_positions(pipe.text_encoder) == 248
-    pipe.short_prompt = "stock"
+    pipe.short_prompt_encoder = "original"
     assert [reading.as_stock for reading in pipe.describe_prompt(SHORT).readings] == [False, True]
 
 
@@ -169,8 +169,8 @@ def test_a_finelip_of_the_wrong_width_is_refused(stock_folder, argument, encoder
 
 
 def test_wrong_arguments_are_refused_before_anything_is_loaded(tmp_path) -> None:
-    with pytest.raises(ValueError, match="`short_prompt` must be"):
-        FineLIPSDXLPipeline.from_pretrained(tmp_path, short_prompt="shorter")
+    with pytest.raises(ValueError, match="`short_prompt_encoder` must be"):
+        FineLIPSDXLPipeline.from_pretrained(tmp_path, short_prompt_encoder="shorter")
     with pytest.raises(OSError, match=r"missing\.pt"):
         FineLIPSDXLPipeline.from_pretrained(tmp_path, finelip=tmp_path / "missing.pt")
     encoder = make_text_encoder(32)
@@ -327,9 +327,9 @@ def test_how_a_tokenizer_was_last_called_is_not_saved(save, stock_folder, tmp_pa
 
 def test_a_round_trip_keeps_every_bit_and_option(stock_folder, tmp_path) -> None:
     options = {
-        "short_prompt": "stretched",
-        "hidden_states": "published",
-        "long_prompt": "error",
+        "short_prompt_encoder": "long",
+        "hidden_states": "last",
+        "overflow": "error",
         "length_buckets": (100, 200),
     }
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, **options)
@@ -338,7 +338,7 @@ def test_a_round_trip_keeps_every_bit_and_option(stock_folder, tmp_path) -> None
     assert_same_pipelines(again, pipe)
     assert {name: getattr(again, name) for name in options} == options
     assert np.array_equal(draw(again, LONG), draw(pipe, LONG))
-    assert FineLIPSDXLPipeline.from_pretrained(tmp_path, long_prompt="window").long_prompt == "window"
+    assert FineLIPSDXLPipeline.from_pretrained(tmp_path, overflow="window").overflow == "window"
 
 
 def test_a_round_trip_keeps_originals_dtype_and_the_empty_bucket_list(stock_folder, tmp_path) -> None:
@@ -368,7 +368,7 @@ def test_model_index_holds_nothing_that_stock_does_not_know(components, controln
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == name
-    assert not {"short_prompt", "hidden_states", "long_prompt", "length_buckets"} & index.keys()
+    assert not {"short_prompt_encoder", "hidden_states", "overflow", "length_buckets"} & index.keys()
     assert not [key for key in index if key.startswith("stock_")]
 
 
@@ -419,7 +419,7 @@ def test_without_the_package_stock_classes_open_it_and_draw_the_same(stock_folde
         pipe = FineLIPSDXLPipeline.from_pretrained(folder)
         assert pipe.describe_prompt(LONG).positions == 248
         images = {"long": draw(pipe, LONG)}
-        pipe.length_buckets, pipe.short_prompt = (), "stretched"
+        pipe.length_buckets, pipe.short_prompt_encoder = (), "stretched"
         images["short"] = draw(pipe, SHORT)
         files = list(folder.glob("*.npy"))
         assert len(files) == 6

@@ -94,7 +94,7 @@ def folders(stock, stock_folder, tmp_path_factory) -> dict[str, str]:
         finelip=make_text_encoder(32, positions=248, seed=7),
         finelip_2=make_text_encoder(48, projection_dim=24, positions=248, seed=8),
         conditioning_adapter=ConditioningAdapter([32, 48], 24, 8),
-        short_prompt="stretched",
+        short_prompt_encoder="long",
     )
     full.register_modules(stock_text_encoder=stock.text_encoder, stock_text_encoder_2=stock.text_encoder_2)
     pipes = {
@@ -114,7 +114,7 @@ SAVED = ["swapped", "with FineLIPs, held encoders and an adapter", "unswapped", 
 
 @pytest.mark.parametrize("saved", SAVED)
 def test_a_pipeline_that_we_saved_is_a_config(saved, file, stock, folders) -> None:
-    pipe = FineLIPSDXLPipeline.from_single_file(file, config=folders[saved], short_prompt="stock")
+    pipe = FineLIPSDXLPipeline.from_single_file(file, config=folders[saved], short_prompt_encoder="original")
     for name in ("text_encoder", "text_encoder_2"):
         encoder = getattr(pipe, name)
         assert (num_positions(encoder), encoder.config.stretched_from) == (248, 77)
@@ -132,11 +132,13 @@ def test_a_file_of_long_encoders_is_read_with_any_config(saved, stock_folder, fo
         stock_folder,
         finelip=make_text_encoder(32, positions=248, seed=7),
         finelip_2=make_text_encoder(48, projection_dim=24, positions=248, seed=8),
-        short_prompt="stretched",
+        short_prompt_encoder="long",
     )
     save_single_file(long, tmp_path / "long.safetensors")
     config = {**folders, "stock": stock_folder}[saved]
-    pipe = FineLIPSDXLPipeline.from_single_file(tmp_path / "long.safetensors", config=config, short_prompt="stretched")
+    pipe = FineLIPSDXLPipeline.from_single_file(
+        tmp_path / "long.safetensors", config=config, short_prompt_encoder="long"
+    )
     assert num_positions(pipe.text_encoder) == num_positions(pipe.text_encoder_2) == 248
     assert not hasattr(pipe.text_encoder.config, "stretched_from"), "nothing says that it was only stretched"
     torch.testing.assert_close(embeddings(pipe, LONG), embeddings(long, LONG), atol=1e-5, rtol=1e-4)
@@ -193,9 +195,9 @@ def test_a_finelip_replaces_an_encoder_and_options_are_kept(file, stock, stock_f
         other.get_input_embeddings().weight.mul_(2)
     other.save_pretrained(tmp_path / "finelip")
     pipe = FineLIPSDXLPipeline.from_single_file(
-        file, finelip=str(tmp_path / "finelip"), config=stock_folder, long_prompt="error", length_buckets=()
+        file, finelip=str(tmp_path / "finelip"), config=stock_folder, overflow="error", length_buckets=()
     )
-    assert (pipe.long_prompt, pipe.length_buckets) == ("error", ())
+    assert (pipe.overflow, pipe.length_buckets) == ("error", ())
     torch.testing.assert_close(
         pipe.text_encoder.get_input_embeddings().weight, 2 * stock.text_encoder.get_input_embeddings().weight
     )
@@ -222,7 +224,7 @@ def test_the_command_line_exports_it_for_stock_diffusers(file, stock_folder, tmp
     assert main(["export", str(out), "--base", file, "--config", stock_folder, "--dtype", "float32"]) == 0
     plain = StableDiffusionXLPipeline.from_pretrained(out)
     direct = FineLIPSDXLPipeline.from_single_file(
-        file, config=stock_folder, short_prompt="stretched", length_buckets=()
+        file, config=stock_folder, short_prompt_encoder="long", length_buckets=()
     )
     torch.testing.assert_close(embeddings(plain, LONG), embeddings(direct, LONG))
 
@@ -300,7 +302,7 @@ def test_what_no_single_file_holds_is_asked_for(file, stock_folder) -> None:
 
 def test_wrong_options_are_told_before_anything_is_loaded(monkeypatch, file) -> None:
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda *args, **kwargs: pytest.fail("loaded"))
-    assert "`long_prompt` must be one of" in refusal(file, long_prompt="all")
+    assert "`overflow` must be one of" in refusal(file, overflow="all")
 
 
 @pytest.mark.parametrize(

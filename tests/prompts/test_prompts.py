@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from finelip_sdxl.options import MAX_CHARACTERS, MAX_POSITIONS, check_choice, check_length_buckets, check_texts
-from finelip_sdxl.prompts.plan import PromptReader, read_prompts, token_rows, tokenize
+from finelip_sdxl.prompts.plan import EncoderSpec, padded_token_ids, plan_prompts, tokenize
 from finelip_sdxl.prompts.windows import split_windows
 from tests.helpers.tiny_sdxl import make_tokenizer
 
@@ -16,13 +16,13 @@ TOKENIZER = make_tokenizer(248)
 
 def windows(text: str, size: int) -> list[str]:
     """The texts of the windows that hold `size` tokens without start and end token."""
-    reader = PromptReader("text_encoder", TOKENIZER, positions=size + 2)
-    report = read_prompts([reader], [[text]], length_buckets=())
+    reader = EncoderSpec("text_encoder", TOKENIZER, positions=size + 2)
+    report = plan_prompts([reader], [[text]], length_buckets=())
     return [window.text for window in report.readings[0].windows]
 
 
-def reader(positions: int = 248, has_stock: bool = False, encoder: str = "text_encoder") -> PromptReader:
-    return PromptReader(encoder, TOKENIZER, positions, has_stock)
+def reader(positions: int = 248, has_stock: bool = False, encoder: str = "text_encoder") -> EncoderSpec:
+    return EncoderSpec(encoder, TOKENIZER, positions, has_stock)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_characters_are_not_torn() -> None:
     ["", " ", "fox", "a fox. " * 40, "fox" * 200, "  a\n\n fox\t, " * 30, "a\x00🦊 ﬁ狐。İ " * 20, "!!!???,,," * 30],
 )
 def test_windows_hold_every_token_once_and_every_character_in_order(text, size) -> None:
-    report = read_prompts([reader(size + 2)], [[text]], length_buckets=())
+    report = plan_prompts([reader(size + 2)], [[text]], length_buckets=())
     (reading,) = report.readings
     expected = TOKENIZER(text, add_special_tokens=False, verbose=False).input_ids
     assert [token for window in reading.windows for token in window.token_ids] == expected
@@ -84,7 +84,7 @@ def test_windows_need_room() -> None:
 
 def test_truncation_keeps_the_first_tokens_and_reports_the_rest() -> None:
     text = "a red fox and the hare. " * 20
-    report = read_prompts([reader(77)], [[text]], long_prompt="truncate")
+    report = plan_prompts([reader(77)], [[text]], overflow="truncate")
     (reading,) = report.cut
     assert reading.tokens == report.positions == 77
     assert reading.cut_tokens == 7 * 20 - 75
@@ -93,7 +93,7 @@ def test_truncation_keeps_the_first_tokens_and_reports_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "buckets", "short_prompt", "has_stock", "positions"),
+    ("tokens", "buckets", "short_prompt_encoder", "has_stock", "positions"),
     [
         (10, (77, 154), "stretched", False, 77),
         (77, (77, 154), "stretched", False, 77),
@@ -108,34 +108,36 @@ def test_truncation_keeps_the_first_tokens_and_reports_the_rest() -> None:
         (10, (20,), "stock", False, 20),
     ],
 )
-def test_padded_length(tokens, buckets, short_prompt, has_stock, positions) -> None:
+def test_padded_length(tokens, buckets, short_prompt_encoder, has_stock, positions) -> None:
     text = " ".join(["fox"] * (tokens - 2))
-    report = read_prompts([reader(has_stock=has_stock)], [[text]], length_buckets=buckets, short_prompt=short_prompt)
+    report = plan_prompts(
+        [reader(has_stock=has_stock)], [[text]], length_buckets=buckets, short_prompt_encoder=short_prompt_encoder
+    )
     assert (report.positions, report.windows) == (positions, 1)
-    assert report.readings[0].as_stock == (short_prompt == "stock" and has_stock and positions == 77)
+    assert report.readings[0].as_stock == (short_prompt_encoder == "original" and has_stock and positions == 77)
 
 
 def test_two_encoders_share_the_length_of_the_smaller() -> None:
     readers = [reader(248), reader(100, encoder="text_encoder_2")]
     text = " ".join(["fox"] * 150)
-    report = read_prompts(readers, [["fox"], [text]])
+    report = plan_prompts(readers, [["fox"], [text]])
     assert (report.positions, report.windows) == (100, 2)
 
 
 def test_rows_are_what_the_tokenizer_itself_makes() -> None:
     for tokenizer in (TOKENIZER, make_tokenizer(248, pad_token="!")):
-        report = read_prompts([PromptReader("text_encoder", tokenizer, 248)], [["a red fox", "a"]])
-        (first,), (second,) = token_rows(report.readings, tokenizer, windows=1)
+        report = plan_prompts([EncoderSpec("text_encoder", tokenizer, 248)], [["a red fox", "a"]])
+        (first,), (second,) = padded_token_ids(report.readings, tokenizer, windows=1)
         expected = tokenizer(["a red fox", "a"], padding="max_length", max_length=77).input_ids
         assert [first, second] == expected
-        rows = token_rows(report.readings, tokenizer, windows=3)
+        rows = padded_token_ids(report.readings, tokenizer, windows=3)
         empty = tokenizer("", padding="max_length", max_length=77).input_ids
         assert rows == [[first, empty, empty], [second, empty, empty]]
 
 
 def test_report_reads_well() -> None:
     readers = [reader(has_stock=True), reader(has_stock=True, encoder="text_encoder_2")]
-    report = read_prompts(readers, [["a fox", "the hare"], ["a fox", "a hare"]], [["red", "red"], ["red", "red"]])
+    report = plan_prompts(readers, [["a fox", "the hare"], ["a fox", "a hare"]], [["red", "red"], ["red", "red"]])
     assert str(report) == (
         "text_encoder and text_encoder_2 read prompt 1:"
         " 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
@@ -170,8 +172,10 @@ def test_length_buckets_are_sorted_and_unique() -> None:
 
 @pytest.mark.parametrize("value", [5, None, ["stock"], {"stock"}, np.array(["stock", "stretched"]), "s" * 10_000, True])
 def test_what_is_no_choice_is_named_in_short(value) -> None:
-    with pytest.raises(ValueError, match="`short_prompt` must be one of 'stock', 'stretched', but is ") as raised:
-        check_choice("short_prompt", value, ("stock", "stretched"))
+    with pytest.raises(
+        ValueError, match="`short_prompt_encoder` must be one of 'stock', 'stretched', but is "
+    ) as raised:
+        check_choice("short_prompt_encoder", value, ("stock", "stretched"))
     assert len(str(raised.value)) < 150
 
 
@@ -188,7 +192,7 @@ def test_what_are_no_buckets_is_named_in_short(value) -> None:
 def test_windows_are_bounded() -> None:
     most = MAX_POSITIONS // 248
     fits = "fox " * (246 * most)
-    (read,) = read_prompts([reader()], [[fits[:MAX_CHARACTERS]]]).readings
+    (read,) = plan_prompts([reader()], [[fits[:MAX_CHARACTERS]]]).readings
     assert len(read.windows) == -(-MAX_CHARACTERS // 4 // 246)
     for prompts, negatives, role in (
         (["a", "狐" * MAX_CHARACTERS], None, "prompt"),
@@ -197,16 +201,16 @@ def test_windows_are_bounded() -> None:
         with pytest.raises(
             ValueError, match=rf"The {role} needs 244 windows of 248 positions.*expected at most {most}"
         ):
-            read_prompts([reader()], [prompts], None if negatives is None else [negatives])
-    (read,) = read_prompts([reader()], [["狐" * MAX_CHARACTERS]], long_prompt="truncate").readings
+            plan_prompts([reader()], [prompts], None if negatives is None else [negatives])
+    (read,) = plan_prompts([reader()], [["狐" * MAX_CHARACTERS]], overflow="truncate").readings
     assert read.cut_tokens == 3 * MAX_CHARACTERS - 246
 
 
 def test_breaks_are_bounded_as_windows_are() -> None:
     most = MAX_POSITIONS // 248
-    assert read_prompts([reader()], [["a BREAK " * most]], weighting="a1111").windows == most
+    assert plan_prompts([reader()], [["a BREAK " * most]], weighting="a1111").windows == most
     with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}: shorten it, take BREAKs out"):
-        read_prompts([reader()], [["a BREAK " * 2500]], weighting="a1111")
+        plan_prompts([reader()], [["a BREAK " * 2500]], weighting="a1111")
 
 
 # A tokenizer that others use as well
@@ -231,7 +235,7 @@ def test_reading_leaves_the_tokenizer_as_it_is() -> None:
     tokenizer = make_tokenizer()
     tokenizer("a fox", truncation=True, padding="max_length", max_length=77)
     before = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
-    read_prompts([PromptReader("text_encoder", tokenizer, 248)], [["a red fox " * 100]])
+    plan_prompts([EncoderSpec("text_encoder", tokenizer, 248)], [["a red fox " * 100]])
     assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == before
 
 

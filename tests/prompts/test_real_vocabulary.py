@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.comparison.comparison import Comparison
-from finelip_sdxl.prompts.plan import PROMPT, PromptReader, read_prompts, tokenize
+from finelip_sdxl.prompts.plan import PROMPT, EncoderSpec, plan_prompts, tokenize
 
 EXAMPLES = Path(__file__).parents[2] / "demo" / "examples" / "sdxl"
 TOKENS = {
@@ -95,7 +95,7 @@ def make_pipe(merges: list[tuple[str, ...]], session_components: dict) -> FineLI
 
 
 def windows_of(text: str, tokenizer: CLIPTokenizer, positions: int = 248) -> tuple:
-    return read_prompts([PromptReader("text_encoder", tokenizer, positions)], [[text]]).readings[0].windows
+    return plan_prompts([EncoderSpec("text_encoder", tokenizer, positions)], [[text]]).readings[0].windows
 
 
 def ids_of(windows: tuple) -> list[int]:
@@ -182,7 +182,7 @@ def test_short_and_very_long_prompts(pipe) -> None:
     assert ids_of(reading.windows) == tokenize(pipe.tokenizer, long)[0]
     assert report.windows == len(reading.windows) == 5
     assert pipe.encode_prompt(long)[0].shape == (1, 5 * 248, 80)
-    pipe.long_prompt = "truncate"
+    pipe.overflow = "truncate"
     (cut, _) = pipe.describe_prompt(long).readings
     assert cut.tokens == 248
     assert cut.tokens - 2 + cut.cut_tokens == len(tokenize(pipe.tokenizer, long)[0])

@@ -255,7 +255,7 @@ def test_weights_stand_as_given_behind_the_conditioning_adapter(pipe, prompt) ->
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=0.2)  # a new one changes nothing
     pipe.register_modules(conditioning_adapter=adapter.eval())
-    pipe.short_prompt, pipe.weighting = "stretched", "a1111"
+    pipe.short_prompt_encoder, pipe.weighting = "stretched", "a1111"
     plain, weighted = embeddings(pipe, f"{prompt} fox"), embeddings(pipe, f"{prompt} (fox:1.5)")
     place = (weighted != plain).any(dim=-1)[0].nonzero().item()
     # Of the empty prompt, read in windows as long as these.
@@ -271,7 +271,7 @@ def test_what_is_read_without_a_weak_part_passes_the_conditioning_adapter_too(pi
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=2.0)
     pipe.register_modules(conditioning_adapter=adapter.eval())
-    pipe.short_prompt, pipe.weighting = "stretched", "a1111"
+    pipe.short_prompt_encoder, pipe.weighting = "stretched", "a1111"
     found = embeddings(pipe, "a (red:0) fox")
     tokens = pipe.tokenizer("a red fox", padding="max_length", max_length=77, return_tensors="pt").input_ids
     mask = torch.ones_like(tokens)
@@ -333,9 +333,9 @@ def test_a_break_beside_nothing_begins_none(pipe, text) -> None:
     assert torch.equal(embeddings(pipe, text), embeddings(pipe, "a fox"))
 
 
-@pytest.mark.parametrize(("long_prompt", "windows"), [("window", 2), ("error", 2), ("truncate", 1)])
-def test_only_truncation_knows_no_break(pipe, long_prompt, windows) -> None:
-    pipe.weighting, pipe.long_prompt = "a1111", long_prompt
+@pytest.mark.parametrize(("overflow", "windows"), [("window", 2), ("error", 2), ("truncate", 1)])
+def test_only_truncation_knows_no_break(pipe, overflow, windows) -> None:
+    pipe.weighting, pipe.overflow = "a1111", overflow
     assert pipe.describe_prompt("a fox BREAK a hare").windows == windows
 
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
-from finelip_sdxl.data import UnreadableImageError, load_tokenizer, open_images, split_sentences
-from finelip_sdxl.data.formats import CaptionedFiles
+from finelip_sdxl.data import UnreadableImageError, load_tokenizer, open_dataset, split_sentences
+from finelip_sdxl.data.formats import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.text_encoders import build_text_encoder, num_positions, text_encoder_tensors
 from finelip_sdxl.training import alignment, precompute, run_folder
@@ -34,12 +34,12 @@ from finelip_sdxl.training.alignment import (
     Alignment,
     ImageAlignment,
     TextAlignment,
+    build_teacher_contexts,
     captions_of,
     fit,
     read,
     relative_error,
     word_rarity,
-    write_lessons,
 )
 from finelip_sdxl.training.precompute import Precomputed, cut_square
 from finelip_sdxl.training.run_folder import RunFolder, held
@@ -97,7 +97,7 @@ def base(session_components, tmp_path_factory) -> Path:
 def load_pair(base: Path, **options: Any) -> tuple[FineLIPSDXLPipeline, StableDiffusionXLPipeline]:
     """The pipeline that is aligned, of stretched encoders, and stock."""
     stock = StableDiffusionXLPipeline.from_pretrained(base)
-    pipe = FineLIPSDXLPipeline(**stock.components, length_buckets=(77,), **{"short_prompt": "stretched", **options})
+    pipe = FineLIPSDXLPipeline(**stock.components, length_buckets=(77,), **{"short_prompt_encoder": "long", **options})
     pipe.swap_text_encoders()
     for model in (pipe.text_encoder, pipe.text_encoder_2, pipe.unet, pipe.vae):
         model.requires_grad_(False)
@@ -117,7 +117,7 @@ def build(method: str, pipe: FineLIPSDXLPipeline) -> Adapter | Lora:
 
 def parse(base: Path, out: Path, *flags: str) -> Namespace:
     """Three steps of each stage on 20 scenes; flags change it."""
-    common = f"--base {base} --out {out} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --save-every 2"
+    common = f"--base {base} --output-dir {out} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --checkpointing-steps 2"
     steps = "--text-steps 3 --image-steps 3 --learning-rate 1e-2 --hidden-dim 8 --rank 2 --validate-every 0"
     return align_adapter.parse([*common.split(), *steps.split(), *flags])
 
@@ -215,7 +215,7 @@ def test_both_captions_of_an_image_fit(tokenizer) -> None:
         def captions(self, index: int) -> tuple[str, ...]:
             return ("A red star and a blue ring are here, " * 12 + "all of them. " + "Nothing else is here. " * 60,)
 
-        short_caption = CaptionedFiles.short_caption
+        short_caption = FileDataset.short_caption
 
     captions = captions_of(OneImage("test", 5), 0, tokenizer)
     assert len(tokenizer(captions["short"]).input_ids) == 77
@@ -226,15 +226,15 @@ def test_both_captions_of_an_image_fit(tokenizer) -> None:
 def test_a_lesson_knows_where_its_sentence_ends_in_both_texts(tokenizer) -> None:
     for index in range(20):
         caption = MiniatureScenes("test", 20).captions(index)[0]
-        sentences, lessons = split_sentences(caption), write_lessons(caption, tokenizer, {})
+        sentences, contexts = split_sentences(caption), build_teacher_contexts(caption, tokenizer, {})
         assert ids(tokenizer, caption) == [token for sentence in sentences for token in ids(tokenizer, sentence)]
-        for sentence, lesson in zip(sentences, lessons, strict=True):
+        for sentence, context in zip(sentences, contexts, strict=True):
             tokens = ids(tokenizer, sentence)
-            for text, end in ((caption, lesson.end_in_caption), (lesson.text, lesson.end)):
+            for text, end in ((caption, context.end_in_caption), (context.text, context.end)):
                 assert tokenizer(text).input_ids[end - len(tokens) + 1 : end + 1] == tokens
-            assert len(tokenizer(lesson.text).input_ids) <= 77
-            assert lesson.text.endswith(sentence)
-            assert set(split_sentences(lesson.text)) <= set(sentences)
+            assert len(tokenizer(context.text).input_ids) <= 77
+            assert context.text.endswith(sentence)
+            assert set(split_sentences(context.text)) <= set(sentences)
 
 
 def test_a_lesson_holds_what_its_sentence_refers_to() -> None:
@@ -243,29 +243,31 @@ def test_a_lesson_holds_what_its_sentence_refers_to() -> None:
     held = []
     for index in range(50):
         caption = scenes.caption(index)
-        lessons = dict(zip(split_sentences(caption.text), write_lessons(caption.text, tokenizer, rarity), strict=True))
+        contexts = dict(
+            zip(split_sentences(caption.text), build_teacher_contexts(caption.text, tokenizer, rarity), strict=True)
+        )
         text_of = {mention.index: caption.text[mention.start : mention.end] for mention in caption.described}
         for reference, linked in zip(caption.mentions, caption.mentions[1:], strict=False):
             if reference.kind == "reference":
-                held.append(text_of[reference.index] in lessons[text_of[linked.index]].text)
+                held.append(text_of[reference.index] in contexts[text_of[linked.index]].text)
     assert len(held) > 50
     assert np.mean(held) >= 0.95
 
 
 def test_what_is_just_before_fills_a_lesson_where_nothing_is_related(tokenizer) -> None:
     caption = "Green. Gray paper lies. Stars rise. White sand. One ring."
-    *_, last = write_lessons(caption, tokenizer, {})
+    *_, last = build_teacher_contexts(caption, tokenizer, {})
     assert last.text == caption
 
 
 def test_of_a_sentence_of_more_than_77_tokens_as_much_is_taught_as_they_hold(tokenizer) -> None:
     long = "A red star is here" + " and a ring" * 30 + "."
-    before, lesson, after = write_lessons(f"It is quiet. {long} Nothing moves.", tokenizer, {})
-    assert lesson.text == long
-    assert lesson.end == 75
-    assert lesson.end_in_caption == before.end_in_caption + 75
+    before, context, after = build_teacher_contexts(f"It is quiet. {long} Nothing moves.", tokenizer, {})
+    assert context.text == long
+    assert context.end == 75
+    assert context.end_in_caption == before.end_in_caption + 75
     whole = tokenizer(f"It is quiet. {long}").input_ids
-    assert whole[lesson.end_in_caption] == tokenizer(long).input_ids[75]
+    assert whole[context.end_in_caption] == tokenizer(long).input_ids[75]
     assert after.text == "It is quiet. Nothing moves."
     assert after.end_in_caption == len(whole) - 1 + after.end - before.end - 1
 
@@ -285,13 +287,13 @@ def test_the_error_is_relative_to_the_target_and_summed_over_encoders() -> None:
 
 
 def test_who_reads_as_stock_makes_no_error_on_short_captions(base) -> None:
-    pipe, stock = load_pair(base, short_prompt="stock")
+    pipe, stock = load_pair(base, short_prompt_encoder="original")
     losses = TextAlignment(pipe, stock, {})(long=[MiniatureScenes("test", 5).captions(0)[0]], short=SHORT)
     assert losses["short"] < 1e-10
     assert losses["pooled"] < 1e-10
     assert losses["long"] > 1e-3
     assert losses["loss"] == losses["long"] + losses["short"] + losses["pooled"]
-    # Nor on a caption that 77 tokens hold, since each of its lessons is how it begins.
+    # Nor on a caption that 77 tokens hold, since each of its contexts is how it begins.
     held = "A star is here. The star is red. It is the star that is in the middle."
     assert TextAlignment(pipe, stock, {})(long=[held, SHORT[0]], short=SHORT)["long"] < 1e-10
 
@@ -416,7 +418,7 @@ def small_chunks(monkeypatch) -> None:
 
 def test_precomputed_is_what_vae_and_encoders_give(base, tmp_path, small_chunks) -> None:
     pipe, _ = load_pair(base)
-    data = open_images(write_images(tmp_path / "data", [(16, 16), (32, 16), (16, 40), (16, 16), (24, 24)]), "train")
+    data = open_dataset(write_images(tmp_path / "data", [(16, 16), (32, 16), (16, 40), (16, 16), (24, 24)]), "train")
     items = precompute.precompute(data, pipe, 16, True, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "chunk-000000.safetensors",
@@ -454,13 +456,13 @@ def test_latents_may_have_a_mean_and_a_deviation(base) -> None:
 
 def test_states_are_left_out_where_what_trains_makes_them(base, tmp_path) -> None:
     pipe, _ = load_pair(base)
-    items = precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    items = precompute.precompute(open_dataset("miniature:5", "train"), pipe, 16, False, tmp_path)
     assert items[0].keys() == {"latents", "time_ids", "long", "short"}
 
 
 def test_goes_on_from_files_that_are_there_and_reads_back_the_same(base, tmp_path, monkeypatch, small_chunks) -> None:
     pipe, _ = load_pair(base)
-    data = open_images("miniature:10", "train")
+    data = open_dataset("miniature:10", "train")
     whole = precompute.precompute(data, pipe, 16, True, tmp_path)
     before = [whole[index] for index in range(10)]
     lost = tmp_path / "chunk-000001.safetensors"
@@ -487,7 +489,7 @@ def test_a_file_is_written_whole_or_not_at_all(base, tmp_path, monkeypatch, smal
         raise Stop
 
     pipe, _ = load_pair(base)
-    data = open_images("miniature:5", "train")
+    data = open_dataset("miniature:5", "train")
     with monkeypatch.context() as patch:
         patch.setattr(precompute, "save_file", stop)
         with pytest.raises(Stop):
@@ -499,7 +501,7 @@ def test_a_file_is_written_whole_or_not_at_all(base, tmp_path, monkeypatch, smal
 def test_an_image_that_cannot_be_read_is_named_and_left_out(base, tmp_path, capsys, small_chunks) -> None:
     pipe, _ = load_pair(base)
     spec = write_images(tmp_path / "data", [(16, 16), None, (16, 16), None, None, None, (16, 16)])
-    items = precompute.precompute(open_images(spec, "train"), pipe, 16, False, tmp_path / "out")
+    items = precompute.precompute(open_dataset(spec, "train"), pipe, 16, False, tmp_path / "out")
     printed = capsys.readouterr().out
     for number in (1, 3, 4, 5):
         assert f"skipped: {tmp_path / 'data' / f'{number}.png'} cannot be read" in printed
@@ -508,7 +510,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(base, tmp_path, caps
 
 def test_none_that_can_be_read_is_an_error(base, tmp_path) -> None:
     pipe, _ = load_pair(base)
-    data = open_images(write_images(tmp_path / "data", [None, None]), "train")
+    data = open_dataset(write_images(tmp_path / "data", [None, None]), "train")
     with pytest.raises(UnreadableImageError, match="None of the 2 images can be read: look at the messages above"):
         precompute.precompute(data, pipe, 16, False, tmp_path / "out")
 
@@ -579,11 +581,11 @@ CHANGES: dict[str, tuple[Callable[[Path, FineLIPSDXLPipeline], Any], int, str]] 
 def test_what_has_changed_is_encoded_anew_and_said(base, tmp_path, monkeypatch, capsys, small_chunks, change) -> None:
     pipe, _ = load_pair(base)
     spec, out = write_images(tmp_path / "data", [(16, 16)] * 7), tmp_path / "out"
-    precompute.precompute(open_images(spec, "train"), pipe, 16, True, out)
+    precompute.precompute(open_dataset(spec, "train"), pipe, 16, True, out)
     capsys.readouterr()
     make, images, sentence = CHANGES[change]
     make(tmp_path / "data", pipe)
-    seen, data = encoded(monkeypatch), open_images(spec, "train")
+    seen, data = encoded(monkeypatch), open_dataset(spec, "train")
     items = precompute.precompute(data, pipe, 16, True, out)
     assert len(seen) == images
     assert sentence in capsys.readouterr().out
@@ -596,10 +598,10 @@ def test_what_has_changed_is_encoded_anew_and_said(base, tmp_path, monkeypatch, 
 
 def test_latents_alone_do_not_depend_on_the_text_encoders(base, tmp_path, monkeypatch) -> None:
     pipe, _ = load_pair(base)
-    precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    precompute.precompute(open_dataset("miniature:5", "train"), pipe, 16, False, tmp_path)
     change_weights(pipe.text_encoder)
     seen = encoded(monkeypatch)
-    precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+    precompute.precompute(open_dataset("miniature:5", "train"), pipe, 16, False, tmp_path)
     assert seen == []
 
 
@@ -609,19 +611,19 @@ def test_an_image_that_was_left_out_comes_in_when_it_can_be_read(
 ) -> None:
     pipe, _ = load_pair(base)
     spec, out = write_images(tmp_path / "data", [(16, 16), None, (16, 16), None, None, None]), tmp_path / "out"
-    assert len(precompute.precompute(open_images(spec, "train"), pipe, 16, False, out)) == 2
+    assert len(precompute.precompute(open_dataset(spec, "train"), pipe, 16, False, out)) == 2
     capsys.readouterr()
-    assert len(precompute.precompute(open_images(spec, "train"), pipe, 16, False, out)) == 2
+    assert len(precompute.precompute(open_dataset(spec, "train"), pipe, 16, False, out)) == 2
     assert capsys.readouterr().out.count("skipped: ") == 4  # named each time
     if repaired:
         for k in (1, 4):
             Image.new("RGB", (16, 16), "red").save(tmp_path / "data" / f"{k}.png")
     else:
-        image = CaptionedFiles.image
+        image = FileDataset.image
         monkeypatch.setattr(
-            CaptionedFiles, "image", lambda self, k: Image.new("RGB", (16, 16)) if k in (1, 4) else image(self, k)
+            FileDataset, "image", lambda self, k: Image.new("RGB", (16, 16)) if k in (1, 4) else image(self, k)
         )
-    items = precompute.precompute(open_images(spec, "train"), pipe, 16, False, out)
+    items = precompute.precompute(open_dataset(spec, "train"), pipe, 16, False, out)
     assert [items[k]["short"] for k in range(4)] == [f"Picture {k} is here." for k in (0, 1, 2, 4)]
     assert "1 of 2 files are encoded again, since " in capsys.readouterr().out
 
@@ -629,7 +631,7 @@ def test_an_image_that_was_left_out_comes_in_when_it_can_be_read(
 @pytest.mark.parametrize("content", [b"", b"half of it", None])
 def test_a_damaged_or_earlier_file_is_encoded_anew(base, tmp_path, capsys, small_chunks, content) -> None:
     pipe, _ = load_pair(base)
-    data, file = open_images("miniature:5", "train"), tmp_path / "chunk-000001.safetensors"
+    data, file = open_dataset("miniature:5", "train"), tmp_path / "chunk-000001.safetensors"
     precompute.precompute(data, pipe, 16, False, tmp_path)
     if content is None:
         save_file(load_file(file), file, metadata={"captions": "[]"})
@@ -644,7 +646,7 @@ def test_a_damaged_or_earlier_file_is_encoded_anew(base, tmp_path, capsys, small
 
 def test_a_folder_that_cannot_be_written_to_can_be_read(base, tmp_path, monkeypatch) -> None:
     pipe, _ = load_pair(base)
-    data = open_images("miniature:5", "train")
+    data = open_dataset("miniature:5", "train")
     precompute.precompute(data, pipe, 16, False, tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to all but a read-only disk
     monkeypatch.setattr(run_folder, "FileLock", None)
@@ -659,13 +661,13 @@ def test_a_disk_that_is_full_leaves_no_half_file(base, tmp_path, monkeypatch, sm
     pipe, _ = load_pair(base)
     monkeypatch.setattr(precompute, "save_file", fail)
     with pytest.raises(OSError, match=r"chunk-000000.safetensors cannot be written to \(No space left on device\)"):
-        precompute.precompute(open_images("miniature:5", "train"), pipe, 16, False, tmp_path)
+        precompute.precompute(open_dataset("miniature:5", "train"), pipe, 16, False, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_other_settings_is_another(tmp_path) -> None:
     def folder(*flags: str) -> Path:
-        return align_adapter.precomputed_folder(align_adapter.parse(["--out", str(tmp_path), *flags]))
+        return align_adapter.precomputed_folder(align_adapter.parse(["--output-dir", str(tmp_path), *flags]))
 
     for flags in (
         ("--resolution", "48"),
@@ -678,7 +680,7 @@ def test_a_folder_of_other_settings_is_another(tmp_path) -> None:
         ("--base", "other", "--captions", "miniature:2000"),
     ):
         assert folder(*flags) != folder(), flags
-    for flags in (("--seed", "1"), ("--hidden-dim", "8"), ("--image-steps", "7"), ("--out", str(tmp_path))):
+    for flags in (("--seed", "1"), ("--hidden-dim", "8"), ("--image-steps", "7"), ("--output-dir", str(tmp_path))):
         assert folder(*flags) == folder(), flags
     assert folder().parent == tmp_path / "precomputed"
     assert folder("--precomputed", "shared") == Path("shared") / folder().name
@@ -753,7 +755,7 @@ def test_what_comes_out_loads_and_reads_as_what_was_trained(
         given = {
             name: tmp_path / "last" / encoder for name, encoder in zip(("finelip", "finelip_2"), ENCODERS, strict=True)
         }
-    loaded = FineLIPSDXLPipeline.from_pretrained(base, **given, short_prompt="stretched", length_buckets=(77,))
+    loaded = FineLIPSDXLPipeline.from_pretrained(base, **given, short_prompt_encoder="long", length_buckets=(77,))
     untrained, _ = load_pair(base)
     texts = [SHORT[0], MiniatureScenes("test", 5).captions(0)[0]]
     with torch.no_grad():
@@ -972,12 +974,12 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
         ((), 2, 2),  # in stage 1, just behind a checkpoint
         ((), 3, 3),  # at the border
         ((), 5, 4),  # in stage 2, a step behind a checkpoint
-        (("--accumulation", "3"), 5, 4),  # over several epochs
+        (("--gradient-accumulation-steps", "3"), 5, 4),  # over several epochs
         (("--method", "lora"), 2, 2),
         (("--method", "lora"), 3, 3),
         (("--method", "lora"), 5, 4),
     ],
-    ids=["text", "border", "image", "accumulation", "lora text", "lora border", "lora image"],
+    ids=["text", "border", "image", "gradient_accumulation_steps", "lora text", "lora border", "lora image"],
 )
 def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, flags, stop, saved) -> None:
     whole = record_figures(monkeypatch)
@@ -1083,13 +1085,13 @@ def work_on_a_run(process: int, arguments: Namespace, stop: int | None) -> None:
         align_adapter.align(arguments)
         return
     with pytest.MonkeyPatch.context() as patch:
-        stop_before_step(stop, Path(arguments.base), arguments.out, patch)
+        stop_before_step(stop, Path(arguments.base), arguments.output_dir, patch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["adapter", "lora"])
 def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_path, method) -> None:
-    align(base, tmp_path / "one", "--method", method, "--accumulation", "2")
+    align(base, tmp_path / "one", "--method", method, "--gradient-accumulation-steps", "2")
     on_two_processes(work_on_a_run, parse(base, tmp_path / "two", "--method", method), None)
     for name in ("after-text", "last"):
         one, two = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
@@ -1135,14 +1137,18 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
     ],
 )
 def test_refuses_in_one_sentence(base, tmp_path, capsys, flags, expected) -> None:
-    common = f"--base {base} --captions miniature:20 --batch-size 5 --resolution 16 --cpu --out {tmp_path / 'run'}"
+    common = (
+        f"--base {base} --captions miniature:20 --batch-size 5 --resolution 16 --cpu --output-dir {tmp_path / 'run'}"
+    )
     assert expected in refusal(align_adapter, capsys, *common.split(), *flags.split())
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_refuses_a_variant_of_a_single_file(tmp_path, capsys) -> None:
     (tmp_path / "sdxl.safetensors").touch()
-    flags = f"--base {tmp_path / 'sdxl.safetensors'} --variant fp16 --captions miniature:20 --cpu --out {tmp_path}"
+    flags = (
+        f"--base {tmp_path / 'sdxl.safetensors'} --variant fp16 --captions miniature:20 --cpu --output-dir {tmp_path}"
+    )
     message = refusal(align_adapter, capsys, *flags.split())
     assert message.startswith("--variant fp16 goes with a directory or hub id, but --base")
 
@@ -1222,15 +1228,13 @@ def test_refuses_a_base_that_is_swapped_already(base, tmp_path, capsys) -> None:
 
 def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
     align(base, tmp_path, "--image-steps", "0")
-    flags = (
-        f"--base {base} --out {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --hidden-dim 8"
-    )
+    flags = f"--base {base} --output-dir {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --hidden-dim 8"
     flags += " --learning-rate 1e-2 --rank 2 --validate-every 0 --text-steps 3 --image-steps 0"
     message = refusal(align_adapter, capsys, *flags.split(), "--seed", "1")
-    assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another --out.")
+    assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another --output-dir.")
     message = refusal(align_adapter, capsys, *flags.split(), "--method", "lora")
     assert "method was adapter and is lora" in message
-    align_adapter.main([*flags.split(), "--save-every", "7", "--keep", "1"])
+    align_adapter.main([*flags.split(), "--checkpointing-steps", "7", "--checkpoints-total-limit", "1"])
 
 
 # The miniature
@@ -1242,7 +1246,7 @@ def test_the_miniature_is_aligned(tmp_path, monkeypatch, method) -> None:
     history = record_figures(monkeypatch)
     flags = f"--method {method} --captions miniature:50 --text-steps 20 --image-steps 4 --batch-size 10 --cpu"
     forget_accelerator()
-    align_adapter.align(align_adapter.parse([*flags.split(), "--out", str(tmp_path), "--validate-every", "0"]))
+    align_adapter.align(align_adapter.parse([*flags.split(), "--output-dir", str(tmp_path), "--validate-every", "0"]))
     first, last = ([history[step]["text/long"] for step in steps] for steps in (range(1, 6), range(16, 21)))
     assert np.mean(last) < 0.95 * np.mean(first)  # of the same 50 scenes
     assert made(tmp_path) == ["after-text", "last"]

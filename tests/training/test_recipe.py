@@ -433,7 +433,9 @@ def miniature_scripts() -> Any:
 
 def test_scripts_of_the_miniature_save_nothing_that_has_diverged(tmp_path, miniature_scripts) -> None:
     flags = miniature_scripts.parser("", steps=6, batch_size=1, learning_rate=0.1)
-    arguments = flags.parse_args(["--runs", str(tmp_path), "--save-every", "2", "--device", "cpu", "--threads", "1"])
+    arguments = flags.parse_args(
+        ["--runs", str(tmp_path), "--checkpointing-steps", "2", "--device", "cpu", "--threads", "1"]
+    )
     layer = nn.Linear(2, 1)
 
     def step_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -451,7 +453,10 @@ def test_scripts_of_the_miniature_save_nothing_that_has_diverged(tmp_path, minia
 
 
 def test_flags_of_the_run_may_change_and_others_may_not() -> None:
-    first, later = parse("--out", "a", "--keep", "3"), parse("--save-every", "7", "--cpu", "--gradient-checkpointing")
+    first, later = (
+        parse("--output-dir", "a", "--checkpoints-total-limit", "3"),
+        parse("--checkpointing-steps", "7", "--cpu", "--gradient-checkpointing"),
+    )
     settings = [recipe.fixed_settings(arguments, free=(), processes=1) for arguments in (first, later)]
     assert settings[0] == settings[1] == {"mixed_precision": "no", "processes": 1}
     with_paths = argparse.Namespace(finelip=Path("runs/clip/last"), base="miniature", rank=16)
@@ -552,18 +557,18 @@ def test_refuses_a_folder_that_is_none_for_a_run(tmp_path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "fifo", "link"):
         with pytest.raises(ValueError, match=f"{name} is a file: pass the name of a folder"):
-            recipe.check_run(parse("--out", str(tmp_path / name)))
+            recipe.check_run(parse("--output-dir", str(tmp_path / name)))
     for out in ("/", "/..", "//"):
         with pytest.raises(ValueError, match="is the root of all folders"):
-            recipe.check_run(parse("--out", out))
+            recipe.check_run(parse("--output-dir", out))
     for out in ("/proc/run", str(tmp_path / "file" / "run"), str(tmp_path / ("a" * 300))):
         with pytest.raises(OSError):  # noqa: PT011 (the system's words)
-            recipe.check_run(parse("--out", out))
+            recipe.check_run(parse("--output-dir", out))
     for name in ("checkpoints", "last"):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / name).touch()
         with pytest.raises(ValueError, match=f"{name} is no folder, but a run saves one there"):
-            recipe.check_run(parse("--out", str(tmp_path / "run")))
+            recipe.check_run(parse("--output-dir", str(tmp_path / "run")))
         shutil.rmtree(tmp_path / "run")
-    recipe.check_run(parse("--out", str(tmp_path / "new" / "run")))
+    recipe.check_run(parse("--output-dir", str(tmp_path / "new" / "run")))
     assert not (tmp_path / "new").exists()

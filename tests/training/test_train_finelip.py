@@ -31,15 +31,24 @@ from finelip_sdxl.data import load_image_processor, load_tokenizer
 from finelip_sdxl.stretch import KEEP, stretch_positions
 from finelip_sdxl.text_encoders import POSITION_TABLE
 from finelip_sdxl.training import recipe
-from finelip_sdxl.training.objective import LOSSES, Base, Objective
 from finelip_sdxl.training.run_folder import held
+from finelip_sdxl.training.task import LOSSES, Base, FineLIPTask
 from tests.helpers.recipes import KillIn, Stop, die, forget_accelerator, nothing, on_two_processes, processes, refusal
 from training import train_finelip
 
 SCRIPT = Path(train_finelip.__file__)
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-ALL_LOSSES = ("--triplet-weight", "0.1", "--contrastive-weight", "1", "--region-weight", "1", "--pull-weight", "1")
-TRIPLET_ONLY = ("--contrastive-weight", "0", "--region-weight", "0", "--pull-weight", "0")
+ALL_LOSSES = (
+    "--triplet-weight",
+    "0.1",
+    "--contrastive-weight",
+    "1",
+    "--region-weight",
+    "1",
+    "--distillation-weight",
+    "1",
+)
+TRIPLET_ONLY = ("--contrastive-weight", "0", "--region-weight", "0", "--distillation-weight", "0")
 
 
 # Processes are forked from one that has no threads, and has imported what takes long.
@@ -85,7 +94,7 @@ def save_clip(folder: Path, width: int = 16, dropout: float = 0.0) -> Path:
 
 def parse(base: Path, out: Path, *flags: str) -> Any:
     """Six steps of all losses on 20 scenes, four batches an epoch; flags change it."""
-    common = f"--base {base} --out {out} --cpu --data miniature:20 --batch-size 5 --max-steps 6 --save-every 2"
+    common = f"--base {base} --output-dir {out} --cpu --data miniature:20 --batch-size 5 --max-steps 6 --checkpointing-steps 2"
     return train_finelip.parse([*common.split(), *ALL_LOSSES, "--learning-rate", "1e-3", "--warmup-steps", "2", *flags])
 
 
@@ -127,12 +136,23 @@ def write_csv(folder: Path, size: int = 10, broken: tuple[int, ...] = ()) -> Pat
 
 
 def test_loss_falls_on_scenes_that_are_seen_again_and_again(base, tmp_path, history) -> None:
-    train(base, tmp_path, "--data", "miniature:5", "--max-steps", "40", "--learning-rate", "1e-2", "--ramp-epochs", "0")
+    train(
+        base,
+        tmp_path,
+        "--data",
+        "miniature:5",
+        "--max-steps",
+        "40",
+        "--learning-rate",
+        "1e-2",
+        "--loss-warmup-epochs",
+        "0",
+    )
     first, last = history[1], history[40]
-    for name in ("loss", "triplet", "contrastive", "region", "pull"):
+    for name in ("loss", "triplet", "contrastive", "region", "distillation"):
         assert last[name] < 0.9 * first[name], name
     assert last["loss"] == pytest.approx(
-        0.1 * last["triplet"] + last["contrastive"] + last["region"] + last["pull"], rel=1e-5
+        0.1 * last["triplet"] + last["contrastive"] + last["region"] + last["distillation"], rel=1e-5
     )
 
 
@@ -163,7 +183,7 @@ def test_gradients_ramp_up_over_epochs_and_the_losses_shown_do_not(base, tmp_pat
     monkeypatch.setattr(
         Accelerator, "backward", lambda self, loss: (ramped.append(loss.item()), backward(self, loss))[1]
     )
-    train(base, tmp_path, "--max-steps", "6", "--ramp-epochs", "1")  # an epoch has four batches
+    train(base, tmp_path, "--max-steps", "6", "--loss-warmup-epochs", "1")  # an epoch has four batches
     shares = [loss / history[step]["loss"] for step, loss in enumerate(ramped, 1)]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
@@ -185,14 +205,14 @@ def test_the_papers_losses_need_no_regions(base, tmp_path, history) -> None:
     data = f"csv:{write_csv(tmp_path / 'data')}"
     arguments = train_finelip.parse(["--base", str(base), "--data", data, "--batch-size", "5", "--cpu"])
     assert (arguments.triplet_weight, arguments.region_weight, arguments.eval_data) == (1, 0, "none")
-    arguments.max_steps, arguments.out = 1, tmp_path / "run"
+    arguments.max_steps, arguments.output_dir = 1, tmp_path / "run"
     train_finelip.train(arguments)
     assert history[1]["loss"] == history[1]["triplet"] > 0
 
 
 def test_phrases_are_compared_with_the_patches_of_their_boxes() -> None:
     model = make_model()
-    objective = Objective(model, {}, margin=0.2, hardest=False)
+    objective = FineLIPTask(model, {}, margin=0.2, hardest=False)
     generator = torch.Generator().manual_seed(0)
     texts = torch.randn(2, 4, 10, generator=generator, dtype=torch.float64)
     images = torch.randn(2, 10, 10, generator=generator, dtype=torch.float64)  # the class token and 3 × 3 patches
@@ -231,20 +251,20 @@ def test_the_pull_is_towards_what_stock_reads(base) -> None:
 
 
 def test_accumulated_losses_are_means_over_batches(base, tmp_path, history) -> None:
-    still = ("--learning-rate", "0", "--refinement-learning-rate", "0", "--ramp-epochs", "0")
+    still = ("--learning-rate", "0", "--refinement-learning-rate", "0", "--loss-warmup-epochs", "0")
     train(base, tmp_path / "two", *still, "--max-steps", "2")
     two = [history[step] for step in (1, 2)]
-    train(base, tmp_path / "accumulated", *still, "--max-steps", "1", "--accumulation", "2")
+    train(base, tmp_path / "accumulated", *still, "--max-steps", "1", "--gradient-accumulation-steps", "2")
     for name in ("loss", *LOSSES):
         assert history[1][name] == pytest.approx((two[0][name] + two[1][name]) / 2, rel=1e-6), name
 
 
 def test_two_accumulated_batches_are_one_of_twice_the_size_for_a_loss_of_single_pairs(base, tmp_path, history) -> None:
     pull = ("--triplet-weight", "0", "--contrastive-weight", "0", "--region-weight", "0", "--max-steps", "3")
-    train(base, tmp_path / "large", *pull, "--batch-size", "10", "--ramp-epochs", "0")
-    large = [history[step]["pull"] for step in (1, 2, 3)]
-    train(base, tmp_path / "accumulated", *pull, "--accumulation", "2", "--ramp-epochs", "0")
-    assert [history[step]["pull"] for step in (1, 2, 3)] == pytest.approx(large, rel=1e-4)
+    train(base, tmp_path / "large", *pull, "--batch-size", "10", "--loss-warmup-epochs", "0")
+    large = [history[step]["distillation"] for step in (1, 2, 3)]
+    train(base, tmp_path / "accumulated", *pull, "--gradient-accumulation-steps", "2", "--loss-warmup-epochs", "0")
+    assert [history[step]["distillation"] for step in (1, 2, 3)] == pytest.approx(large, rel=1e-4)
     assert large[2] < large[0]
 
 
@@ -253,7 +273,7 @@ def test_an_accumulated_gradient_is_clipped_once(base, tmp_path, monkeypatch) ->
     monkeypatch.setattr(
         Accelerator, "clip_grad_norm_", lambda self, *inputs: norms.append(clip(self, *inputs)) or norms[-1]
     )
-    train(base, tmp_path, "--accumulation", "2", "--max-steps", "2", "--max-grad-norm", "0.5")
+    train(base, tmp_path, "--gradient-accumulation-steps", "2", "--max-steps", "2", "--max-grad-norm", "0.5")
     assert len(norms) == 2
     assert all(norm > 0 for norm in norms)
 
@@ -373,11 +393,11 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
     [
         ((), 3),  # in the middle of the first epoch, a step after a checkpoint
         ((), 4),  # at the epoch's end
-        (("--accumulation", "3"), 3),  # in the second of an epoch's one and a third steps
-        (("--workers", "2", "--prefix-padding", "5", "--sample-sentences", "0.5"), 5),
-        (("--ramp-epochs", "1.5", "--warmup-steps", "5"), 3),
+        (("--gradient-accumulation-steps", "3"), 3),  # in the second of an epoch's one and a third steps
+        (("--dataloader-num-workers", "2", "--prefix-padding", "5", "--sample-sentences", "0.5"), 5),
+        (("--loss-warmup-epochs", "1.5", "--warmup-steps", "5"), 3),
     ],
-    ids=["middle", "end", "accumulation", "workers", "ramp"],
+    ids=["middle", "end", "gradient_accumulation_steps", "dataloader_num_workers", "ramp"],
 )
 def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, history, flags, stop) -> None:
     train(base, tmp_path / "whole", *flags)
@@ -484,7 +504,7 @@ class KillAfter:
 )
 def test_a_kill_costs_at_most_an_interval_and_nothing_of_the_result(base, tmp_path, kills) -> None:
     interval, steps = 3, 10
-    flags = ("--max-steps", str(steps), "--save-every", str(interval), "--eval-data", "miniature:5")
+    flags = ("--max-steps", str(steps), "--checkpointing-steps", str(interval), "--eval-data", "miniature:5")
     flags = (*flags, "--eval-every", "2", "--sample-sentences", "0.5")
 
     def run(out: Path, kill: Callable[[], None]) -> tuple[int | None, dict[int, list[int]]]:
@@ -535,13 +555,13 @@ def test_what_is_not_whole_is_never_gone_on_from(base, tmp_path, monkeypatch, hi
 
 def test_a_run_that_diverges_stops_at_its_step_and_keeps_what_was_saved(base, tmp_path, capsys, monkeypatch) -> None:
     train(base, tmp_path / "run", "--max-steps", "2")
-    forward = Objective.forward
+    forward = FineLIPTask.forward
 
-    def diverge(self: Objective, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def diverge(self: FineLIPTask, batch: dict[str, Any]) -> dict[str, Tensor]:
         losses = forward(self, batch)
         return {**losses, "loss": losses["loss"] * float("nan")}
 
-    monkeypatch.setattr(Objective, "forward", diverge)
+    monkeypatch.setattr(FineLIPTask, "forward", diverge)
     flags = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(parse(base, tmp_path / "run")).items()
@@ -558,7 +578,7 @@ def test_a_run_that_diverges_stops_at_its_step_and_keeps_what_was_saved(base, tm
 
 
 def test_steps_that_are_too_large_stop_the_run(base, tmp_path, capsys) -> None:
-    flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --out {tmp_path / 'run'} --max-steps 40"
+    flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --output-dir {tmp_path / 'run'} --max-steps 40"
     message = refusal(train_finelip, capsys, *flags.split(), *["--learning-rate", "1e9", "--max-grad-norm", "0"])
     assert "training has diverged, and nothing of this is saved" in message
     assert not (tmp_path / "run").exists()
@@ -575,10 +595,10 @@ def test_a_damaged_best_model_is_named_and_made_anew(base, tmp_path, capsys) -> 
 
 
 def test_two_runs_do_not_write_to_one_folder(base, tmp_path, capsys) -> None:
-    flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --out {tmp_path}"
+    flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --output-dir {tmp_path}"
     with held(tmp_path, "taken"):
         message = refusal(train_finelip, capsys, *flags.split())
-    assert message == f"Another run is writing to {tmp_path}: wait for its end, or pass another --out."
+    assert message == f"Another run is writing to {tmp_path}: wait for its end, or pass another --output-dir."
 
 
 def test_a_signal_saves_nothing_half_and_the_run_goes_on(base, tmp_path, capsys, monkeypatch) -> None:
@@ -590,8 +610,8 @@ def test_a_signal_saves_nothing_half_and_the_run_goes_on(base, tmp_path, capsys,
             os.kill(os.getpid(), signal.SIGTERM)
         save(content, file)
 
-    flags = f"--base {base} --out {tmp_path / 'stopped'} --cpu --data miniature:20 --batch-size 5 --max-steps 6"
-    flags = [*f"{flags} --save-every 2 --learning-rate 1e-3 --warmup-steps 2".split(), *ALL_LOSSES]
+    flags = f"--base {base} --output-dir {tmp_path / 'stopped'} --cpu --data miniature:20 --batch-size 5 --max-steps 6"
+    flags = [*f"{flags} --checkpointing-steps 2 --learning-rate 1e-3 --warmup-steps 2".split(), *ALL_LOSSES]
     forget_accelerator()
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
@@ -643,7 +663,7 @@ def make_batch() -> dict[str, Any]:
 def losses_and_gradients(
     batch: dict[str, Any], weights: dict[str, float], hardest: bool, prepare: Callable[[nn.Module], nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
-    objective = Objective(make_model(), {**dict.fromkeys(LOSSES, 0.0), **weights}, 0.2, hardest)
+    objective = FineLIPTask(make_model(), {**dict.fromkeys(LOSSES, 0.0), **weights}, 0.2, hardest)
     prepared = prepare(objective)
     losses = prepared(batch)
     losses["loss"].backward()
@@ -655,7 +675,7 @@ CASES = [
     ({"triplet": 1.0}, False),  # the paper's: the logit scale has no gradient
     ({"triplet": 1.0}, True),
     ({"contrastive": 1.0}, False),  # nor has the refinement
-    ({"triplet": 0.1, "contrastive": 1.0, "pull": 2.0}, False),
+    ({"triplet": 0.1, "contrastive": 1.0, "distillation": 2.0}, False),
 ]
 
 
@@ -712,7 +732,17 @@ def work_on_a_run(process: int, arguments: Any, figures: Path, stop: int | None)
 
 def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_path, history) -> None:
     data = f"csv:{write_csv(tmp_path / 'data', size=20, broken=(2, 11))}"
-    flags = ("--data", data, *TRIPLET_ONLY, "--contrastive-weight", "1", "--max-steps", "4", "--ramp-epochs", "0")
+    flags = (
+        "--data",
+        data,
+        *TRIPLET_ONLY,
+        "--contrastive-weight",
+        "1",
+        "--max-steps",
+        "4",
+        "--loss-warmup-epochs",
+        "0",
+    )
     flags = (*flags, "--eval-data", data, "--eval-every", "2")
     progress = train(base, tmp_path / "one", *flags, "--batch-size", "10")
     assert progress["skipped"] == 4
@@ -749,18 +779,27 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
         ("--data webdataset:nowhere.tar --epoch-size 100 --region-weight 0", "nowhere.tar, the first of 1 shards"),
         ("--data webdataset:nowhere.tar --epoch-size 100", "--region-weight is 1, but webdataset:nowhere.tar knows no"),
         ("--eval-data webdataset:nowhere.tar", "is a stream for training only"),
-        ("--workers -1", "--workers: expected a whole number of at least 0 instead of -1"),
+        (
+            "--dataloader-num-workers -1",
+            "--dataloader-num-workers: expected a whole number of at least 0 instead of -1",
+        ),
         ("--max-steps 0", "--max-steps: expected a whole number above 0 instead of 0"),
         ("--max-steps -3", "--max-steps: expected a whole number above 0 instead of -3"),
         ("--batch-size 2.5", "--batch-size: expected a whole number above 0 instead of 2.5"),
         ("--epochs 0", "--epochs: expected a number above 0 instead of 0"),
         ("--learning-rate nan", "--learning-rate: expected a number of at least 0 instead of nan"),
         ("--triplet-weight -1", "--triplet-weight: expected a number of at least 0 instead of -1"),
-        ("--keep 0", "--keep: expected a whole number above 0"),
+        ("--checkpoints-total-limit 0", "--checkpoints-total-limit: expected a whole number above 0"),
         ("--drop-first 2", "--drop-first: expected a number of at most 1 instead of 2"),
-        ("--triplet-weight 0 --contrastive-weight 0 --region-weight 0 --pull-weight 0", "All losses have weight 0"),
+        (
+            "--triplet-weight 0 --contrastive-weight 0 --region-weight 0 --distillation-weight 0",
+            "All losses have weight 0",
+        ),
         ("--sample-sentences nan", "--sample-sentences: expected a number of at least 0 instead of nan"),
-        ("--workers 1000", "--workers: expected a whole number of at most 128 instead of 1000"),
+        (
+            "--dataloader-num-workers 1000",
+            "--dataloader-num-workers: expected a whole number of at most 128 instead of 1000",
+        ),
         ("--prefix-padding 100000", "--prefix-padding: expected a whole number of at most 1,000 instead of 100000"),
         ("--seed -1", "--seed: expected a whole number of at least 0 instead of -1"),
         ("--seed 4294967296", "--seed: expected a whole number of at most 4,294,967,295 instead of 4294967296"),
@@ -768,10 +807,13 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
         ("--epochs 1e9", "--epochs 1e+09 are 4,000,000,000 steps of this data: pass --max-steps"),
         ("--margin 11", "--margin: expected a number of at most 10 instead of 11"),
         ("--weight-decay inf", "--weight-decay: expected a number of at most 1,000,000,000 instead of inf"),
-        ("--keep 1000000", "--keep: expected a whole number of at most 10,000 instead of 1000000"),
-        ("--out=", "--out: expected a path instead of nothing"),
+        (
+            "--checkpoints-total-limit 1000000",
+            "--checkpoints-total-limit: expected a whole number of at most 10,000 instead of 1000000",
+        ),
+        ("--output-dir=", "--output-dir: expected a path instead of nothing"),
         ("--images=", "--images: expected a path instead of nothing"),
-        ("--out /", "--out / is the root of all folders"),
+        ("--output-dir /", "--output-dir / is the root of all folders"),
         ("--epoch-size 5", "--epoch-size goes with webdataset shards, but --data is miniature:20: leave it out"),
         ("--eval-data none --eval-images x", "--eval-images x goes with --eval-data, which is none: leave it out"),
         ("--data webdataset:x.tar --images y", "--images y goes with files, but shards hold their images: leave it"),
@@ -779,7 +821,7 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
     ],
 )
 def test_refuses_in_one_sentence(base, tmp_path, capsys, flags, expected) -> None:
-    common = f"--base {base} --data miniature:20 --batch-size 5 --region-weight 1 --cpu --out {tmp_path / 'run'}"
+    common = f"--base {base} --data miniature:20 --batch-size 5 --region-weight 1 --cpu --output-dir {tmp_path / 'run'}"
     if flags == "--base other":
         common = ""
     assert expected in refusal(train_finelip, capsys, *common.split(), *flags.split())
@@ -788,7 +830,7 @@ def test_refuses_in_one_sentence(base, tmp_path, capsys, flags, expected) -> Non
 
 def test_refuses_data_without_regions(base, tmp_path, capsys) -> None:
     data = f"csv:{write_csv(tmp_path / 'data')}"
-    flags = f"--base {base} --data {data} --batch-size 5 --region-weight 0.5 --cpu --out {tmp_path / 'run'}"
+    flags = f"--base {base} --data {data} --batch-size 5 --region-weight 0.5 --cpu --output-dir {tmp_path / 'run'}"
     assert (
         refusal(train_finelip, capsys, *flags.split())
         == f"--region-weight is 0.5, but {data} knows no regions: pass 0."
@@ -819,26 +861,30 @@ def test_refuses_a_tracker_that_is_not_installed(monkeypatch, capsys, tracker) -
 
 def test_refuses_a_file_as_folder(tmp_path, capsys) -> None:
     (tmp_path / "run").write_text("mine")
-    assert "run is a file: pass the name of a folder" in refusal(train_finelip, capsys, "--out", str(tmp_path / "run"))
+    assert "run is a file: pass the name of a folder" in refusal(
+        train_finelip, capsys, "--output-dir", str(tmp_path / "run")
+    )
 
 
 def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, capsys) -> None:
-    flags = f"--data miniature:20 --batch-size 5 --cpu --out {tmp_path / 'run'} --max-steps 1".split()
+    flags = f"--data miniature:20 --batch-size 5 --cpu --output-dir {tmp_path / 'run'} --max-steps 1".split()
     train_finelip.main(["--base", str(base), *flags])
     capsys.readouterr()
     message = refusal(train_finelip, capsys, "--base", str(base), *flags, "--seed", "1", "--margin", "0.3")
     assert message.endswith(
-        "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another --out."
+        "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another --output-dir."
     )
     wider = save_clip(tmp_path / "clip", width=32)
     message = refusal(train_finelip, capsys, "--base", str(wider), *flags)
-    assert message.endswith("step-0000001 is a checkpoint of another model: pass another --out.")
-    train_finelip.main(["--base", str(base), *flags, "--max-steps", "2", "--save-every", "7", "--workers", "1"])
+    assert message.endswith("step-0000001 is a checkpoint of another model: pass another --output-dir.")
+    train_finelip.main(
+        ["--base", str(base), *flags, "--max-steps", "2", "--checkpointing-steps", "7", "--dataloader-num-workers", "1"]
+    )
 
 
 def test_refuses_images_none_of_which_can_be_read_also_from_workers(base, tmp_path, capsys) -> None:
     data = write_csv(tmp_path / "data", broken=tuple(range(10)))
-    flags = f"--base {base} --data csv:{data} --batch-size 5 --workers 1 --cpu --out {tmp_path / 'run'}"
+    flags = f"--base {base} --data csv:{data} --batch-size 5 --dataloader-num-workers 1 --cpu --output-dir {tmp_path / 'run'}"
     assert refusal(train_finelip, capsys, *flags.split()).startswith("10 images in a row cannot be read")
 
 

@@ -25,7 +25,7 @@ def parser(description: str, steps: int, batch_size: int, learning_rate: float) 
     flags.add_argument("--steps", type=int, default=steps, help="optimizer steps")
     flags.add_argument("--batch-size", type=int, default=batch_size, help="scenes a step")
     flags.add_argument("--learning-rate", type=float, default=learning_rate, help="peak learning rate")
-    flags.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    flags.add_argument("--checkpointing-steps", type=int, default=100, help="steps between checkpoints")
     flags.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     return flags

@@ -19,7 +19,7 @@ class UnreadableImageError(OSError):
     """An image that is missing or broken; the message names it."""
 
 
-class CaptionedImages(ABC):
+class CaptionDataset(ABC):
     """Images and their captions, in a fixed order.
 
     Attributes:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, triplet_margin_loss
 from finelip_sdxl.stretch import stretched_row_indices
 
-LOSSES = ("triplet", "contrastive", "region", "pull")
+LOSSES = ("triplet", "contrastive", "region", "distillation")
 
 
-class Objective(nn.Module):
+class FineLIPTask(nn.Module):
     """The losses of one batch of pairs; its forward pass is what several processes share.
 
     Negatives are those of all processes' batches. Each process compares its images with all processes' texts; gathered,
@@ -45,8 +45,8 @@ class Objective(nn.Module):
             losses["contrastive"] = contrastive_loss(similarity, ids, model.logit_scale.exp().clamp(max=100))
         if weights["region"]:
             losses["region"] = self._region_loss(text.tokens, image.tokens, batch["regions"])
-        if weights["pull"]:
-            losses["pull"] = self._pull_loss(batch)
+        if weights["distillation"]:
+            losses["distillation"] = self._distillation_loss(batch)
         return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
 
     def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
@@ -67,7 +67,7 @@ class Objective(nn.Module):
         losses = F.cross_entropy(logits, torch.arange(len(label), device=label.device), reduction="none")
         return (weight * losses).sum() / weight.sum().clamp(min=1e-6)  # 0 for a batch without any
 
-    def _pull_loss(self, batch: dict[str, Any]) -> Tensor:
+    def _distillation_loss(self, batch: dict[str, Any]) -> Tensor:
         """How far short captions have moved from where the base had them: squared error over squared norm, the mean
         over captions, of the states that SDXL reads and of the embedding."""
         text = self.model.encode_text(batch["short_input_ids"], output_hidden_states=True)
