@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 MAX_CHARACTERS = 20_000
@@ -93,3 +94,9 @@ LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip
 
 
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
+
+
+def check_config(base: str, config: str | None) -> None:
+    """Refuse a config for a base that is no single file, and so has configs of its own."""
+    if config is not None and not Path(base).is_file():
+        raise ValueError(f"The config {config} goes with a single file, but {base} is none: leave it out.")

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""Where weights came from, by names that others may know."""
 
 from __future__ import annotations
 

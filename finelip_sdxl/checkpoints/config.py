@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The config that a checkpoint's tensors call for."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The keys of CLIP's weights in every layout, and their way to transformers' keys and back."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""From a name to tensors: a file, a directory or a hub repository, and the config beside it."""
 
 import logging
 import re

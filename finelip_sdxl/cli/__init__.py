@@ -1,1 +1,1 @@
-"""TODO: say what is here."""
+"""The command line."""

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The command `compare`."""
 
 import argparse
 

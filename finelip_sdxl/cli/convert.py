@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The command `convert`, and how a base is opened to be converted or exported."""
 
 import argparse
 from typing import Any
@@ -7,7 +7,6 @@ from finelip_sdxl.cli.options import config_source, loading_arguments
 from finelip_sdxl.cli.output import free_folder, parts
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_folder
-from finelip_sdxl.pipelines.opening import open_pipeline
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -26,6 +25,7 @@ def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     from finelip_sdxl import pipelines
+    from finelip_sdxl.pipelines.opening import open_pipeline
 
     described = config_source(options)
     # A single file does not say what it is for; without configs it is the usual thing.

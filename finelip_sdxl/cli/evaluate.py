@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The command `evaluate`."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The command `export`."""
 
 import argparse
 import os

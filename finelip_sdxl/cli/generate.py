@@ -1,11 +1,10 @@
-"""TODO: say what is here."""
+"""The command `generate`."""
 
 import argparse
 
 from finelip_sdxl.cli.options import chosen_prompt, device_and_dtype, loading_arguments, settings_by_seed
 from finelip_sdxl.cli.output import image_files, picture_parameters
 from finelip_sdxl.console import quiet_transformers
-from finelip_sdxl.pipelines.opening import open_text_to_image
 
 # Commands
 
@@ -18,6 +17,7 @@ def generate(options: argparse.Namespace) -> None:
 
     from finelip_sdxl.comparison import comparison
     from finelip_sdxl.images import save_png, to_image
+    from finelip_sdxl.pipelines.opening import open_text_to_image
 
     seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_sdxl.miniature import resolve_base
-from finelip_sdxl.options import ENCODING, FINELIP_MERGE, LOADED, MAX_CHARACTERS
-from finelip_sdxl.pipelines.opening import check_config
+from finelip_sdxl.options import ENCODING, FINELIP_MERGE, LOADED, MAX_CHARACTERS, check_config
 
 MAX_COUNT = 10**9  # what is larger is refused by its flag; most have a smaller limit
 

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""Where commands write, and what a picture's file says of how it was drawn."""
 
 import argparse
 import json

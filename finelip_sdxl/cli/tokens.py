@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""The command `tokens`."""
 
 import argparse
 from typing import Any

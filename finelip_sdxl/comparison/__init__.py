@@ -1,1 +1,6 @@
-"""TODO: say what is here."""
+"""Stock SDXL, compel and FineLIP-SDXL side by side."""
+
+from finelip_sdxl.comparison.comparison import Comparison, Picture, label_pictures
+from finelip_sdxl.comparison.settings import COLUMNS, Settings, check_columns
+
+__all__ = ["COLUMNS", "Comparison", "Picture", "Settings", "check_columns", "label_pictures"]

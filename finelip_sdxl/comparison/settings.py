@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""What a picture is drawn from, and the ranges that it may have."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""TODO: say what is here."""
+"""Open an SDXL by one name, whatever it is: a hub id, a directory, a single file or the miniature."""
 
 from pathlib import Path
 from typing import Any
+
+from finelip_sdxl.options import check_config
 
 
 def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **arguments: Any) -> Any:
@@ -23,11 +25,6 @@ def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **a
     pipe = pipeline_class.from_pretrained(base, **arguments)
     pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
     return pipe
-
-
-def check_config(base: str, config: str | None) -> None:
-    if config is not None and not Path(base).is_file():
-        raise ValueError(f"--config {config} goes with a single file, but {base} is none: leave it out.")
 
 
 def open_text_to_image(base: str, **arguments: Any) -> Any:

@@ -1,1 +1,1 @@
-"""TODO: say what is here."""
+"""What happens to a prompt before it is encoded."""

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""Where a text that is too long for an encoder is cut."""
 
 from __future__ import annotations
 

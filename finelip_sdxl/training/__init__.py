@@ -1,1 +1,1 @@
-"""TODO: say what is here."""
+"""The parts that the training recipes are made of."""

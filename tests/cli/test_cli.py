@@ -581,7 +581,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "{long}", "--base", "{stock}", "--overflow", "error"], "which reads 248"),
         (["tokens", "{breaks}", "--base", "{stock}", "--weighting", "a1111"], "needs 2,500 windows"),
         (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
-        (["tokens", "a", "--config", "miniature"], "--config miniature goes with a single file"),
+        (["tokens", "a", "--config", "miniature"], "config miniature goes with a single file"),
         (["generate", "a", "--out", "picture.jpg"], "must be the name of a PNG file"),
         (["generate", "a", "--base", "{stock}", "--device", "nowhere"], "is no device"),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),

@@ -1,4 +1,4 @@
-"""TODO: say what is here."""
+"""A tiny SDXL with random weights: its tokenizers, text encoders and UNet."""
 
 import torch
 from diffusers import UNet2DConditionModel

@@ -310,7 +310,7 @@ def test_wrong_options_are_told_before_anything_is_loaded(monkeypatch, file) -> 
     [
         (
             ["generate", LONG, "--config", "miniature"],
-            "--config miniature goes with a single file, but",
+            "config miniature goes with a single file, but",
         ),
         (["tokens", LONG, "--base", "{file}"], "holds weights alone: pass --config"),
     ],
