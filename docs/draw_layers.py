@@ -74,7 +74,8 @@ def draw(layers: list[list[str]], arrows: set[tuple[str, str]]) -> str:
     """The drawing as SVG.
 
     Example:
-        >>> picture = draw([["finelip_sdxl.cli"], ["finelip_sdxl.prompts"]], {("finelip_sdxl.cli", "finelip_sdxl.prompts")})
+        >>> layers = [["finelip_sdxl.cli"], ["finelip_sdxl.prompts"]]
+        >>> picture = draw(layers, {("finelip_sdxl.cli", "finelip_sdxl.prompts")})
         >>> picture.count("<rect class='box'"), picture.count("<path class='down'")
         (2, 1)
     """

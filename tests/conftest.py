@@ -1,7 +1,10 @@
-"""A tiny SDXL with random weights: the real classes, two text encoders of different widths, 77 positions."""
+"""What all tests share: the order of random numbers, which skips CI allows, and a tiny SDXL."""
 
 import copy
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
+
 import random
 import zlib
 from collections.abc import Iterator
@@ -33,6 +36,10 @@ def pytest_fixture_setup(fixturedef, request) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
     _seed(item.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    terminalreporter.write_line(f"random order: --randomly-seed={config.getoption('randomly_seed', 'none')}")
 
 
 @pytest.hookimpl(wrapper=True)
