@@ -124,7 +124,7 @@ def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
 
 def train(flags: str, run: Path) -> None:
     script = Path(__file__).parent.parent / "training" / "align_adapter.py"
-    command = [sys.executable, str(script), "--base", "miniature", "--out", str(run), "--validate-every", "0"]
+    command = [sys.executable, str(script), "--base", "miniature", "--output-dir", str(run), "--validate-every", "0"]
     # What stage 2 encodes first is the same for many runs.
     command += ["--precomputed", str(run.parent / "precomputed"), *flags.split()]
     if subprocess.run(command).returncode:

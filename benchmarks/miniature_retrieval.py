@@ -81,7 +81,7 @@ def trained(flags: str, folder: Path) -> FineLIPModel:
 
 def train(flags: str, folder: Path) -> None:
     script = Path(__file__).parent.parent / "training" / "train_finelip.py"
-    subprocess.run([sys.executable, str(script), *flags.split(), "--out", str(folder)], check=True)
+    subprocess.run([sys.executable, str(script), *flags.split(), "--output-dir", str(folder)], check=True)
 
 
 @torch.no_grad()

@@ -370,13 +370,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("triplet-weight", "of the triplet margin loss of late interaction"),
         ("contrastive-weight", "of CLIP's contrastive loss of the embeddings"),
         ("region-weight", "of phrases against their regions, for data that knows them (the miniature)"),
-        ("pull-weight", "of the pull towards the base's own states on short captions"),
+        ("distillation-weight", "of the distance to the base's own states on short captions"),
     ):
         preset(group, name, AMOUNT, "X", text)
     add = group.add_argument
     add("--margin", type=margin, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
     add("--hardest", action="store_true", help="count a pair's hardest negative only")
-    preset(group, "ramp-epochs", AMOUNT, "X", "over which all losses grow linearly from 0")
+    preset(group, "loss-warmup-epochs", AMOUNT, "X", "over which all losses grow linearly from 0")
 
     group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
     preset(group, "epochs", number(float, above=0), "X", "passes over the data")

@@ -57,7 +57,7 @@ def add_run_flags(parser: argparse.ArgumentParser, out: Path, models: str) -> An
         >>> parser = argparse.ArgumentParser()
         >>> add_accelerator_flags(add_run_flags(parser, Path("runs/new"), models="last/ model"))
         >>> parser.parse_args(["--checkpoints-total-limit", "3"])  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
-        Namespace(output_dir=...Path('runs/new'), checkpointing_steps=100, keep=3, mixed_precision='no', gradient_checkpointing=False,
+        Namespace(output_dir=...Path('runs/new'), checkpointing_steps=100, checkpoints_total_limit=3, mixed_precision='no', gradient_checkpointing=False,
             cpu=False, report_to='none')
     """
     group = parser.add_argument_group("the run")
@@ -233,7 +233,7 @@ def fixed_settings(arguments: argparse.Namespace, free: Collection[str], process
         free: flags of the recipe's own that may change, beside `FREE_RUN_FLAGS`.
 
     Example:
-        >>> arguments = argparse.Namespace(base="models/clip", seed=0, epochs=6, out=Path("runs/clip"))
+        >>> arguments = argparse.Namespace(base="models/clip", seed=0, epochs=6, output_dir=Path("runs/clip"))
         >>> fixed_settings(arguments, free={"epochs"}, processes=1)
         {'base': 'clip', 'seed': 0, 'processes': 1}
     """

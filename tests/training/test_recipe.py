@@ -424,7 +424,7 @@ def test_weights_that_are_not_finite_are_counted(value) -> None:
 @pytest.fixture
 def miniature_scripts() -> Any:
     """What the scripts of training/miniature share."""
-    file = Path(recipe.__file__).parent / "miniature" / "common.py"
+    file = Path(__file__).parents[2] / "training" / "miniature" / "common.py"
     spec = importlib.util.spec_from_file_location("miniature_common", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -31,7 +31,7 @@ def text_encoder(clip: CLIPModel, projection: bool) -> TextEncoder:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
-    flags.add_argument("--out", type=Path, default=miniature_path(), help="folder of the pipeline; replaced")
+    flags.add_argument("--output-dir", type=Path, default=miniature_path(), help="folder of the pipeline; replaced")
     arguments = flags.parse_args()
 
     clips = [CLIPModel.from_pretrained(arguments.runs / f"clip_{pair}").half() for pair in (1, 2)]
@@ -45,14 +45,14 @@ def main() -> None:
         scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
         add_watermarker=False,
     )
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    pipe.save_pretrained(arguments.out)
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
+    pipe.save_pretrained(arguments.output_dir)
     # Without dtype= a text encoder takes its dtype from its config, and everything else loads as float32.
     for name in ("text_encoder", "text_encoder_2"):
-        path = arguments.out / name / "config.json"
+        path = arguments.output_dir / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
-    rest = arguments.out.parent / "clips"
+    rest = arguments.output_dir.parent / "clips"
     rest.mkdir(exist_ok=True)
     for pair, clip in enumerate(clips, start=1):
         # The second text projection is in the pipeline's folder already.
@@ -60,8 +60,8 @@ def main() -> None:
         tensors = {key: tensor.contiguous() for key, tensor in clip.state_dict().items() if key.startswith(keys)}
         save_file(tensors, rest / f"clip_{pair}.safetensors", metadata={"format": "pt"})
         (rest / f"clip_{pair}.json").write_text(clip.config.to_json_string())
-    size = sum(path.stat().st_size for path in arguments.out.parent.glob("**/*.safetensors"))
-    print(f"{arguments.out}: {size / 2**20:.1f} MiB of weights")
+    size = sum(path.stat().st_size for path in arguments.output_dir.parent.glob("**/*.safetensors"))
+    print(f"{arguments.output_dir}: {size / 2**20:.1f} MiB of weights")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from finelip_sdxl import ConditioningAdapter, miniature_path
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
-    flags.add_argument("--out", type=Path, default=miniature_path().parent, help="folder that gets it")
+    flags.add_argument("--output-dir", type=Path, default=miniature_path().parent, help="folder that gets it")
     arguments = flags.parse_args()
-    folder = arguments.out / "conditioning_adapter"
+    folder = arguments.output_dir / "conditioning_adapter"
     shutil.rmtree(folder, ignore_errors=True)
     ConditioningAdapter.from_pretrained(arguments.runs / "adapter" / "last").half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

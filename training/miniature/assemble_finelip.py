@@ -13,10 +13,12 @@ from finelip_sdxl import load_finelip, miniature_path
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
-    flags.add_argument("--out", type=Path, default=miniature_path().parent, help="folder that gets finelip_1 and _2")
+    flags.add_argument(
+        "--output-dir", type=Path, default=miniature_path().parent, help="folder that gets finelip_1 and _2"
+    )
     arguments = flags.parse_args()
     for pair in (1, 2):
-        folder = arguments.out / f"finelip_{pair}"
+        folder = arguments.output_dir / f"finelip_{pair}"
         shutil.rmtree(folder, ignore_errors=True)
         load_finelip(arguments.runs / f"finelip_{pair}" / "last").half().save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())

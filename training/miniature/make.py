@@ -15,10 +15,10 @@ STAGES = (
     "train_vae.py --runs {runs}",
     "train_unet.py --runs {runs}",
     "assemble.py --runs {runs}",
-    "../train_finelip.py --base miniature-clip-1 --mixed-precision bf16 --out {runs}/finelip_1",
-    "../train_finelip.py --base miniature-clip-2 --mixed-precision bf16 --out {runs}/finelip_2",
+    "../train_finelip.py --base miniature-clip-1 --mixed-precision bf16 --output-dir {runs}/finelip_1",
+    "../train_finelip.py --base miniature-clip-2 --mixed-precision bf16 --output-dir {runs}/finelip_2",
     "assemble_finelip.py --runs {runs}",
-    "../align_adapter.py --out {runs}/adapter",
+    "../align_adapter.py --output-dir {runs}/adapter",
     "assemble_adapter.py --runs {runs}",
 )
 
