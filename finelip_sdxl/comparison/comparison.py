@@ -31,7 +31,7 @@ from finelip_sdxl.options import LOADED, STOCK_POSITIONS, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
-from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, EncoderSpec, plan_prompts
+from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, plan_prompts
 from finelip_sdxl.provenance import public_name
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
 
@@ -204,7 +204,7 @@ class Comparison:
         read: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
             "compel": lambda: plan_by_compel(tokenizer, prompt),
-            "finelip": lambda: self.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
+            "finelip": lambda: self.pipe.describe_prompt(prompt).prompts["text_encoder"][0],
         }
         return {column: read[column]() for column in check_columns(columns)}
 
@@ -381,8 +381,8 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
 
 
 def _plan_by_stock(tokenizer: Any, prompt: str) -> EncoderPlan:
-    reader = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
-    return plan_prompts([reader], [[prompt]], overflow="truncate", length_buckets=()).readings[0]
+    spec = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
+    return plan_prompts([spec], [[prompt]], overflow="truncate", length_buckets=()).plans[0]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -38,8 +38,8 @@ class LongPromptMixin(EncoderSwapMixin):
             the stretched table.
         conditioning_adapter: brings what replaced encoders give back to what the UNet knows. What is read as stock
             does not pass through it.
-        short_prompt_encoder: `"original"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"long"` as longer
-            ones.
+        short_prompt_encoder: `"original"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"long"` as
+            longer ones.
         hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"last"`, the last layer's after the
             final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
         overflow: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
