@@ -229,11 +229,13 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed. (Diffusers would cast what
-        both share to float32.)"""
+        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed, and with its scale of the
+        conditioning adapter. (Diffusers would cast what both share to float32.)"""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **kwargs)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.set_conditioning_adapter_scale(getattr(pipeline, "conditioning_adapter_scale", 1.0))
+        return pipe
 
     @classmethod
     def download(cls, *args: Any, **kwargs: Any) -> Any:

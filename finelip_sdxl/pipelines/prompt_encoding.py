@@ -7,7 +7,6 @@ it cares how long they are, so the denoising loops stay Diffusers' own.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
 from threading import Lock, RLock
@@ -40,10 +39,6 @@ logger = logging.getLogger(__name__)
 
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-# Of the call that is running: the pipeline, and how much of its conditioning adapter counts.
-adapter_scale: ContextVar[tuple[Any, float]] = ContextVar("adapter_scale", default=(None, 1.0))
 
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -388,8 +383,7 @@ class PromptEncodingMixin(_Parent):
         if self.hidden_states != "penultimate" or clip_skip is not None:
             self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
             return pooled
-        pipe, scale = adapter_scale.get()
-        scale = scale if pipe is self else 1.0
+        scale = self.conditioning_adapter_scale
         if scale == 0:
             return pooled
         for kind in ("states", "empty", "without"):

@@ -442,18 +442,23 @@ def with_adapter(components) -> FineLIPSDXLPipeline:
 def test_two_threads_draw_what_each_has_asked_for(components, shared) -> None:
     pipe = with_adapter(components)
     other = FineLIPSDXLPipeline.from_pipe(pipe) if shared else pipe
+    whole = draw(pipe, LONG, num_inference_steps=3)
+    pipe.set_conditioning_adapter_scale(0.0)
+    assert other.conditioning_adapter_scale == (1.0 if shared else 0.0), "a scale is its pipeline's"
     asked = [
-        (pipe, {"prompt": LONG, "conditioning_adapter_scale": 0.0, "num_inference_steps": 3}),
+        (pipe, {"prompt": LONG, "num_inference_steps": 3}),
         (other, {"prompt": "a fox", "num_inference_steps": 2, "guidance_scale": 1.0}),
+        (other, {"prompt": LONG, "num_inference_steps": 3}),
     ]
     alone = [draw(each, **arguments) for each, arguments in asked]
-    assert not np.array_equal(draw(pipe, LONG, num_inference_steps=3), alone[0]), "the adapter counts"
-    drawn = in_threads(*[lambda each=each, own=own: draw(each, **own) for each, own in asked] * 4)
+    assert not np.array_equal(whole, alone[0]), "the adapter counts"
+    assert np.array_equal(whole, alone[2]) == shared
+    drawn = in_threads(*[lambda each=each, own=own: draw(each, **own) for each, own in asked] * 3)
     for number, image in enumerate(drawn):
-        assert np.array_equal(image, alone[number % 2])
+        assert np.array_equal(image, alone[number % 3])
 
 
-def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
+def test_the_scale_of_a_pipeline_is_no_other_pipeline_s(components) -> None:
     pipe = with_adapter(components)
     other = FineLIPSDXLPipeline(
         **{**pipe.components, "scheduler": EulerDiscreteScheduler()}, short_prompt_encoder="long"
@@ -467,13 +472,14 @@ def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
         none.append(embeddings(pipe, prompt=LONG))
         return {}
 
-    draw(pipe, LONG, conditioning_adapter_scale=0.0, num_inference_steps=1, callback_on_step_end=look)
+    pipe.set_conditioning_adapter_scale(0.0)
+    draw(pipe, LONG, num_inference_steps=1, callback_on_step_end=look)
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, LONG, callback_on_step_end=lambda *arguments: 1 / 0)
+    pipe.set_conditioning_adapter_scale(1.0)
     for encoded in (*inside, embeddings(pipe, prompt=LONG)):
         assert_same(encoded, whole)
-    assert not torch.equal(none[0][0], whole[0]), "inside, it is the call's"
-    with pytest.raises(ZeroDivisionError):
-        draw(pipe, LONG, conditioning_adapter_scale=0.0, callback_on_step_end=lambda *arguments: 1 / 0)
-    assert_same(embeddings(pipe, prompt=LONG), whole)
+    assert not torch.equal(none[0][0], whole[0]), "inside, it is the pipeline's"
 
 
 def test_a_lora_s_scale_is_no_other_call_s(components) -> None:
@@ -736,8 +742,8 @@ def test_a_number_of_images_that_is_none_is_refused(components, images) -> None:
 
 @pytest.mark.parametrize("scale", [-0.1, 1.1, float("nan"), float("inf"), "1", None, [1], True, torch.ones(2)])
 def test_a_scale_that_is_none_is_refused(components, scale) -> None:
-    with pytest.raises(ValueError, match=r"conditioning_adapter_scale is .*; expected a number from 0"):
-        draw(FineLIPSDXLPipeline(**components), conditioning_adapter_scale=scale)
+    with pytest.raises(ValueError, match=r"scale of the conditioning adapter is .*; expected a number from 0"):
+        FineLIPSDXLPipeline(**components).set_conditioning_adapter_scale(scale)
 
 
 def test_prompt_and_embeddings_together_are_refused(components) -> None:
