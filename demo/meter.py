@@ -61,7 +61,7 @@ STYLE = """
 
 def render_meter(
     prompt: str,
-    readings: Mapping[str, EncoderPlan],
+    plans: Mapping[str, EncoderPlan],
     titles: Mapping[str, str],
     pending: Collection[str] = (),
 ) -> str:
@@ -71,9 +71,9 @@ def render_meter(
 
     Args:
         prompt: the text as it was written.
-        readings: for each column, such as `"stock"`, what its encoder reads of it. Windows must know their tokens.
+        plans: for each column, such as `"stock"`, what its encoder gets of it. Windows must know their tokens.
         titles: for each column its name for people.
-        pending: columns whose reading follows.
+        pending: columns whose plan follows.
 
     Returns:
         HTML for `STYLE`; text that came in is escaped. Where a column's windows do not join to the prompt (compel's
@@ -82,34 +82,34 @@ def render_meter(
     Example:
         >>> from finelip_sdxl.prompts.plan import Window
         >>> windows = (Window("a fox & ", (320, 3240, 261)), Window("a hare", (320, 14036)))
-        >>> reading = EncoderPlan("text_encoder", "prompt", 0, windows, positions=5)
-        >>> html = render_meter("a fox & a hare", {"compel": reading}, {"compel": "compel"})
+        >>> plan = EncoderPlan("text_encoder", "prompt", 0, windows, positions=5)
+        >>> html = render_meter("a fox & a hare", {"compel": plan}, {"compel": "compel"})
         >>> "reads all 7 tokens in 2 windows of 5" in html, "a fox &amp; <span" in html
         (True, True)
     """
     if not prompt.strip():
         return f'<div class="meter"><div class="meter-hint">{HINT}</div></div>'
-    names = {column: escape(titles[column]) for column in readings}
+    names = {column: escape(titles[column]) for column in plans}
     lines = "".join(
-        _line(column, names[column], readings[column]) if column in readings else _pending(column, escape(title))
+        _line(column, names[column], plans[column]) if column in plans else _pending(column, escape(title))
         for column, title in titles.items()
-        if column in readings or column in pending
+        if column in plans or column in pending
     )
-    legend = "".join(f"<span>{item}</span>" for item in _legend(prompt, readings, names))
+    legend = "".join(f"<span>{item}</span>" for item in _legend(prompt, plans, names))
     legend = f'<div class="meter-legend">{legend}</div>' if legend else ""
-    return f'<div class="meter">{lines}{_praise(readings, names)}{legend}{_text(prompt, readings, names)}</div>'
+    return f'<div class="meter">{lines}{_praise(plans, names)}{legend}{_text(prompt, plans, names)}</div>'
 
 
-def _line(column: str, name: str, reading: EncoderPlan) -> str:
-    parts = [("read", len(window.token_ids)) for window in reading.windows]
+def _line(column: str, name: str, plan: EncoderPlan) -> str:
+    parts = [("read", len(window.token_ids)) for window in plan.windows]
     loses = ""
-    if reading.cut_tokens:
-        parts.append(("dropped", reading.cut_tokens))
+    if plan.cut_tokens:
+        parts.append(("dropped", plan.cut_tokens))
         loses = ' class="meter-loses"'
     bar = "".join(f'<span class="meter-{kind}" style="flex-grow: {tokens}"></span>' for kind, tokens in parts)
     return (
         f'<div class="meter-line meter-{column}"><span class="meter-title">{name}</span>'
-        f"<span{loses}>{_sentence(reading)}</span>"
+        f"<span{loses}>{_sentence(plan)}</span>"
         f'<span class="meter-bar" aria-hidden="true">{bar}</span></div>'
     )
 
@@ -121,46 +121,46 @@ def _pending(column: str, name: str) -> str:
     )
 
 
-def _sentence(reading: EncoderPlan) -> str:
-    read = sum(len(window.token_ids) for window in reading.windows) + MARKERS
-    if reading.cut_tokens:
-        are = "is" if reading.cut_tokens == 1 else "are"
-        return f"reads {read:,} of {read + reading.cut_tokens:,} tokens; {reading.cut_tokens:,} {are} dropped"
-    if len(reading.windows) == 1:
+def _sentence(plan: EncoderPlan) -> str:
+    read = sum(len(window.token_ids) for window in plan.windows) + MARKERS
+    if plan.cut_tokens:
+        are = "is" if plan.cut_tokens == 1 else "are"
+        return f"reads {read:,} of {read + plan.cut_tokens:,} tokens; {plan.cut_tokens:,} {are} dropped"
+    if len(plan.windows) == 1:
         return f"reads all {read:,} tokens at once"
-    return f"reads all {read:,} tokens in {len(reading.windows)} windows of {reading.positions}"
+    return f"reads all {read:,} tokens in {len(plan.windows)} windows of {plan.positions}"
 
 
-def _praise(readings: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
-    if not readings or any(reading.cut_tokens for reading in readings.values()):
+def _praise(plans: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
+    if not plans or any(plan.cut_tokens for plan in plans.values()):
         return ""
-    short = all(len(reading.windows) == 1 for reading in readings.values())
+    short = all(len(plan.windows) == 1 for plan in plans.values())
     who = {1: "{} reads".format(*names.values()), 2: "both read", 3: "all three read"}[len(names)]
     return f'<div class="meter-good">{"Short enough" if short else "Nothing is lost"}: {who} the whole prompt.</div>'
 
 
-def _legend(prompt: str, readings: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> Iterator[str]:
+def _legend(prompt: str, plans: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> Iterator[str]:
     """What the marks in the text mean, and whose are missing."""
-    for column, reading in readings.items():
-        parted = len(reading.windows) > 1 or reading.cut_tokens
-        if parted and not _joins(prompt, reading):
+    for column, plan in plans.items():
+        parted = len(plan.windows) > 1 or plan.cut_tokens
+        if parted and not _joins(prompt, plan):
             yield f"{names[column]} reads a rewritten prompt, so its windows are not marked"
-        elif column == STOCK and reading.cut_tokens:
+        elif column == STOCK and plan.cut_tokens:
             yield f'<del class="meter-cut meter-{column}">struck out</del>: {names[column]} never sees it'
-        elif len(reading.windows) > 1:
+        elif len(plan.windows) > 1:
             yield f"{_mark(column, '2')} a new window of {names[column]} begins"
 
 
-def _text(prompt: str, readings: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
+def _text(prompt: str, plans: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
     """The prompt, with a mark where a window begins, and struck out from where stock stops."""
     marks: dict[int, str] = {}  # by the character before which they stand
     stop = len(prompt)
-    for column, reading in readings.items():
-        if not _joins(prompt, reading):
+    for column, plan in plans.items():
+        if not _joins(prompt, plan):
             continue
         if column == STOCK:
-            stop -= len(reading.cut_text)
-        starts = accumulate(len(window.text) for window in reading.windows[:-1])
+            stop -= len(plan.cut_text)
+        starts = accumulate(len(window.text) for window in plan.windows[:-1])
         for number, start in enumerate(starts, start=2):
             marks[start] = marks.get(start, "") + _mark(column, str(number), f"{names[column]}: window {number}")
 
@@ -181,6 +181,6 @@ def _mark(column: str, text: str, label: str = "") -> str:
     return f'<span class="meter-mark meter-{column}"{spoken}>{text}</span>'
 
 
-def _joins(prompt: str, reading: EncoderPlan) -> bool:
+def _joins(prompt: str, plan: EncoderPlan) -> bool:
     """Whether the windows are slices of the prompt as it was written."""
-    return "".join(window.text for window in reading.windows) + reading.cut_text == prompt
+    return "".join(window.text for window in plan.windows) + plan.cut_text == prompt

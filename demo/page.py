@@ -229,13 +229,13 @@ class _Page:
         prompt = prompt or ""
         if len(prompt) > MAX_CHARACTERS:
             return _hint(_too_long(prompt))
-        readings, trouble = {}, ""
+        plans, trouble = {}, ""
         for column in (column for column in COLUMNS if column not in pending):
             try:
-                readings |= self.comparison.read(prompt, [column])
+                plans |= self.comparison.read(prompt, [column])
             except ValueError as error:  # such as brackets that compel cannot read, while they are typed
                 trouble += _hint(str(error))
-        return meter.render_meter(prompt, readings, COLUMNS, pending) + trouble
+        return meter.render_meter(prompt, plans, COLUMNS, pending) + trouble
 
     def tokens(self, prompt: str) -> dict[str, Any]:
         """What each column reads of a prompt: its windows, as texts and in tokens, and the text that is cut."""
@@ -243,11 +243,11 @@ class _Page:
             _check_text("prompt", prompt)
             return {
                 column: {
-                    "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in reading.windows],
-                    "cut_text": reading.cut_text,
-                    "cut_tokens": reading.cut_tokens,
+                    "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in plan.windows],
+                    "cut_text": plan.cut_text,
+                    "cut_tokens": plan.cut_tokens,
                 }
-                for column, reading in self.comparison.read(prompt).items()
+                for column, plan in self.comparison.read(prompt).items()
             }
 
     # Settings

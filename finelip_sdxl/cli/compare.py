@@ -32,8 +32,8 @@ def compare(options: argparse.Namespace) -> None:
         **loading_arguments(options),
     )
     opened.read(options.negative_prompt or "", columns)  # what compel cannot parse is refused before anything is drawn
-    for column, reading in opened.read(prompt, columns).items():
-        print(f"{comparison.COLUMNS[column]} reads {_outline(reading)}")
+    for column, plan in opened.read(prompt, columns).items():
+        print(f"{comparison.COLUMNS[column]} reads {_outline(plan)}")
 
     pictures = []
     for settings in rows:
@@ -55,9 +55,9 @@ def compare(options: argparse.Namespace) -> None:
     print(file)
 
 
-def _outline(reading: EncoderPlan) -> str:
-    """What a reading holds of its text in one line; start and end token are counted once, however many windows."""
-    read = sum(len(window.token_ids) for window in reading.windows) + 2
-    windows = "1 window" if len(reading.windows) == 1 else f"{len(reading.windows)} windows"
-    cut = f"{reading.cut_tokens} are CUT" if reading.cut_tokens else "nothing is cut"
-    return f"{read} of {read + reading.cut_tokens} tokens, in {windows} of {reading.positions} positions; {cut}"
+def _outline(plan: EncoderPlan) -> str:
+    """What a plan holds of its text in one line; start and end token are counted once, however many windows."""
+    read = sum(len(window.token_ids) for window in plan.windows) + 2
+    windows = "1 window" if len(plan.windows) == 1 else f"{len(plan.windows)} windows"
+    cut = f"{plan.cut_tokens} are CUT" if plan.cut_tokens else "nothing is cut"
+    return f"{read} of {read + plan.cut_tokens} tokens, in {windows} of {plan.positions} positions; {cut}"

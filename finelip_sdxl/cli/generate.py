@@ -27,6 +27,7 @@ def generate(options: argparse.Namespace) -> None:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
+    pipe.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
     try:
         images = pipe(
             prompt,
@@ -36,7 +37,6 @@ def generate(options: argparse.Namespace) -> None:
             width=options.width,
             height=options.height,
             num_images_per_prompt=options.num_images,
-            conditioning_adapter_scale=options.conditioning_adapter_scale,
             # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",

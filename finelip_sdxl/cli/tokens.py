@@ -25,12 +25,12 @@ def tokens(options: argparse.Namespace) -> None:
     described = config_source(options)
     if described is None:
         raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
-    readers, saved = _encoder_specs(described)
+    specs, saved = _encoder_specs(described)
     chosen = {**saved, **loading_arguments(options)}
     report = plan_prompts(
-        readers,
-        [prompt] * len(readers),
-        None if negative is None else [negative] * len(readers),
+        specs,
+        [prompt] * len(specs),
+        None if negative is None else [negative] * len(specs),
         short_prompt_encoder=check_choice(
             "short_prompt_encoder", chosen.get("short_prompt_encoder", SHORT_PROMPT_ENCODER[0]), SHORT_PROMPT_ENCODER
         ),
@@ -50,14 +50,14 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
     from finelip_sdxl.stretch import FACTOR, KEEP
 
     index = DiffusionPipeline.load_config(base)
-    readers = []
+    specs = []
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if not (index.get(encoder) or [None])[0]:
             continue
         config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
         positions = config.max_position_embeddings
         is_stock = positions <= STOCK_POSITIONS or getattr(config, "stretched_from", None) == STOCK_POSITIONS
-        readers.append(
+        specs.append(
             EncoderSpec(
                 encoder,
                 CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
@@ -65,6 +65,6 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
                 has_stock=is_stock or f"stock_{encoder}" in index,
             )
         )
-    if not readers or "text_encoder_2" not in index:
+    if not specs or "text_encoder_2" not in index:
         raise ValueError(f"{base} has not the CLIP text encoders of an SDXL: pass another base.")
-    return readers, index
+    return specs, index

@@ -31,7 +31,7 @@ from finelip_sdxl.options import LOADED, STOCK_POSITIONS, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
-from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, EncoderSpec, plan_prompts
+from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, plan_prompts
 from finelip_sdxl.provenance import public_name
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
 
@@ -204,7 +204,7 @@ class Comparison:
         read: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
             "compel": lambda: plan_by_compel(tokenizer, prompt),
-            "finelip": lambda: self.pipe.describe_prompt(prompt).select("text_encoder", PROMPT)[0],
+            "finelip": lambda: self.pipe.describe_prompt(prompt).prompts["text_encoder"][0],
         }
         return {column: read[column]() for column in check_columns(columns)}
 
@@ -252,11 +252,7 @@ class Comparison:
             "generator": torch.Generator().manual_seed(settings.seed),
             "output_type": "pt",
         }
-        base: dict[str, Any] = {
-            "width": width,
-            "height": height,
-            "conditioning_adapter_scale": settings.conditioning_adapter_scale,
-        }
+        base: dict[str, Any] = {"width": width, "height": height}
         first = _Steps(on_step, settings.steps)
         if self._refiner is not None and settings.steps < MIN_REFINED_STEPS:
             raise ValueError(
@@ -265,7 +261,7 @@ class Comparison:
             )
         if self._refiner is not None:
             base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
-        with _reading_states(self.pipe, settings.hidden_states):
+        with _encoding_as(self.pipe, settings):
             drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
         if self._refiner is None:
             return drawn[0]
@@ -350,14 +346,16 @@ def _stock_encoder(pipe: Any, name: str) -> Any:
 
 
 @contextmanager
-def _reading_states(pipe: Any, hidden_states: str | None) -> Iterator[None]:
-    """With these hidden states in place of the pipeline's own; None for these."""
-    before = pipe.hidden_states
-    pipe.hidden_states = hidden_states or before
+def _encoding_as(pipe: Any, settings: Settings) -> Iterator[None]:
+    """With the settings' hidden states, None for the pipeline's own, and their scale of the conditioning adapter."""
+    states, scale = pipe.hidden_states, pipe.conditioning_adapter_scale
+    pipe.hidden_states = settings.hidden_states or states
+    pipe.set_conditioning_adapter_scale(settings.conditioning_adapter_scale)
     try:
         yield
     finally:
-        pipe.hidden_states = before
+        pipe.hidden_states = states
+        pipe.set_conditioning_adapter_scale(scale)
 
 
 @contextmanager
@@ -381,8 +379,8 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
 
 
 def _plan_by_stock(tokenizer: Any, prompt: str) -> EncoderPlan:
-    reader = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
-    return plan_prompts([reader], [[prompt]], overflow="truncate", length_buckets=()).readings[0]
+    spec = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
+    return plan_prompts([spec], [[prompt]], overflow="truncate", length_buckets=()).plans[0]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -141,7 +141,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
-        if kwargs.get("short_prompt_encoder") == "stretched":  # then nothing reads the held encoders
+        if kwargs.get("short_prompt_encoder") == "long":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(ORIGINAL_ENCODERS), **kwargs}
         absent = [name for name in ENCODERS if name in kwargs and kwargs[name] is None]
         kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
@@ -229,11 +229,13 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed. (Diffusers would cast what
-        both share to float32.)"""
+        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed, and with its scale of the
+        conditioning adapter. (Diffusers would cast what both share to float32.)"""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **kwargs)
+        pipe = super().from_pipe(pipeline, **kwargs)
+        pipe.set_conditioning_adapter_scale(getattr(pipeline, "conditioning_adapter_scale", 1.0))
+        return pipe
 
     @classmethod
     def download(cls, *args: Any, **kwargs: Any) -> Any:
@@ -421,7 +423,8 @@ def _check_parts(pipe: Any, source: str) -> None:
         if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
             check_tokenizer(tokenizer, f"{source}: {name}")
     for name in (*ENCODERS, *ORIGINAL_ENCODERS, ADAPTER):
-        if (part := getattr(pipe, name)) is not None:
+        part = getattr(pipe, name)
+        if part is not None and not getattr(part, "is_quantized", False):  # torchao's tensors cannot be asked
             check_finite(dict(part.named_parameters()), f"{source}: {name}")
     _check_adapter(pipe)
 

@@ -3,6 +3,8 @@
 import inspect
 import json
 import os
+from collections.abc import Callable
+from functools import wraps
 from numbers import Real
 from typing import Any, get_type_hints
 
@@ -13,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.options import LENGTH_BUCKETS
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, OPTIONS, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
-from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, adapter_scale, one_at_a_time
+from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 
 
 def _option(name: str, doc: str) -> property:
@@ -28,7 +30,10 @@ def _option(name: str, doc: str) -> property:
 class LongPromptMixin(EncoderSwapMixin):
     """Put before an SDXL pipeline of Diffusers, makes it read prompts of any length.
 
-    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.
+    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`. Its `__call__` is the
+    parent's, for one thread at a time: a second thread waits until the first has drawn, also on another pipeline that
+    `from_pipe` made of this one. A pipeline with a scheduler of its own draws at the same time.
+
     Built directly from components it changes none of them; with encoders of 77 positions it then behaves as its parent
     does. `from_pretrained` and `swap_text_encoders` give it encoders of 248 positions.
 
@@ -38,8 +43,8 @@ class LongPromptMixin(EncoderSwapMixin):
             the stretched table.
         conditioning_adapter: brings what replaced encoders give back to what the UNet knows. What is read as stock
             does not pass through it.
-        short_prompt_encoder: `"original"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"long"` as longer
-            ones.
+        short_prompt_encoder: `"original"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"long"` as
+            longer ones.
         hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"last"`, the last layer's after the
             final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
         overflow: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
@@ -74,6 +79,7 @@ class LongPromptMixin(EncoderSwapMixin):
         self.overflow = overflow
         self.length_buckets = length_buckets
         self.weighting = weighting
+        self._conditioning_adapter_scale = 1.0
         self._said: set[str] = set()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -83,8 +89,9 @@ class LongPromptMixin(EncoderSwapMixin):
             cls._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
             cls.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
-        _sign(cls, "__init__")
-        _sign(cls, "__call__")
+        if LongPromptMixin in cls.__bases__ or "__call__" in vars(cls):
+            cls.__call__ = _drawing(cls.__call__)  # type: ignore[attr-defined]
+        _spell_out_init(cls)
 
     short_prompt_encoder = _option(
         "short_prompt_encoder", "How prompts of up to 77 tokens are read: 'original' or 'long'."
@@ -93,6 +100,34 @@ class LongPromptMixin(EncoderSwapMixin):
     overflow = _option("overflow", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
     length_buckets = _option("length_buckets", "Lengths in tokens that prompts are padded to, ascending.")
     weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
+
+    @property
+    def conditioning_adapter_scale(self) -> float:
+        """How much of the conditioning adapter counts; see `set_conditioning_adapter_scale`."""
+        return self._conditioning_adapter_scale
+
+    def set_conditioning_adapter_scale(self, scale: float) -> None:
+        """Set how much of the conditioning adapter counts from now on.
+
+        The scale belongs to this pipeline. `from_pipe` hands it on, and each of the two can change its own afterwards:
+        threads that need different scales use a pipeline each. `save_pretrained` does not save it.
+
+        Args:
+            scale: from 0, as if there were no adapter, to 1, all of it, which is the default.
+
+        Raises:
+            ValueError: a scale out of range.
+
+        Example:
+            >>> pipe.set_conditioning_adapter_scale(0.5)  # doctest: +SKIP
+            >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
+        """
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= scale <= 1:
+            raise ValueError(
+                f"The scale of the conditioning adapter is {scale!r:.60}; expected a number from 0, without the"
+                " adapter, to 1, with all of it."
+            )
+        self._conditioning_adapter_scale = float(scale)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -136,33 +171,6 @@ class LongPromptMixin(EncoderSwapMixin):
             if issubclass(base, DiffusionPipeline) and not issubclass(base, LongPromptMixin)
         )
 
-    @one_at_a_time
-    def __call__(self, *args: Any, conditioning_adapter_scale: float = 1.0, **kwargs: Any) -> Any:
-        """Draw, as the parent does; its arguments are the parent's.
-
-        A second thread waits until the first has drawn, also on another pipeline that `from_pipe` made of this one; one
-        with a scheduler of its own draws at the same time.
-
-        Args:
-            conditioning_adapter_scale: how much of the conditioning adapter counts, from 0 (nothing) to 1.
-
-        Raises:
-            ValueError: a scale out of range; and what `encode_prompt` and the parent raise.
-        """
-        scale = conditioning_adapter_scale
-        if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= scale <= 1:
-            raise ValueError(
-                f"conditioning_adapter_scale is {scale!r:.60}; expected a number from 0, without the adapter, to 1,"
-                " with all of it."
-            )
-        # The parent would look at their shapes first.
-        self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
-        token = adapter_scale.set((self, float(scale)))
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            adapter_scale.reset(token)
-
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the parent. Encoders whose weights keep a fused LoRA note it in their configs: nothing else tells then."""
         for encoder in (self.text_encoder, self.text_encoder_2):
@@ -185,26 +193,36 @@ class LongPromptMixin(EncoderSwapMixin):
             apply_group_offloading(getattr(self, name), *args, **kwargs)
 
 
-def _sign(cls: type, name: str) -> None:
-    """Give a method of `cls` an explicit signature: its own arguments and those of the parent's that it hands on to.
+def _drawing(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `__call__`, with the same signature, for one thread at a time and with checks that come first."""
 
-    Diffusers reads a pipeline's components and options from `__init__` and what a call takes from `__call__`, and
-    Python offers no other way to say them once for parents that differ.
+    @wraps(call)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The parent would look at their shapes first.
+        self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
+        return call(self, *args, **kwargs)
+
+    return one_at_a_time(checked)
+
+
+def _spell_out_init(cls: type) -> None:
+    """Give the `__init__` of `cls` a signature with every argument: its own, and those of the parents that it calls.
+
+    Diffusers takes the names and types of a pipeline's components and options from that signature, in many places.
+    Each of the ten parents has other ones, so the plain way is ten methods of some twenty arguments, to be kept in step
+    with Diffusers by hand.
     """
-    if name not in vars(cls):
+    if "__init__" not in vars(cls):
 
-        def hand_on(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return getattr(super(cls, self), name)(*args, **kwargs)  # type: ignore[arg-type, misc]
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(*args, **kwargs)  # type: ignore[misc]
 
-        hand_on.__name__, hand_on.__qualname__ = name, f"{cls.__qualname__}.{name}"
-        setattr(cls, name, hand_on)
+        __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+        cls.__init__ = __init__  # type: ignore[misc]
 
     parameters: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        method = vars(base).get(name)
-        if method is None:
-            continue
-        own, hints = inspect.signature(method).parameters.values(), get_type_hints(inspect.unwrap(method))
+    for init in [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]:
+        own, hints = inspect.signature(init).parameters.values(), get_type_hints(inspect.unwrap(init))
         for parameter in own:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 annotation = hints.get(parameter.name, parameter.annotation)
@@ -212,6 +230,6 @@ def _sign(cls: type, name: str) -> None:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
             break
     ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)  # stable: keyword-only ones last
-    method = vars(cls)[name]
-    method.__signature__ = inspect.Signature(ordered)
-    method.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}
+    spelled_out: Any = vars(cls)["__init__"]
+    spelled_out.__signature__ = inspect.Signature(ordered)
+    spelled_out.__annotations__ = {p.name: p.annotation for p in ordered if p.annotation is not p.empty}

@@ -7,7 +7,6 @@ it cares how long they are, so the denoising loops stay Diffusers' own.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
 from threading import Lock, RLock
@@ -40,10 +39,6 @@ logger = logging.getLogger(__name__)
 
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-# Of the call that is running: the pipeline, and how much of its conditioning adapter counts.
-adapter_scale: ContextVar[tuple[Any, float]] = ContextVar("adapter_scale", default=(None, 1.0))
 
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -136,8 +131,8 @@ class PromptEncodingMixin(_Parent):
             TypeError: a prompt that is not a string or a list of strings.
             ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters or more windows
                 than `finelip_sdxl.options.MAX_POSITIONS` allows, one that does not fit where `overflow="error"` or
-                embeddings passed beside it fix the length, weights that `finelip_sdxl.prompts.weighting.parse_weights` refuses,
-                a `clip_skip` beyond an encoder's layers, no images, or embeddings of other shapes.
+                embeddings passed beside it fix the length, weights that `parse_weights` refuses, a `clip_skip` beyond
+                an encoder's layers, no images, or embeddings of other shapes.
         """
         self._check_embeddings(
             prompt_embeds=prompt_embeds,
@@ -167,7 +162,7 @@ class PromptEncodingMixin(_Parent):
             if prompts or negatives:
                 report = self._read(prompts, negatives, shape)
                 if report.cut:
-                    lost = dict.fromkeys(f"{reading.role}: {reading.cut_text}" for reading in report.cut)
+                    lost = dict.fromkeys(f"{plan.role}: {plan.cut_text}" for plan in report.cut)
                     logger.warning("Cut and not read, %s", "; ".join(lost))
                 with self._scaled_lora(lora_scale):
                     if prompts:
@@ -225,7 +220,7 @@ class PromptEncodingMixin(_Parent):
         ]
 
     def _has_long_encoders(self) -> bool:
-        return any(reader.positions > STOCK_POSITIONS for reader in self._encoder_specs())
+        return any(spec.positions > STOCK_POSITIONS for spec in self._encoder_specs())
 
     def _check_weighting(self) -> None:
         if self.weighting is not None and not self._has_long_encoders():
@@ -327,7 +322,7 @@ class PromptEncodingMixin(_Parent):
         """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
         if embeds is None:
             return None
-        length, capacity = embeds.shape[1], min(reader.positions for reader in self._encoder_specs())
+        length, capacity = embeds.shape[1], min(spec.positions for spec in self._encoder_specs())
         if length > capacity and length % capacity:
             raise ValueError(
                 f"`{name}` are {length} positions long, but a text beside them is encoded to at most {capacity} or a"
@@ -348,23 +343,23 @@ class PromptEncodingMixin(_Parent):
 
     def _encode_by(self, name: str, tokenizer: Any, report: PromptPlan, role: str, clip_skip: int | None) -> "_Encoded":
         """What one encoder gives for a batch."""
-        readings = report.select(name, role)
-        as_stock = readings[0].as_stock
+        plans = (report.prompts if role == PROMPT else report.negative_prompts)[name]
+        as_stock = plans[0].as_stock
         stock = self._original_encoder(name) if as_stock else None
         encoder, position_ids = stock or (getattr(self, name), None)
         device = get_module_execution_device(encoder)
         encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
-        token_ids = torch.tensor(padded_token_ids(readings, tokenizer, report.windows), device=device)
+        token_ids = torch.tensor(padded_token_ids(plans, tokenizer, report.windows), device=device)
         states, pooled = [], None
         for window in token_ids.unbind(dim=1):
-            with _ending_at(encoder, tokenizer.eos_token_id, readings):
+            with _ending_at(encoder, tokenizer.eos_token_id, plans):
                 output = encode(window)
             states.append(self._states(output, as_stock, clip_skip))
             if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
                 pooled = output[0]
         encoded = _Encoded(torch.cat(states, dim=1), as_stock, pooled)
 
-        rows = padded_weights(readings, report.windows)
+        rows = padded_weights(plans, report.windows)
         if rows is not None:
             encoded.weights = torch.tensor(rows, device=device)
             nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
@@ -388,8 +383,7 @@ class PromptEncodingMixin(_Parent):
         if self.hidden_states != "penultimate" or clip_skip is not None:
             self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
             return pooled
-        pipe, scale = adapter_scale.get()
-        scale = scale if pipe is self else 1.0
+        scale = self.conditioning_adapter_scale
         if scale == 0:
             return pooled
         for kind in ("states", "empty", "without"):
@@ -513,7 +507,7 @@ def _was_extended(encoder: Any, held: Any) -> bool:
 
 
 @contextmanager
-def _ending_at(encoder: Any, end: int, readings: Sequence[EncoderPlan]) -> Iterator[None]:
+def _ending_at(encoder: Any, end: int, plans: Sequence[EncoderPlan]) -> Iterator[None]:
     """With an encoder that pools at the end token, also behind the tokens of a textual inversion.
 
     Under the old configs that say `eos_token_id=2`, as SDXL's do, it takes the largest id for the end, and those of an
@@ -521,7 +515,7 @@ def _ending_at(encoder: Any, end: int, readings: Sequence[EncoderPlan]) -> Itera
     """
     tower = getattr(encoder, "text_model", encoder)
     before = tower.eos_token_id
-    if any(token > end for reading in readings for window in reading.windows for token in window.token_ids):
+    if any(token > end for plan in plans for window in plan.windows for token in window.token_ids):
         tower.eos_token_id = end
     try:
         yield
@@ -535,7 +529,7 @@ def _has_added_tokens(tokenizer: Any) -> bool:
 
 
 def _without_state(tokenizer: Any) -> Any:
-    """As much of a tokenizer as Diffusers needs to look for textual inversions, see `finelip_sdxl.prompts.plan.tokenize`."""
+    """As much of a tokenizer as Diffusers needs to look for textual inversions, see `tokenize`."""
     return SimpleNamespace(
         tokenize=lambda text: tokenizer.convert_ids_to_tokens(tokenize(tokenizer, text)[0]),
         added_tokens_encoder=tokenizer.added_tokens_encoder,

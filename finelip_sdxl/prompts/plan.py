@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 from finelip_sdxl.options import LENGTH_BUCKETS, MAX_POSITIONS, STOCK_POSITIONS
@@ -105,84 +106,45 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """What every encoder reads of a batch of prompts; `str(report)` is the text for people.
+    """What every encoder gets of a batch of prompts; `str(plan)` is the report for people.
 
     Attributes:
-        readings: one for each encoder and text.
+        prompts: for each encoder, by its name in the pipeline, a plan for each prompt of the batch; empty if the
+            prompts came as embeddings.
+        negative_prompts: the same for the negative prompts; empty if there are none.
         positions: the length to which every window of the batch is padded.
         windows: how many windows every text of the batch is padded to, with windows of the empty prompt.
     """
 
-    readings: tuple[EncoderPlan, ...]
+    prompts: Mapping[str, tuple[EncoderPlan, ...]]
+    negative_prompts: Mapping[str, tuple[EncoderPlan, ...]]
     positions: int
     windows: int
 
     @property
-    def cut(self) -> tuple[EncoderPlan, ...]:
-        """The readings that lose a part of their text."""
-        return tuple(reading for reading in self.readings if reading.cut_tokens)
+    def plans(self) -> tuple[EncoderPlan, ...]:
+        """The plans of all encoders and texts: prompts first, in the order of the encoders and of the batch."""
+        return tuple(chain(*self.prompts.values(), *self.negative_prompts.values()))
 
-    def select(self, encoder: str, role: str) -> list[EncoderPlan]:
-        """The readings of one encoder, `"prompt"` or `"negative prompt"`, in the order of the batch."""
-        return [reading for reading in self.readings if reading.encoder == encoder and reading.role == role]
+    @property
+    def cut(self) -> tuple[EncoderPlan, ...]:
+        """The plans that lose a part of their text."""
+        return tuple(plan for plan in self.plans if plan.cut_tokens)
 
     def __str__(self) -> str:
         # Encoders that read the same are reported once: usually both do.
-        batched = any(reading.index for reading in self.readings)
+        batched = any(plan.index for plan in self.plans)
         encoders: dict[str, list[str]] = {}
-        for reading in self.readings:
-            role = f"{reading.role} {reading.index + 1}" if batched else reading.role
-            encoders.setdefault(f"{role}: {reading._body()}", []).append(reading.encoder)
+        for plan in self.plans:
+            role = f"{plan.role} {plan.index + 1}" if batched else plan.role
+            encoders.setdefault(f"{role}: {plan._body()}", []).append(plan.encoder)
         return "\n".join(
             f"{' and '.join(names)} {'reads' if len(names) == 1 else 'read'} {text}" for text, names in encoders.items()
         )
 
 
-@dataclass(frozen=True)
-class _Text:
-    """A text that one encoder is to read, with its tokens and where each of them stands."""
-
-    reader: EncoderSpec
-    role: str
-    index: int
-    weighted: WeightedText
-    token_ids: list[int]
-    offsets: list[tuple[int, int]]
-
-    @classmethod
-    def read(cls, reader: EncoderSpec, role: str, index: int, weighted: WeightedText) -> _Text:
-        return cls(reader, role, index, weighted, *tokenize(reader.tokenizer, weighted.text))
-
-    @property
-    def text(self) -> str:
-        return self.weighted.text
-
-    @property
-    def tokens(self) -> int:
-        return len(self.token_ids) + 2
-
-    def spans(self, size: int) -> list[tuple[int, int]]:
-        """Windows as first and one past last token, none across a break."""
-        firsts = [first for first, _ in self.offsets]
-        borders = [0, *(bisect_left(firsts, place) for place in self.weighted.breaks), len(self.offsets)]
-        parts = [(first, last) for first, last in pairwise(borders) if last > first] or [(0, 0)]
-        return [
-            (first + start, first + stop)
-            for first, last in parts
-            for start, stop in split_windows(self.text, self.offsets[first:last], size)
-        ]
-
-    def weights(self, start: int, stop: int) -> tuple[float, ...]:
-        weights = tuple(self.weighted.weight_at(first) for first, _ in self.offsets[start:stop])
-        return weights if any(weight != 1 for weight in weights) else ()
-
-    def after(self, token: int) -> str:
-        """The text from a token on."""
-        return self.text[self.offsets[token][0] :] if token < len(self.offsets) else ""
-
-
 def plan_prompts(
-    readers: Sequence[EncoderSpec],
+    specs: Sequence[EncoderSpec],
     prompts: Sequence[Sequence[str]] | None,
     negative_prompts: Sequence[Sequence[str]] | None = None,
     *,
@@ -198,10 +160,11 @@ def plan_prompts(
     of prompt and negative prompt go through the UNet together, and those of the two encoders are concatenated.
 
     Args:
-        readers: the encoders.
-        prompts: for each reader its batch of texts; None if the prompts come as embeddings.
+        specs: the encoders.
+        prompts: for each encoder its batch of texts; None if the prompts come as embeddings.
         negative_prompts: the same for the negative prompts; None if there are none.
-        short_prompt_encoder: `"stock"` reads what fits stock's 77 positions there as stock does, where a reader has a stock.
+        short_prompt_encoder: `"original"` reads what fits stock's 77 positions there as stock does, where an
+            encoder has a stock.
         overflow: what happens to a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
         length_buckets: lengths to pad to; the encoders' own closes the list.
         weighting: the syntax of weights in the texts, see `finelip_sdxl.prompts.weighting.parse_weights`.
@@ -213,75 +176,59 @@ def plan_prompts(
 
     Example:
         >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
-        >>> reader = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
-        >>> print(plan_prompts([reader], [["a red square"]]))  # doctest: +SKIP
+        >>> spec = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
+        >>> print(plan_prompts([spec], [["a red square"]]))  # doctest: +SKIP
         text_encoder reads prompt: 5 tokens in 1 window of 77 positions; nothing is cut
           window 1, 5 tokens: "a red square"
     """
-    capacity = shape[1] if shape else min(reader.positions for reader in readers)
-    texts = [
-        _Text.read(reader, role, index, parse_weights(text, weighting, reader.expand))
-        for role, batches in ((PROMPT, prompts), (NEGATIVE_PROMPT, negative_prompts))
-        for reader, batch in zip(readers, batches or (), strict=False)
-        for index, text in enumerate(batch)
-    ]
+    capacity = shape[1] if shape else min(spec.positions for spec in specs)
+    cut = partial(_cut_texts, specs, size=capacity - 2, truncate=overflow == "truncate", weighting=weighting)
+    prompt_texts, negative_texts = cut(PROMPT, prompts), cut(NEGATIVE_PROMPT, negative_prompts)
+    texts = [*chain(*prompt_texts.values(), *negative_texts.values())]
     longest = max(texts, key=lambda text: text.tokens)
+    most_cut = max(texts, key=lambda text: len(text.spans))
+    windows = len(most_cut.spans)
     if overflow == "error" and longest.tokens > capacity:
         raise ValueError(
-            f"The {longest.role} has {longest.tokens} tokens for {longest.reader.encoder}, which reads {capacity} at"
+            f"The {longest.role} has {longest.tokens} tokens for {longest.spec.encoder}, which reads {capacity} at"
             ' once: shorten it, or set overflow="window" (reads all of it) or overflow="truncate".'
         )
-
-    spans = [
-        [(0, min(len(text.offsets), capacity - 2))] if overflow == "truncate" else text.spans(capacity - 2)
-        for text in texts
-    ]
-    windows = max(map(len, spans))
     most = max(1, MAX_POSITIONS // capacity)
     if windows > most:
-        text = texts[[*map(len, spans)].index(windows)]
         raise ValueError(
-            f"The {text.role} needs {windows:,} windows of {capacity} positions, and every step of a picture takes in"
-            f' all of them; expected at most {most}: shorten it, take BREAKs out, or set overflow="truncate".'
+            f"The {most_cut.role} needs {windows:,} windows of {capacity} positions, and every step of a picture takes"
+            f' in all of them; expected at most {most}: shorten it, take BREAKs out, or set overflow="truncate".'
         )
     if shape and windows > shape[0]:
         raise ValueError(
             f"The text needs {windows} windows of {capacity} positions, but the embeddings passed beside it have"
             f' {shape[0]}: pass both as text, shorten it, or set overflow="truncate".'
         )
+
     if shape:
         windows, positions = shape
     elif windows > 1:
         positions = capacity
     else:
-        stock = short_prompt_encoder == "original" and any(reader.has_stock for reader in readers)
+        stock = short_prompt_encoder == "original" and any(spec.has_stock for spec in specs)
         positions = _padded_length(min(longest.tokens, capacity), capacity, length_buckets, stock)
     as_stock = short_prompt_encoder == "original" and windows == 1 and positions == STOCK_POSITIONS
 
-    readings = [
-        EncoderPlan(
-            encoder=text.reader.encoder,
-            role=text.role,
-            index=text.index,
-            windows=_windows(text, text_spans),
-            positions=positions,
-            as_stock=as_stock and text.reader.has_stock,
-            cut_text=text.after(text_spans[-1][1]),
-            cut_tokens=len(text.offsets) - text_spans[-1][1],
-        )
-        for text, text_spans in zip(texts, spans, strict=True)
-    ]
-    return PromptPlan(tuple(readings), positions, windows)
+    by_encoder, negative_by_encoder = (
+        {encoder: tuple(text.plan(positions, as_stock) for text in batch) for encoder, batch in texts_of.items()}
+        for texts_of in (prompt_texts, negative_texts)
+    )
+    return PromptPlan(by_encoder, negative_by_encoder, positions, windows)
 
 
-def padded_token_ids(readings: Sequence[EncoderPlan], tokenizer: Any, windows: int) -> list[list[list[int]]]:
-    """Token ids of readings, padded alike: (batch, windows, positions), missing windows as the empty prompt."""
+def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: Any, windows: int) -> list[list[list[int]]]:
+    """Token ids of plans, padded alike: (batch, windows, positions), missing windows as the empty prompt."""
     return [
         [
-            _row(window, tokenizer, reading.positions)
-            for window in (*reading.windows, *[Window("")] * (windows - len(reading.windows)))
+            _row(window, tokenizer, plan.positions)
+            for window in (*plan.windows, *[Window("")] * (windows - len(plan.windows)))
         ]
-        for reading in readings
+        for plan in plans
     ]
 
 
@@ -314,34 +261,121 @@ def empty_row(tokenizer: Any, positions: int) -> list[int]:
     return _row(Window(""), tokenizer, positions)
 
 
-def padded_weights(readings: Sequence[EncoderPlan], windows: int) -> list[list[float]] | None:
+def padded_weights(plans: Sequence[EncoderPlan], windows: int) -> list[list[float]] | None:
     """Weights of the tokens of `padded_token_ids`, (batch, windows · positions); None if all are 1."""
-    if not any(window.weights for reading in readings for window in reading.windows):
+    if not any(window.weights for plan in plans for window in plan.windows):
         return None
     rows = []
-    for reading in readings:
+    for plan in plans:
         row: list[float] = []
-        for window in (*reading.windows, *[Window("")] * (windows - len(reading.windows))):
+        for window in (*plan.windows, *[Window("")] * (windows - len(plan.windows))):
             weights = [1.0, *window.weights]
-            row += weights + [1.0] * (reading.positions - len(weights))
+            row += weights + [1.0] * (plan.positions - len(weights))
         rows.append(row)
     return rows
+
+
+@dataclass(frozen=True)
+class _CutText:
+    """A text for one encoder: its tokens, where each of them stands, and where it is cut.
+
+    Attributes:
+        spec: the encoder.
+        role, index: see `EncoderPlan`.
+        weighted: the text and its weights.
+        token_ids: its tokens, without start and end token.
+        offsets: for each token its first and one past its last character.
+        spans: for each window its first and one past its last token.
+    """
+
+    spec: EncoderSpec
+    role: str
+    index: int
+    weighted: WeightedText
+    token_ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+    spans: Sequence[tuple[int, int]]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, start and end token included."""
+        return len(self.token_ids) + 2
+
+    def plan(self, positions: int, as_stock: bool) -> EncoderPlan:
+        """The plan for this text, once the length of the batch is known."""
+        stop = self.spans[-1][1]
+        return EncoderPlan(
+            encoder=self.spec.encoder,
+            role=self.role,
+            index=self.index,
+            windows=self._windows(),
+            positions=positions,
+            as_stock=as_stock and self.spec.has_stock,
+            cut_text=self._text_from(stop),
+            cut_tokens=len(self.offsets) - stop,
+        )
+
+    def _windows(self) -> tuple[Window, ...]:
+        """Windows whose texts join to the text that is encoded, spaces between windows included."""
+        text = self.weighted.text
+        starts = [0] + [self.offsets[start][0] for start, _ in self.spans[1:]]
+        ends = [*starts[1:], len(text) - len(self._text_from(self.spans[-1][1]))]
+        return tuple(
+            Window(text[first:last], tuple(self.token_ids[start:stop]), self._weights(start, stop))
+            for (start, stop), first, last in zip(self.spans, starts, ends, strict=True)
+        )
+
+    def _weights(self, start: int, stop: int) -> tuple[float, ...]:
+        weights = tuple(self.weighted.weight_at(first) for first, _ in self.offsets[start:stop])
+        return weights if any(weight != 1 for weight in weights) else ()
+
+    def _text_from(self, token: int) -> str:
+        return self.weighted.text[self.offsets[token][0] :] if token < len(self.offsets) else ""
+
+
+def _cut_texts(
+    specs: Sequence[EncoderSpec],
+    role: str,
+    batches: Sequence[Sequence[str]] | None,
+    *,
+    size: int,
+    truncate: bool,
+    weighting: str | None,
+) -> dict[str, list[_CutText]]:
+    """For each encoder its texts, each cut into windows of at most `size` tokens, or after the first of them."""
+    return {
+        spec.encoder: [
+            _cut_text(spec, role, index, text, size, truncate, weighting) for index, text in enumerate(batch)
+        ]
+        for spec, batch in zip(specs, batches or (), strict=False)
+    }
+
+
+def _cut_text(
+    spec: EncoderSpec, role: str, index: int, text: str, size: int, truncate: bool, weighting: str | None
+) -> _CutText:
+    weighted = parse_weights(text, weighting, spec.expand)
+    token_ids, offsets = tokenize(spec.tokenizer, weighted.text)
+    spans = [(0, min(len(offsets), size))] if truncate else _spans(weighted, offsets, size)
+    return _CutText(spec, role, index, weighted, token_ids, offsets, spans)
+
+
+def _spans(weighted: WeightedText, offsets: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
+    """Windows as first and one past last token, none across a break."""
+    firsts = [first for first, _ in offsets]
+    borders = [0, *(bisect_left(firsts, place) for place in weighted.breaks), len(offsets)]
+    parts = [(first, last) for first, last in pairwise(borders) if last > first] or [(0, 0)]
+    return [
+        (first + start, first + stop)
+        for first, last in parts
+        for start, stop in split_windows(weighted.text, offsets[first:last], size)
+    ]
 
 
 def _padded_length(longest: int, capacity: int, length_buckets: Sequence[int], stock: bool) -> int:
     if stock and longest <= STOCK_POSITIONS <= capacity:
         return STOCK_POSITIONS
     return min(length for length in (*length_buckets, capacity) if longest <= length <= capacity)
-
-
-def _windows(text: _Text, spans: Sequence[tuple[int, int]]) -> tuple[Window, ...]:
-    """Windows whose texts join to the text that is read, spaces between windows included."""
-    starts = [0] + [text.offsets[start][0] for start, _ in spans[1:]]
-    ends = [*starts[1:], len(text.text) - len(text.after(spans[-1][1]))]
-    return tuple(
-        Window(text.text[first:last], tuple(text.token_ids[start:stop]), text.weights(start, stop))
-        for (start, stop), first, last in zip(spans, starts, ends, strict=True)
-    )
 
 
 def _row(window: Window, tokenizer: Any, positions: int) -> list[int]:

@@ -306,9 +306,9 @@ def test_prompts_are_read_while_pictures_are_drawn(comparison) -> None:
     expected = comparison.read(LONG)
     states = comparison._base._encode_by_stock(SETTINGS)
     with ThreadPoolExecutor(3) as threads:
-        readings = [threads.submit(comparison.read, LONG) for _ in range(12)]
+        plans = [threads.submit(comparison.read, LONG) for _ in range(12)]
         again = [comparison._base._encode_by_stock(SETTINGS) for _ in range(12)]
-        assert all(reading.result() == expected for reading in readings)
+        assert all(plan.result() == expected for plan in plans)
     assert all(torch.equal(each["prompt_embeds"], states["prompt_embeds"]) for each in again)
 
 
@@ -436,10 +436,10 @@ def test_stock_draws_though_short_prompts_are_stretched(stock_folder) -> None:
 def test_each_column_says_what_it_reads(comparison) -> None:
     prompt = LONG.strip()
     read = comparison.read(prompt)
-    assert [len(reading.windows) for reading in read.values()] == [1, 3, 1]
+    assert [len(plan.windows) for plan in read.values()] == [1, 3, 1]
     assert read["stock"].windows[0].tokens == 77
     assert read["stock"].cut_tokens == 162 - 77
-    assert all("".join(w.text for w in reading.windows) + reading.cut_text == prompt for reading in read.values())
+    assert all("".join(w.text for w in plan.windows) + plan.cut_text == prompt for plan in read.values())
     assert all(window.text.rstrip().endswith(".") for window in read["compel"].windows)  # it cuts at sentences
 
 

@@ -20,18 +20,18 @@ FOX = "a red fox and the hare. "  # seven tokens
 
 
 def read(prompt: str, positions: int, overflow: str = "window", tokenizer=TOKENIZER) -> EncoderPlan:
-    reader = EncoderSpec("text_encoder", tokenizer, positions)
-    return plan_prompts([reader], [[prompt]], overflow=overflow, length_buckets=(77,)).readings[0]
+    spec = EncoderSpec("text_encoder", tokenizer, positions)
+    return plan_prompts([spec], [[prompt]], overflow=overflow, length_buckets=(77,)).plans[0]
 
 
-def reading(*windows: str) -> EncoderPlan:
-    """A reading whose windows hold a token for each word."""
+def plan(*windows: str) -> EncoderPlan:
+    """A plan whose windows hold a token for each word."""
     return EncoderPlan(
         "text_encoder", "prompt", 0, tuple(Window(text, (1,) * len(text.split())) for text in windows), positions=77
     )
 
 
-def readings_of(prompt: str, *columns: str) -> dict[str, EncoderPlan]:
+def plans_of(prompt: str, *columns: str) -> dict[str, EncoderPlan]:
     every = {
         "stock": read(prompt, 77, "truncate"),
         "compel": read(prompt, 77),
@@ -89,8 +89,8 @@ class Page(HTMLParser):
             self.struck += data if "del" in {tag for tag, _ in self._open} else ""
 
 
-def page(prompt: str, readings: dict[str, EncoderPlan]) -> Page:
-    return Page(render_meter(prompt, readings, TITLES))
+def page(prompt: str, plans: dict[str, EncoderPlan]) -> Page:
+    return Page(render_meter(prompt, plans, TITLES))
 
 
 @pytest.mark.parametrize(
@@ -132,24 +132,22 @@ def page(prompt: str, readings: dict[str, EncoderPlan]) -> Page:
 )
 def test_each_column_says_how_much_it_reads(words, lines) -> None:
     prompt = " ".join(["fox"] * words)
-    assert page(prompt, readings_of(prompt)).lines == lines
+    assert page(prompt, plans_of(prompt)).lines == lines
 
 
 def test_bars_are_as_long_as_windows_have_tokens() -> None:
     prompt = " ".join(["fox"] * 100)
-    bar = re.findall(
-        r'meter-(read|dropped)" style="flex-grow: (\d+)"', render_meter(prompt, readings_of(prompt), TITLES)
-    )
+    bar = re.findall(r'meter-(read|dropped)" style="flex-grow: (\d+)"', render_meter(prompt, plans_of(prompt), TITLES))
     stock, compel, finelip = [("read", "75"), ("dropped", "25")], [("read", "75"), ("read", "25")], [("read", "100")]
     assert bar == [*stock, *compel, *finelip]
 
 
 def test_a_cut_prompt_is_struck_through_where_stock_stops() -> None:
     prompt = FOX * 20
-    readings = readings_of(prompt)
-    shown = page(prompt, readings)
+    plans = plans_of(prompt)
+    shown = page(prompt, plans)
     assert shown.text == prompt, "once, and whole"
-    assert shown.struck == readings["stock"].cut_text
+    assert shown.struck == plans["stock"].cut_text
     stop = len(prompt) - len(shown.struck)
     assert ("stock", "Stock SDXL stops here", stop) in shown.marks
     assert "Stock SDXL never sees it" in shown.legend
@@ -157,10 +155,10 @@ def test_a_cut_prompt_is_struck_through_where_stock_stops() -> None:
 
 def test_windows_are_marked_where_they_begin() -> None:
     prompt = FOX * 50  # 350 tokens
-    readings = readings_of(prompt)
-    shown = page(prompt, readings)
+    plans = plans_of(prompt)
+    shown = page(prompt, plans)
     for column in ("compel", "finelip"):
-        windows = readings[column].windows
+        windows = plans[column].windows
         assert len(windows) > 1
         starts = [sum(len(window.text) for window in windows[:index]) for index in range(1, len(windows))]
         expected = [(column, str(number), start) for number, start in enumerate(starts, start=2)]
@@ -171,19 +169,19 @@ def test_windows_are_marked_where_they_begin() -> None:
 
 def test_borders_at_the_same_place_are_all_marked() -> None:
     prompt = " ".join(["fox"] * 300)
-    readings = {"compel": read(prompt, 77), "finelip": read(prompt, 77), "stock": read(prompt, 77, "truncate")}
-    stop = len(prompt) - len(readings["stock"].cut_text)
-    assert {column for column, _, start in page(prompt, readings).marks if start == stop} == set(TITLES)
+    plans = {"compel": read(prompt, 77), "finelip": read(prompt, 77), "stock": read(prompt, 77, "truncate")}
+    stop = len(prompt) - len(plans["stock"].cut_text)
+    assert {column for column, _, start in page(prompt, plans).marks if start == stop} == set(TITLES)
 
 
 def test_windows_of_a_rewritten_prompt_are_counted_but_not_marked() -> None:
     prompt = "a (red fox)1.5 and a hare"
-    shown = page(prompt, {"compel": reading("a red fox ", "and a hare"), "finelip": reading(prompt)})
+    shown = page(prompt, {"compel": plan("a red fox ", "and a hare"), "finelip": plan(prompt)})
     assert shown.lines[0] == "compelreads all 8 tokens in 2 windows of 77"
     assert not shown.marks
     assert shown.legend == "compel reads a rewritten prompt, so its windows are not marked"
     assert shown.text == prompt
-    assert not page(prompt, {"compel": reading("a red fox and a hare")}).legend, "one window has no borders to miss"
+    assert not page(prompt, {"compel": plan("a red fox and a hare")}).legend, "one window has no borders to miss"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +197,7 @@ def test_windows_of_a_rewritten_prompt_are_counted_but_not_marked() -> None:
 )
 def test_a_prompt_of_any_kind_is_shown_as_it_was_written(odd) -> None:
     prompt = odd * 40
-    shown = page(prompt, readings_of(prompt))
+    shown = page(prompt, plans_of(prompt))
     assert shown.text == prompt
     assert shown.struck
     assert set(shown.tags) <= {"div", "span", "del"}
@@ -208,7 +206,7 @@ def test_a_prompt_of_any_kind_is_shown_as_it_was_written(odd) -> None:
 
 def test_titles_are_escaped() -> None:
     prompt = FOX * 20
-    html = render_meter(prompt, readings_of(prompt), {column: f'<i title="{column}">' for column in TITLES})
+    html = render_meter(prompt, plans_of(prompt), {column: f'<i title="{column}">' for column in TITLES})
     assert "i" not in Page(html).tags
 
 
@@ -221,7 +219,7 @@ def test_titles_are_escaped() -> None:
     ],
 )
 def test_a_short_prompt_is_told_to_be_short_enough(columns, praise) -> None:
-    html = render_meter(FOX, readings_of(FOX, *columns), TITLES)
+    html = render_meter(FOX, plans_of(FOX, *columns), TITLES)
     shown = Page(html)
     assert praise in html
     assert (shown.text, shown.struck, shown.marks, shown.legend) == (FOX, "", [], "")
@@ -229,28 +227,28 @@ def test_a_short_prompt_is_told_to_be_short_enough(columns, praise) -> None:
 
 def test_a_long_prompt_is_not_told_to_be_short() -> None:
     prompt = FOX * 20
-    html = render_meter(prompt, readings_of(prompt, "compel", "finelip"), TITLES)
+    html = render_meter(prompt, plans_of(prompt, "compel", "finelip"), TITLES)
     assert "Nothing is lost: both read the whole prompt." in html
-    assert "whole prompt" not in render_meter(prompt, readings_of(prompt), TITLES)
+    assert "whole prompt" not in render_meter(prompt, plans_of(prompt), TITLES)
 
 
 @pytest.mark.parametrize("prompt", ["", " \n "])
 def test_an_empty_prompt_gets_a_hint(prompt) -> None:
-    html = render_meter(prompt, readings_of(prompt), TITLES)
+    html = render_meter(prompt, plans_of(prompt), TITLES)
     assert HINT in html
     assert not Page(html).lines
 
 
 def test_columns_can_be_left_out() -> None:
     prompt = FOX * 20
-    shown = page(prompt, readings_of(prompt, "finelip"))
+    shown = page(prompt, plans_of(prompt, "finelip"))
     assert len(shown.lines) == 1
     assert (shown.text, shown.struck, shown.marks) == (prompt, "", [])
 
 
 def test_every_class_is_the_meters_own_and_has_a_style() -> None:
     prompt = FOX * 50
-    html = render_meter(prompt, readings_of(prompt), TITLES) + render_meter(FOX, readings_of(FOX), TITLES)
+    html = render_meter(prompt, plans_of(prompt), TITLES) + render_meter(FOX, plans_of(FOX), TITLES)
     classes = Page(html + render_meter("", {}, TITLES)).classes
     assert classes == set(re.findall(r"\.(meter[\w-]*)", STYLE))
 

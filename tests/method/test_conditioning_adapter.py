@@ -1,5 +1,6 @@
 """The conditioning adapter, by itself and in the pipelines."""
 
+import copy
 import inspect
 import json
 import logging
@@ -140,25 +141,39 @@ def test_adapts_a_long_prompt_and_its_negative(pipe) -> None:
     assert not torch.allclose(adapted[3], plain[3])
 
 
-def test_the_scale_of_a_call_blends(pipe) -> None:
+def draw_at(pipe, scale: float, prompt: str = LONG) -> np.ndarray:
+    pipe.set_conditioning_adapter_scale(scale)
+    return draw(pipe, prompt)
+
+
+def test_the_scale_blends(pipe) -> None:
     bare = FineLIPSDXLPipeline.from_pipe(pipe, conditioning_adapter=None)
-    none, half, whole = (draw(pipe, conditioning_adapter_scale=scale) for scale in (0, 0.5, 1))
+    default = draw(pipe)
+    none, half, whole = (draw_at(pipe, scale) for scale in (0, 0.5, 1))
     assert np.array_equal(none, draw(bare))
-    assert np.array_equal(whole, draw(pipe))
+    assert np.array_equal(whole, default)
     assert not np.allclose(half, none, atol=1e-3)
     assert not np.allclose(half, whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [-0.1, 1.5, float("nan")])
 def test_refuses_a_scale_out_of_range(pipe, scale) -> None:
-    with pytest.raises(ValueError, match=f"conditioning_adapter_scale is {scale}; expected a number from 0"):
-        draw(pipe, conditioning_adapter_scale=scale)
+    pipe.set_conditioning_adapter_scale(0.5)
+    with pytest.raises(ValueError, match=f"scale of the conditioning adapter is {scale}; expected a number from 0"):
+        pipe.set_conditioning_adapter_scale(scale)
+    assert pipe.conditioning_adapter_scale == 0.5
 
 
-def test_a_call_that_fails_leaves_no_scale_behind(pipe) -> None:
-    with pytest.raises(ValueError, match="empty list"):
-        draw(pipe, [], conditioning_adapter_scale=0)
-    assert not np.allclose(draw(pipe), draw(pipe, conditioning_adapter_scale=0), atol=1e-3)
+def test_from_pipe_hands_the_scale_on_and_a_folder_does_not_keep_it(pipe, tmp_path) -> None:
+    pipe.set_conditioning_adapter_scale(0.5)
+    other = FineLIPSDXLPipeline.from_pipe(pipe)
+    assert other.conditioning_adapter_scale == 0.5
+    other.set_conditioning_adapter_scale(0)
+    assert pipe.conditioning_adapter_scale == 0.5
+    assert FineLIPSDXLPipeline.from_pipe(StableDiffusionXLPipeline.from_pipe(pipe)).conditioning_adapter_scale == 1
+    pipe.save_pretrained(tmp_path)
+    assert FineLIPSDXLPipeline.from_pretrained(tmp_path).conditioning_adapter_scale == 1
+    assert copy.deepcopy(pipe).conditioning_adapter_scale == 0.5
 
 
 def test_a_short_prompt_read_as_stock_does_not_pass_through_it(pipe, stock_folder) -> None:
@@ -171,7 +186,7 @@ def test_a_short_prompt_read_as_stock_does_not_pass_through_it(pipe, stock_folde
 @pytest.mark.parametrize("arguments", [{"clip_skip": 1}, {}])
 def test_states_that_it_does_not_know_do_not_pass_through_it(pipe, caplog, arguments) -> None:
     if not arguments:
-        pipe.hidden_states = "published"
+        pipe.hidden_states = "last"
     bare = FineLIPSDXLPipeline.from_pipe(pipe, conditioning_adapter=None)
     caplog.clear()
     assert np.array_equal(draw(pipe, **arguments), draw(bare, **arguments))
@@ -188,9 +203,9 @@ def test_every_pipeline_takes_it() -> None:
             continue
         pipeline = getattr(finelip_sdxl.pipelines, name)
         assert "conditioning_adapter" in inspect.signature(pipeline.__init__).parameters
-        called_with = list(inspect.signature(pipeline.__call__).parameters)
-        assert called_with[:2] == ["self", "prompt"]
-        assert called_with[-1] == "conditioning_adapter_scale"
+        parent = next(base for base in pipeline.__mro__ if base.__module__.startswith("diffusers."))
+        assert inspect.signature(pipeline.__call__) == inspect.signature(parent.__call__)
+        assert pipeline.__call__.__doc__ == parent.__call__.__doc__
         assert "conditioning_adapter->unet" in pipeline.model_cpu_offload_seq
 
 

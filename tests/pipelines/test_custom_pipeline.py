@@ -9,12 +9,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-import finelip_sdxl.pipelines
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.text_encoders import num_positions
 from tests.helpers.tiny_sdxl import make_text_encoder
 
-DIRECTORY = str(Path(finelip_sdxl.pipelines.__file__).parent)
+DIRECTORY = str(Path(__file__).parents[2] / "pipelines")
 SHORT = "a red fox above the blue square"
 LONG = " ".join(["A large blue square of the quiet fox is above the hare."] * 12)
 

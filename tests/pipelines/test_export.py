@@ -120,7 +120,7 @@ def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp
     ours = FineLIPSDXLPipeline.from_pretrained(
         stock_folder, finelip=finelip, length_buckets=(), short_prompt_encoder="long"
     )
-    assert all(155 <= reading.tokens <= 248 for reading in ours.describe_prompt(LONG).readings)
+    assert all(155 <= plan.tokens <= 248 for plan in ours.describe_prompt(LONG).plans)
     subprocess.run([sys.executable, "-c", STOCK, str(out), LONG], check=True)
     assert np.abs(np.load(out / "image.npy") - draw(ours, LONG)).max() < 1e-5
     assert not (out / "log.txt").read_text(), "no unknown component or key, and nothing of the prompt was cut"
@@ -144,7 +144,7 @@ def test_nothing_of_ours_is_left_but_what_stretched_encoders_say_of_themselves(s
 
     again = FineLIPSDXLPipeline.from_pretrained(tmp_path / "out")
     assert again.text_encoder_2.config.stretched_from == 77
-    assert [reading.as_stock for reading in again.describe_prompt("a fox").readings] == [False, True]
+    assert [plan.as_stock for plan in again.describe_prompt("a fox").plans] == [False, True]
 
 
 def test_a_pipeline_saved_with_77_positions_is_stretched(components, tmp_path) -> None:

@@ -204,7 +204,7 @@ def test_stretched_short_prompts_use_the_stretched_rows(components) -> None:
 def test_windows_are_encoded_alone_and_joined(components) -> None:
     pipe = FineLIPSDXLPipeline(**stretched(components), short_prompt_encoder="long", length_buckets=())
     report = pipe.describe_prompt(ENDLESS)
-    texts = [window.text for window in report.readings[0].windows]
+    texts = [window.text for window in report.plans[0].windows]
     assert "".join(texts) == ENDLESS
     assert len(texts) == 3
     assert all(text.rstrip().endswith(".") for text in texts)
@@ -227,7 +227,7 @@ def test_truncate_reads_the_beginning_and_logs_what_is_lost(components, caplog) 
     with caplog.at_level(logging.WARNING, "finelip_sdxl"):
         ours = embeddings(pipe, prompt=ENDLESS)
     assert_same(ours, embeddings(stock, prompt=ENDLESS))
-    lost = pipe.describe_prompt(ENDLESS).readings[0].cut_text
+    lost = pipe.describe_prompt(ENDLESS).plans[0].cut_text
     assert ENDLESS.endswith(lost)
     assert len(lost) > 1000
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("finelip_sdxl")]
@@ -241,7 +241,7 @@ def test_error_names_the_counts(components) -> None:
     embeddings(pipe, prompt=LONG)
 
 
-def test_published_hidden_states_are_the_last_after_the_norm(components) -> None:
+def test_last_hidden_states_are_the_last_after_the_norm(components) -> None:
     pipe = FineLIPSDXLPipeline(**stretched(components), hidden_states="last")
     rows = pipe.tokenizer(LONG, padding="max_length", max_length=248, return_tensors="pt").input_ids
     rows_2 = pipe.tokenizer_2(LONG, padding="max_length", max_length=248, return_tensors="pt").input_ids
@@ -298,7 +298,7 @@ def test_refiner_without_a_first_text_encoder(components, caplog) -> None:
     assert_same(embeddings(pipe, prompt_2="ignored"), embeddings(stock, prompt_2="ignored"))
     prompt, negative, *_ = embeddings(pipe, prompt=ENDLESS)
     assert prompt.shape == negative.shape == (1, 3 * 248, 48)
-    assert {reading.encoder for reading in pipe.describe_prompt(SHORT).readings} == {"text_encoder_2"}
+    assert {plan.encoder for plan in pipe.describe_prompt(SHORT).plans} == {"text_encoder_2"}
     with pytest.raises(ValueError, match="no such text encoder"):
         pipe.swap_text_encoders(finelip=object())
 
@@ -364,7 +364,7 @@ def test_lora_on_a_stretched_encoder_acts_on_short_prompts(components) -> None:
     pipe = FineLIPSDXLPipeline(**stretched(components))
     before = embeddings(pipe)[0]
     add_lora(pipe.text_encoder)
-    assert pipe.describe_prompt(SHORT).readings[0].as_stock
+    assert pipe.describe_prompt(SHORT).plans[0].as_stock
     assert not torch.equal(embeddings(pipe)[0], before)
 
 
@@ -382,7 +382,7 @@ def test_textual_inversion_of_several_vectors(components) -> None:
         )
     prompt = "a <scene> in the square"
     assert_same(embeddings(ours, prompt=prompt), embeddings(stock, prompt=prompt))
-    assert ours.describe_prompt(prompt).readings[0].tokens == 2 + 7
+    assert ours.describe_prompt(prompt).plans[0].tokens == 2 + 7
 
 
 def add_scene(pipe) -> None:
@@ -442,18 +442,23 @@ def with_adapter(components) -> FineLIPSDXLPipeline:
 def test_two_threads_draw_what_each_has_asked_for(components, shared) -> None:
     pipe = with_adapter(components)
     other = FineLIPSDXLPipeline.from_pipe(pipe) if shared else pipe
+    whole = draw(pipe, LONG, num_inference_steps=3)
+    pipe.set_conditioning_adapter_scale(0.0)
+    assert other.conditioning_adapter_scale == (1.0 if shared else 0.0), "a scale is its pipeline's"
     asked = [
-        (pipe, {"prompt": LONG, "conditioning_adapter_scale": 0.0, "num_inference_steps": 3}),
+        (pipe, {"prompt": LONG, "num_inference_steps": 3}),
         (other, {"prompt": "a fox", "num_inference_steps": 2, "guidance_scale": 1.0}),
+        (other, {"prompt": LONG, "num_inference_steps": 3}),
     ]
     alone = [draw(each, **arguments) for each, arguments in asked]
-    assert not np.array_equal(draw(pipe, LONG, num_inference_steps=3), alone[0]), "the adapter counts"
-    drawn = in_threads(*[lambda each=each, own=own: draw(each, **own) for each, own in asked] * 4)
+    assert not np.array_equal(whole, alone[0]), "the adapter counts"
+    assert np.array_equal(whole, alone[2]) == shared
+    drawn = in_threads(*[lambda each=each, own=own: draw(each, **own) for each, own in asked] * 3)
     for number, image in enumerate(drawn):
-        assert np.array_equal(image, alone[number % 2])
+        assert np.array_equal(image, alone[number % 3])
 
 
-def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
+def test_the_scale_of_a_pipeline_is_no_other_pipeline_s(components) -> None:
     pipe = with_adapter(components)
     other = FineLIPSDXLPipeline(
         **{**pipe.components, "scheduler": EulerDiscreteScheduler()}, short_prompt_encoder="long"
@@ -467,13 +472,14 @@ def test_the_scale_of_a_call_is_no_other_call_s(components) -> None:
         none.append(embeddings(pipe, prompt=LONG))
         return {}
 
-    draw(pipe, LONG, conditioning_adapter_scale=0.0, num_inference_steps=1, callback_on_step_end=look)
+    pipe.set_conditioning_adapter_scale(0.0)
+    draw(pipe, LONG, num_inference_steps=1, callback_on_step_end=look)
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, LONG, callback_on_step_end=lambda *arguments: 1 / 0)
+    pipe.set_conditioning_adapter_scale(1.0)
     for encoded in (*inside, embeddings(pipe, prompt=LONG)):
         assert_same(encoded, whole)
-    assert not torch.equal(none[0][0], whole[0]), "inside, it is the call's"
-    with pytest.raises(ZeroDivisionError):
-        draw(pipe, LONG, conditioning_adapter_scale=0.0, callback_on_step_end=lambda *arguments: 1 / 0)
-    assert_same(embeddings(pipe, prompt=LONG), whole)
+    assert not torch.equal(none[0][0], whole[0]), "inside, it is the pipeline's"
 
 
 def test_a_lora_s_scale_is_no_other_call_s(components) -> None:
@@ -608,17 +614,17 @@ def test_offloading(components) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("short_prompt_encoder", "long"),
+        ("short_prompt_encoder", "stretched"),
         ("short_prompt_encoder", None),
         ("overflow", ["window"]),
-        ("hidden_states", "last"),
+        ("hidden_states", "published"),
         ("length_buckets", 77),
         ("length_buckets", [77, "154"]),
         ("length_buckets", [2]),
         ("length_buckets", [True]),
         ("weighting", True),
         ("weighting", ["a1111"]),
-        ("hidden_states", np.array(["penultimate", "published"])),
+        ("hidden_states", np.array(["penultimate", "last"])),
     ],
 )
 def test_unknown_options_are_refused_on_construction_and_later(components, option, value) -> None:
@@ -633,7 +639,7 @@ def test_unknown_options_are_refused_on_construction_and_later(components, optio
 
 def test_options_are_readable_and_settable(components) -> None:
     pipe = FineLIPSDXLPipeline(**components, length_buckets=[154, 77, 77])
-    assert (pipe.short_prompt_encoder, pipe.overflow, pipe.hidden_states) == ("stock", "window", "penultimate")
+    assert (pipe.short_prompt_encoder, pipe.overflow, pipe.hidden_states) == ("original", "window", "penultimate")
     assert pipe.length_buckets == (77, 154)
     pipe.length_buckets = None
     assert pipe.length_buckets == pipe.config.length_buckets == ()
@@ -736,8 +742,8 @@ def test_a_number_of_images_that_is_none_is_refused(components, images) -> None:
 
 @pytest.mark.parametrize("scale", [-0.1, 1.1, float("nan"), float("inf"), "1", None, [1], True, torch.ones(2)])
 def test_a_scale_that_is_none_is_refused(components, scale) -> None:
-    with pytest.raises(ValueError, match=r"conditioning_adapter_scale is .*; expected a number from 0"):
-        draw(FineLIPSDXLPipeline(**components), conditioning_adapter_scale=scale)
+    with pytest.raises(ValueError, match=r"scale of the conditioning adapter is .*; expected a number from 0"):
+        FineLIPSDXLPipeline(**components).set_conditioning_adapter_scale(scale)
 
 
 def test_prompt_and_embeddings_together_are_refused(components) -> None:
@@ -754,11 +760,11 @@ def test_any_unicode_is_encoded_and_reported(components, text, caplog) -> None:
     stock = StableDiffusionXLPipeline(**stretched(components))
     assert_same(embeddings(pipe, prompt=text), embeddings(stock, prompt=text))
     report = pipe.describe_prompt(text)
-    assert [window.text for window in report.readings[0].windows] == [text]
+    assert [window.text for window in report.plans[0].windows] == [text]
     assert not set(str(report)) & {"\0", "\x07", "\x1b", "\t"}, "control characters stay out of the terminal"
 
     many = f"{text} a fox. " * 60
-    windows = pipe.describe_prompt(many).readings[0].windows
+    windows = pipe.describe_prompt(many).plans[0].windows
     assert "".join(window.text for window in windows) == many
 
 
@@ -783,7 +789,7 @@ def test_report_of_encoders_that_read_77(components) -> None:
 def test_report_is_what_is_encoded(components) -> None:
     pipe = FineLIPSDXLPipeline(**stretched(components))
     report = pipe.describe_prompt(["a fox", MIDDLE], ["a", "the hare"], "large")
-    assert [(reading.encoder, reading.role, reading.index) for reading in report.readings] == [
+    assert [(plan.encoder, plan.role, plan.index) for plan in report.plans] == [
         ("text_encoder", "prompt", 0),
         ("text_encoder", "prompt", 1),
         ("text_encoder_2", "prompt", 0),
@@ -794,5 +800,5 @@ def test_report_is_what_is_encoded(components) -> None:
         ("text_encoder_2", "negative prompt", 1),
     ]
     assert report.positions == embeddings(pipe, prompt=["a fox", MIDDLE])[0].shape[1] == 154
-    assert not any(reading.as_stock for reading in report.readings)
+    assert not any(plan.as_stock for plan in report.plans)
     assert "as stock SDXL reads it" in str(pipe.describe_prompt(SHORT))

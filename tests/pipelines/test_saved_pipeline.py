@@ -122,8 +122,8 @@ def test_without_stock_short_prompts_no_original_is_held_or_loaded(stock_folder,
     assert again.stock_text_encoder is None
     assert np.array_equal(draw(again, SHORT), draw(pipe, SHORT))
     again.short_prompt_encoder = "original"
-    readings = again.describe_prompt(SHORT).readings
-    assert [reading.as_stock for reading in readings] == [False, True], "only what can be is read as stock"
+    plans = again.describe_prompt(SHORT).plans
+    assert [plan.as_stock for plan in plans] == [False, True], "only what can be is read as stock"
 
 
 def test_a_finelip_of_77_positions_is_not_taken_for_stock(stock_folder) -> None:
@@ -132,21 +132,21 @@ def test_a_finelip_of_77_positions_is_not_taken_for_stock(stock_folder) -> None:
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=source, short_prompt_encoder="long")
     assert num_positions(pipe.text_encoder) == 248
     pipe.short_prompt_encoder = "original"
-    assert [reading.as_stock for reading in pipe.describe_prompt(SHORT).readings] == [False, True]
+    assert [plan.as_stock for plan in pipe.describe_prompt(SHORT).plans] == [False, True]
 
 
 @pytest.mark.parametrize("what", ["lora", "token"])
 def test_a_held_original_does_not_replace_an_encoder_with_additions(stock_folder, what, caplog) -> None:
     encoder = make_text_encoder(32, positions=248, seed=7)
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=encoder)
-    assert pipe.describe_prompt(SHORT).readings[0].as_stock
+    assert pipe.describe_prompt(SHORT).plans[0].as_stock
     if what == "lora":
         pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     else:
         vector = {"<scene>": torch.ones(1, 32)}
         pipe.load_textual_inversion(vector, "<scene>", tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
     for _ in range(2):
-        assert not pipe.describe_prompt(SHORT).readings[0].as_stock
+        assert not pipe.describe_prompt(SHORT).plans[0].as_stock
         draw(pipe, SHORT)
     messages = [record.getMessage() for record in caplog.records if "lacks" in record.getMessage()]
     assert len(messages) == 1, "said once"

@@ -16,12 +16,12 @@ TOKENIZER = make_tokenizer(248)
 
 def windows(text: str, size: int) -> list[str]:
     """The texts of the windows that hold `size` tokens without start and end token."""
-    reader = EncoderSpec("text_encoder", TOKENIZER, positions=size + 2)
-    report = plan_prompts([reader], [[text]], length_buckets=())
-    return [window.text for window in report.readings[0].windows]
+    spec = EncoderSpec("text_encoder", TOKENIZER, positions=size + 2)
+    report = plan_prompts([spec], [[text]], length_buckets=())
+    return [window.text for window in report.plans[0].windows]
 
 
-def reader(positions: int = 248, has_stock: bool = False, encoder: str = "text_encoder") -> EncoderSpec:
+def spec(positions: int = 248, has_stock: bool = False, encoder: str = "text_encoder") -> EncoderSpec:
     return EncoderSpec(encoder, TOKENIZER, positions, has_stock)
 
 
@@ -66,14 +66,14 @@ def test_characters_are_not_torn() -> None:
     ["", " ", "fox", "a fox. " * 40, "fox" * 200, "  a\n\n fox\t, " * 30, "a\x00🦊 ﬁ狐。İ " * 20, "!!!???,,," * 30],
 )
 def test_windows_hold_every_token_once_and_every_character_in_order(text, size) -> None:
-    report = plan_prompts([reader(size + 2)], [[text]], length_buckets=())
-    (reading,) = report.readings
+    report = plan_prompts([spec(size + 2)], [[text]], length_buckets=())
+    (plan,) = report.plans
     expected = TOKENIZER(text, add_special_tokens=False, verbose=False).input_ids
-    assert [token for window in reading.windows for token in window.token_ids] == expected
-    assert "".join(window.text for window in reading.windows) == text
-    assert all(window.tokens <= size + 2 for window in reading.windows)
-    assert all(2 * len(window.token_ids) >= size for window in reading.windows[:-1]), "no window is less than half full"
-    assert not reading.cut_tokens
+    assert [token for window in plan.windows for token in window.token_ids] == expected
+    assert "".join(window.text for window in plan.windows) == text
+    assert all(window.tokens <= size + 2 for window in plan.windows)
+    assert all(2 * len(window.token_ids) >= size for window in plan.windows[:-1]), "no window is less than half full"
+    assert not plan.cut_tokens
 
 
 def test_windows_need_room() -> None:
@@ -84,60 +84,60 @@ def test_windows_need_room() -> None:
 
 def test_truncation_keeps_the_first_tokens_and_reports_the_rest() -> None:
     text = "a red fox and the hare. " * 20
-    report = plan_prompts([reader(77)], [[text]], overflow="truncate")
-    (reading,) = report.cut
-    assert reading.tokens == report.positions == 77
-    assert reading.cut_tokens == 7 * 20 - 75
-    assert reading.windows[0].text + reading.cut_text == text
-    assert f"{reading.cut_tokens} tokens are CUT" in str(report)
+    report = plan_prompts([spec(77)], [[text]], overflow="truncate")
+    (plan,) = report.cut
+    assert plan.tokens == report.positions == 77
+    assert plan.cut_tokens == 7 * 20 - 75
+    assert plan.windows[0].text + plan.cut_text == text
+    assert f"{plan.cut_tokens} tokens are CUT" in str(report)
 
 
 @pytest.mark.parametrize(
     ("tokens", "buckets", "short_prompt_encoder", "has_stock", "positions"),
     [
-        (10, (77, 154), "stretched", False, 77),
-        (77, (77, 154), "stretched", False, 77),
-        (78, (77, 154), "stretched", False, 154),
-        (200, (77, 154), "stretched", False, 248),
-        (10, (), "stretched", False, 248),
-        (10, (20, 300), "stretched", False, 20),
-        (30, (20, 300), "stretched", False, 248),
-        (10, (20,), "stock", True, 77),
-        (77, (), "stock", True, 77),
-        (78, (), "stock", True, 248),
-        (10, (20,), "stock", False, 20),
+        (10, (77, 154), "long", False, 77),
+        (77, (77, 154), "long", False, 77),
+        (78, (77, 154), "long", False, 154),
+        (200, (77, 154), "long", False, 248),
+        (10, (), "long", False, 248),
+        (10, (20, 300), "long", False, 20),
+        (30, (20, 300), "long", False, 248),
+        (10, (20,), "original", True, 77),
+        (77, (), "original", True, 77),
+        (78, (), "original", True, 248),
+        (10, (20,), "original", False, 20),
     ],
 )
 def test_padded_length(tokens, buckets, short_prompt_encoder, has_stock, positions) -> None:
     text = " ".join(["fox"] * (tokens - 2))
     report = plan_prompts(
-        [reader(has_stock=has_stock)], [[text]], length_buckets=buckets, short_prompt_encoder=short_prompt_encoder
+        [spec(has_stock=has_stock)], [[text]], length_buckets=buckets, short_prompt_encoder=short_prompt_encoder
     )
     assert (report.positions, report.windows) == (positions, 1)
-    assert report.readings[0].as_stock == (short_prompt_encoder == "original" and has_stock and positions == 77)
+    assert report.plans[0].as_stock == (short_prompt_encoder == "original" and has_stock and positions == 77)
 
 
 def test_two_encoders_share_the_length_of_the_smaller() -> None:
-    readers = [reader(248), reader(100, encoder="text_encoder_2")]
+    specs = [spec(248), spec(100, encoder="text_encoder_2")]
     text = " ".join(["fox"] * 150)
-    report = plan_prompts(readers, [["fox"], [text]])
+    report = plan_prompts(specs, [["fox"], [text]])
     assert (report.positions, report.windows) == (100, 2)
 
 
 def test_rows_are_what_the_tokenizer_itself_makes() -> None:
     for tokenizer in (TOKENIZER, make_tokenizer(248, pad_token="!")):
         report = plan_prompts([EncoderSpec("text_encoder", tokenizer, 248)], [["a red fox", "a"]])
-        (first,), (second,) = padded_token_ids(report.readings, tokenizer, windows=1)
+        (first,), (second,) = padded_token_ids(report.plans, tokenizer, windows=1)
         expected = tokenizer(["a red fox", "a"], padding="max_length", max_length=77).input_ids
         assert [first, second] == expected
-        rows = padded_token_ids(report.readings, tokenizer, windows=3)
+        rows = padded_token_ids(report.plans, tokenizer, windows=3)
         empty = tokenizer("", padding="max_length", max_length=77).input_ids
         assert rows == [[first, empty, empty], [second, empty, empty]]
 
 
 def test_report_reads_well() -> None:
-    readers = [reader(has_stock=True), reader(has_stock=True, encoder="text_encoder_2")]
-    report = plan_prompts(readers, [["a fox", "the hare"], ["a fox", "a hare"]], [["red", "red"], ["red", "red"]])
+    specs = [spec(has_stock=True), spec(has_stock=True, encoder="text_encoder_2")]
+    report = plan_prompts(specs, [["a fox", "the hare"], ["a fox", "a hare"]], [["red", "red"], ["red", "red"]])
     assert str(report) == (
         "text_encoder and text_encoder_2 read prompt 1:"
         " 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
@@ -153,7 +153,7 @@ def test_report_reads_well() -> None:
         " 3 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
         '  window 1, 3 tokens: "red"'
     )
-    single = str(report.readings[0])
+    single = str(report.plans[0])
     assert single.startswith("text_encoder reads prompt: 4 tokens")
 
 
@@ -170,12 +170,12 @@ def test_length_buckets_are_sorted_and_unique() -> None:
     assert check_length_buckets(None) == check_length_buckets([]) == ()
 
 
-@pytest.mark.parametrize("value", [5, None, ["stock"], {"stock"}, np.array(["stock", "stretched"]), "s" * 10_000, True])
+@pytest.mark.parametrize(
+    "value", [5, None, ["original"], {"original"}, np.array(["original", "long"]), "s" * 10_000, True]
+)
 def test_what_is_no_choice_is_named_in_short(value) -> None:
-    with pytest.raises(
-        ValueError, match="`short_prompt_encoder` must be one of 'stock', 'stretched', but is "
-    ) as raised:
-        check_choice("short_prompt_encoder", value, ("stock", "stretched"))
+    with pytest.raises(ValueError, match="`short_prompt_encoder` must be one of 'original', 'long', but is ") as raised:
+        check_choice("short_prompt_encoder", value, ("original", "long"))
     assert len(str(raised.value)) < 150
 
 
@@ -192,7 +192,7 @@ def test_what_are_no_buckets_is_named_in_short(value) -> None:
 def test_windows_are_bounded() -> None:
     most = MAX_POSITIONS // 248
     fits = "fox " * (246 * most)
-    (read,) = plan_prompts([reader()], [[fits[:MAX_CHARACTERS]]]).readings
+    (read,) = plan_prompts([spec()], [[fits[:MAX_CHARACTERS]]]).plans
     assert len(read.windows) == -(-MAX_CHARACTERS // 4 // 246)
     for prompts, negatives, role in (
         (["a", "狐" * MAX_CHARACTERS], None, "prompt"),
@@ -201,16 +201,16 @@ def test_windows_are_bounded() -> None:
         with pytest.raises(
             ValueError, match=rf"The {role} needs 244 windows of 248 positions.*expected at most {most}"
         ):
-            plan_prompts([reader()], [prompts], None if negatives is None else [negatives])
-    (read,) = plan_prompts([reader()], [["狐" * MAX_CHARACTERS]], overflow="truncate").readings
+            plan_prompts([spec()], [prompts], None if negatives is None else [negatives])
+    (read,) = plan_prompts([spec()], [["狐" * MAX_CHARACTERS]], overflow="truncate").plans
     assert read.cut_tokens == 3 * MAX_CHARACTERS - 246
 
 
 def test_breaks_are_bounded_as_windows_are() -> None:
     most = MAX_POSITIONS // 248
-    assert plan_prompts([reader()], [["a BREAK " * most]], weighting="a1111").windows == most
+    assert plan_prompts([spec()], [["a BREAK " * most]], weighting="a1111").windows == most
     with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}: shorten it, take BREAKs out"):
-        plan_prompts([reader()], [["a BREAK " * 2500]], weighting="a1111")
+        plan_prompts([spec()], [["a BREAK " * 2500]], weighting="a1111")
 
 
 # A tokenizer that others use as well

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.comparison.comparison import Comparison
-from finelip_sdxl.prompts.plan import PROMPT, EncoderSpec, plan_prompts, tokenize
+from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts, tokenize
 
 EXAMPLES = Path(__file__).parents[2] / "demo" / "examples" / "sdxl"
 TOKENS = {
@@ -95,7 +95,7 @@ def make_pipe(merges: list[tuple[str, ...]], session_components: dict) -> FineLI
 
 
 def windows_of(text: str, tokenizer: CLIPTokenizer, positions: int = 248) -> tuple:
-    return plan_prompts([EncoderSpec("text_encoder", tokenizer, positions)], [[text]]).readings[0].windows
+    return plan_prompts([EncoderSpec("text_encoder", tokenizer, positions)], [[text]]).plans[0].windows
 
 
 def ids_of(windows: tuple) -> list[int]:
@@ -163,7 +163,7 @@ def test_a_report_counts_what_the_encoders_get(pipe) -> None:
     assert str(report).startswith(
         "text_encoder and text_encoder_2 read prompt: 182 tokens in 1 window of 248 positions; nothing is cut\n"
     )
-    negative = report.select("text_encoder", "negative prompt")[0]
+    negative = report.negative_prompts["text_encoder"][0]
     assert negative.tokens == len(pipe.tokenizer("blurry, low-res… 🦊").input_ids)
     assert pipe.encode_prompt(text)[0].shape == (1, 248, 80)
 
@@ -171,19 +171,17 @@ def test_a_report_counts_what_the_encoders_get(pipe) -> None:
 def test_short_and_very_long_prompts(pipe) -> None:
     short = "a portrait photograph of an old clockmaker at his bench, 85mm, f/1.8"
     report = pipe.describe_prompt(short)
-    assert all(
-        reading.as_stock and reading.tokens == len(pipe.tokenizer(short).input_ids) for reading in report.readings
-    )
+    assert all(plan.as_stock and plan.tokens == len(pipe.tokenizer(short).input_ids) for plan in report.plans)
     assert pipe.encode_prompt(short)[0].shape == (1, 77, 80)
 
     long = "\n".join(map(example, sorted(TOKENS)))
     report = pipe.describe_prompt(long)
-    reading = report.select("text_encoder", PROMPT)[0]
-    assert ids_of(reading.windows) == tokenize(pipe.tokenizer, long)[0]
-    assert report.windows == len(reading.windows) == 5
+    plan = report.prompts["text_encoder"][0]
+    assert ids_of(plan.windows) == tokenize(pipe.tokenizer, long)[0]
+    assert report.windows == len(plan.windows) == 5
     assert pipe.encode_prompt(long)[0].shape == (1, 5 * 248, 80)
     pipe.overflow = "truncate"
-    (cut, _) = pipe.describe_prompt(long).readings
+    (cut, _) = pipe.describe_prompt(long).plans
     assert cut.tokens == 248
     assert cut.tokens - 2 + cut.cut_tokens == len(tokenize(pipe.tokenizer, long)[0])
     assert cut.windows[0].text + cut.cut_text == long

@@ -172,7 +172,7 @@ def test_a_weight_changes_its_token_alone(pipe, prompt) -> None:
     found = embeddings(pipe, f"{prompt} (fox:1.5)")
     changed = (found != expected).any(dim=-1)
     assert changed.sum() == 1
-    assert pipe.describe_prompt(f"{prompt} (fox:1.5)").readings[0].windows[-1].weights[-1] == 1.5
+    assert pipe.describe_prompt(f"{prompt} (fox:1.5)").plans[0].windows[-1].weights[-1] == 1.5
 
 
 def test_both_syntaxes_come_to_the_same(pipe) -> None:
@@ -255,7 +255,7 @@ def test_weights_stand_as_given_behind_the_conditioning_adapter(pipe, prompt) ->
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=0.2)  # a new one changes nothing
     pipe.register_modules(conditioning_adapter=adapter.eval())
-    pipe.short_prompt_encoder, pipe.weighting = "stretched", "a1111"
+    pipe.short_prompt_encoder, pipe.weighting = "long", "a1111"
     plain, weighted = embeddings(pipe, f"{prompt} fox"), embeddings(pipe, f"{prompt} (fox:1.5)")
     place = (weighted != plain).any(dim=-1)[0].nonzero().item()
     # Of the empty prompt, read in windows as long as these.
@@ -271,7 +271,7 @@ def test_what_is_read_without_a_weak_part_passes_the_conditioning_adapter_too(pi
     for weight in adapter.parameters():
         torch.nn.init.normal_(weight, std=2.0)
     pipe.register_modules(conditioning_adapter=adapter.eval())
-    pipe.short_prompt_encoder, pipe.weighting = "stretched", "a1111"
+    pipe.short_prompt_encoder, pipe.weighting = "long", "a1111"
     found = embeddings(pipe, "a (red:0) fox")
     tokens = pipe.tokenizer("a red fox", padding="max_length", max_length=77, return_tensors="pt").input_ids
     mask = torch.ones_like(tokens)
@@ -298,8 +298,8 @@ def test_all_tokens_of_a_textual_inversion_are_weighted(pipe, syntax, text) -> N
         encoder = getattr(pipe, name)
         pipe.load_textual_inversion(vectors, token="<concept>", text_encoder=encoder, tokenizer=tokenizer)
     pipe.weighting = syntax
-    for reading in pipe.describe_prompt(text).readings:
-        weights = reading.windows[0].weights
+    for plan in pipe.describe_prompt(text).plans:
+        weights = plan.windows[0].weights
         assert len(weights) == 4
         assert [weight > 1.4 for weight in weights] == [False, True, True, False]
 
@@ -322,7 +322,7 @@ def test_weights_draw_the_same_offloaded(pipe) -> None:
 
 def test_a_break_begins_a_window(pipe) -> None:
     pipe.weighting = "a1111"
-    windows = pipe.describe_prompt("a fox BREAK a hare").readings[0].windows
+    windows = pipe.describe_prompt("a fox BREAK a hare").plans[0].windows
     assert [window.text for window in windows] == ["a fox ", "a hare"]
     assert embeddings(pipe, "a fox BREAK a hare").shape[1] == 2 * 248
 
@@ -341,7 +341,7 @@ def test_only_truncation_knows_no_break(pipe, overflow, windows) -> None:
 
 def test_windows_end_at_breaks_and_at_what_fits(pipe) -> None:
     pipe.weighting = "a1111"
-    windows = pipe.describe_prompt(f"a fox BREAK {ENDLESS}").readings[0].windows
+    windows = pipe.describe_prompt(f"a fox BREAK {ENDLESS}").plans[0].windows
     assert windows[0].text == "a fox "
     assert all(window.tokens <= 248 for window in windows)
     assert "".join(window.text for window in windows) == f"a fox {ENDLESS}"
