@@ -47,9 +47,10 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
     from diffusers import DiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTokenizer
 
+    from finelip_sdxl.pipelines.old_names import with_new_names
     from finelip_sdxl.stretch import FACTOR, KEEP
 
-    index = DiffusionPipeline.load_config(base)
+    index = with_new_names(DiffusionPipeline.load_config(base))
     readers = []
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if not (index.get(encoder) or [None])[0]:

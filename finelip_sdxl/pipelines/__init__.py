@@ -9,7 +9,9 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
 
+from finelip_sdxl.pipelines.long_prompt import LongPromptMixin
 from finelip_sdxl.pipelines.stable_diffusion_xl import (
+    FineLIPSDXLAdapterPipeline,
     FineLIPSDXLControlNetImg2ImgPipeline,
     FineLIPSDXLControlNetInpaintPipeline,
     FineLIPSDXLControlNetPipeline,

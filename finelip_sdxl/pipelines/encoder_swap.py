@@ -40,6 +40,7 @@ from finelip_sdxl.pipelines.checking import (
     write_configs,
 )
 from finelip_sdxl.pipelines.model_card import model_card
+from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, PromptEncodingMixin
 from finelip_sdxl.provenance import BASE, MADE_FROM, MERGED_WITH, public_name, without_paths
 from finelip_sdxl.text_encoders import (
@@ -141,7 +142,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
-        if kwargs.get("short_prompt_encoder") == "stretched":  # then nothing reads the held encoders
+        if kwargs.get("short_prompt_encoder") == "long":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(ORIGINAL_ENCODERS), **kwargs}
         absent = [name for name in ENCODERS if name in kwargs and kwargs[name] is None]
         kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
@@ -367,13 +368,13 @@ def _load_index(pipeline_class: Any, base: str, hub_arguments: dict[str, Any]) -
     """What `model_index.json` of a base says."""
     try:
         if os.path.isdir(base) and os.path.isfile(file := os.path.join(base, "model_index.json")):
-            return read_json(Path(file))
+            return with_new_names(read_json(Path(file)))
         if not os.path.exists(base):
             validate_repo_id(base)
         index = pipeline_class.load_config(base, **hub_arguments)
         if not isinstance(index, dict):
             raise ValueError(f"The model_index.json of {base} holds no object of components: pass another base.")
-        return index
+        return with_new_names(index)
     except HFValidationError as error:
         raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.") from error
     except OSError as error:

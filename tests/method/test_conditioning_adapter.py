@@ -171,7 +171,7 @@ def test_a_short_prompt_read_as_stock_does_not_pass_through_it(pipe, stock_folde
 @pytest.mark.parametrize("arguments", [{"clip_skip": 1}, {}])
 def test_states_that_it_does_not_know_do_not_pass_through_it(pipe, caplog, arguments) -> None:
     if not arguments:
-        pipe.hidden_states = "published"
+        pipe.hidden_states = "last"
     bare = FineLIPSDXLPipeline.from_pipe(pipe, conditioning_adapter=None)
     caplog.clear()
     assert np.array_equal(draw(pipe, **arguments), draw(bare, **arguments))

@@ -83,7 +83,7 @@ def train(
             line = " ".join(f"{key}={value:.4g}" for key, value in figures.items())
             bar.set_postfix_str(line)
             print(f"step={step}", line, file=log, flush=True)
-        if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
+        if (step + 1) % arguments.checkpointing_steps == 0 or step + 1 == arguments.steps:
             state = {key: part.state_dict() for key, part in saved.items()}
             save_atomically({**state, "step": step + 1}, path)
     modules.eval()
