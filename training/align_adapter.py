@@ -53,6 +53,7 @@ from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import resolve_base
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.pipelines.encoder_swap import loading_errors, single_file_errors
+from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.texts import lines_of, read_text
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
@@ -75,7 +76,6 @@ from finelip_sdxl.training.recipe import (
     endless,
     fill_in,
     fixed_settings,
-    forget_stretch,
     number,
     path,
     run_recipe,

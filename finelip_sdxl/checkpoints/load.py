@@ -7,6 +7,7 @@ transformers' `CLIPModel`, make one positional table of at least 248 rows, deriv
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from finelip_sdxl.files import written_whole
 from finelip_sdxl.foreign_files import check_finite
 from finelip_sdxl.model import FineLIPConfig, FineLIPModel
 from finelip_sdxl.options import STOCK_POSITIONS
-from finelip_sdxl.provenance import MADE_FROM, public_name
+from finelip_sdxl.provenance import Provenance, public_name
 from finelip_sdxl.stretch import FACTOR, KEEP, check_stretch, stretch_positions
 from finelip_sdxl.text_encoders import POSITION_TABLE, build_model, dims
 
@@ -99,7 +100,8 @@ def load_finelip(
         tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
     )
     if isinstance(source, str | Path):
-        setattr(finelip_config.text_config, MADE_FROM, public_name(source))
+        record = replace(Provenance.of(finelip_config.text_config), made_from=public_name(source))
+        record.write(finelip_config.text_config)
     if not isinstance(source, FineLIPModel):  # which was loaded, and seen through, by this function
         check_finite(tensors, name)
     return build_model(FineLIPModel, finelip_config, tensors, name)
@@ -185,9 +187,8 @@ def convert_weights(
     stretched_from = _settle_positions(tensors, keep, factor, name)
     finelip_config = derive_config(tensors, config, activation, is_published, name)
     if stretched_from is not None:
-        finelip_config.text_config.stretched_from = stretched_from
-        finelip_config.text_config.stretch_keep = keep
-        finelip_config.text_config.stretch_factor = factor
+        text_config = finelip_config.text_config
+        Provenance.of(text_config).with_stretch(stretched_from, keep, factor).write(text_config)
     scale = finelip_config.logit_scale_init_value
     tensors.setdefault("logit_scale", tensors[POSITION_TABLE].new_tensor(scale))
     return finelip_config, tensors

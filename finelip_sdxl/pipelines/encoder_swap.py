@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from finelip_sdxl.pipelines.checking import (
 from finelip_sdxl.pipelines.model_card import model_card
 from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, PromptEncodingMixin
-from finelip_sdxl.provenance import BASE, MADE_FROM, MERGED_WITH, public_name, without_paths
+from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
 from finelip_sdxl.text_encoders import (
     build_text_encoder,
     check_tokenizer,
@@ -161,7 +162,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
             pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
         _check_parts(pipe, base)
-        pipe.register_to_config(**{BASE: index.get(BASE, origin)})
+        record_base(pipe, base_of(index) or origin)
         if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
@@ -224,7 +225,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             pipe = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
-        pipe.register_to_config(**{BASE: public_name(file)})
+        record_base(pipe, public_name(file))
         pipe._swap_text_encoders(finelip, finelip_2, merge_base)
         return pipe
 
@@ -463,7 +464,7 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
                 " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
             )
     # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
-    vars(replacement.config).pop("stretched_from", None)
+    forget_stretch(replacement.config)
     return replacement
 
 
@@ -478,7 +479,8 @@ def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -
     has_projection = isinstance(own, CLIPTextModelWithProjection)
     before = load_finelip(base, subfolder=name, dtype=torch.float32).to_text_encoder(projection=has_projection)
     merged = add_difference(own, finelip, before)
-    setattr(merged.config, MERGED_WITH, vars(finelip.config).get(MADE_FROM))
+    merged_with = Provenance.of(finelip.config).made_from
+    replace(Provenance.of(merged.config), merged_with=merged_with).write(merged.config)
     return merged
 
 
