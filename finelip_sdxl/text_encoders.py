@@ -224,7 +224,13 @@ def build_model(
         ValueError: if a tensor is missing, unknown or of another shape than `config` says, or `config` is broken.
     """
     check_shapes(model_class, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
+    return fill_model(model_class, config, tensors, name)
 
+
+def fill_model(
+    model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor], name: str | None = None
+) -> ModelT:
+    """As `build_model`, for weights that `check_shapes` has seen."""
     sample = next(iter(tensors.values()))
     with _without_progress_bar(), config_errors(_config_of(model_class, name)):
         model = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)

@@ -8,11 +8,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
+from finelip_sdxl.names import bundled_model, bundled_sdxl
 from finelip_sdxl.provenance import HUB_ID, Provenance, base_of, public_name
 from finelip_sdxl.text_encoders import num_positions
 
 # Of bases whose license is known here; what else is in a pipeline has its own.
-_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++", "miniature": "apache-2.0"}
+_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
@@ -68,10 +69,11 @@ def _origins(pipe: Any) -> list[str]:
 
 
 def _license(pipe: Any, base: str | None) -> dict[str, Any]:
-    known = _LICENSES.get(base or "")
-    others = [name for name in _origins(pipe) if not (base == "miniature" and name.startswith("miniature-"))]
-    if known and not others and (base == "miniature" or pipe.conditioning_adapter is None):
-        return {"license": known}
+    if (bundled := bundled_sdxl(base)) is not None:
+        if all(bundled_model(name) is not None for name in _origins(pipe)):
+            return {"license": bundled.license}
+    elif base in _LICENSES and not _origins(pipe) and pipe.conditioning_adapter is None:
+        return {"license": _LICENSES[base]}
     return {"license": "other", "license_name": "those-of-its-parts"}
 
 
