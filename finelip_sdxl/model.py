@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     CLIPPreTrainedModel,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedConfig,
@@ -23,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from finelip_sdxl.interaction import late_interaction
 from finelip_sdxl.losses import triplet_margin_loss
-from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_encoder_tensors
+from finelip_sdxl.text_encoders import TextEncoder, fill_model, text_encoder_tensors
 from finelip_sdxl.token_refinement import TokenRefinement
 
 logger = logging.getLogger(__name__)
@@ -322,18 +324,36 @@ class FineLIPModel(CLIPPreTrainedModel):
         Raises:
             ValueError: if a projection is asked of a model that has none.
         """
-        config = copy.deepcopy(self.config.text_config)
         tensors = text_encoder_tensors(self.text_model)
-        if projection:
-            if self.text_projection is None:
-                raise ValueError(
-                    "This FineLIP was loaded from a text encoder without a projection (such as SDXL's first): "
-                    "use projection=False."
-                )
+        if self.text_projection is not None:
             tensors["text_projection.weight"] = self.text_projection.weight.detach()
-        if self.config.projection_dim is not None:
-            config.projection_dim = self.config.projection_dim
-        return build_text_encoder(config, tensors)
+        return text_encoder_of(self.config, tensors, projection)
+
+
+def text_encoder_of(config: FineLIPConfig, tensors: Mapping[str, Tensor], projection: bool) -> TextEncoder:
+    """The text tower of a FineLIP whose weights fit its config, as `FineLIPModel.to_text_encoder` returns it.
+
+    Args:
+        config: of the FineLIP.
+        tensors: its weights. Only those of the text tower and its projection are taken.
+        projection: whether the encoder has a projection.
+
+    Raises:
+        ValueError: if a projection is asked of weights that have none.
+    """
+    text_config = copy.deepcopy(config.text_config)
+    if config.projection_dim is not None:
+        text_config.projection_dim = config.projection_dim
+    tower = {key: tensor for key, tensor in tensors.items() if key.startswith("text_model.")}
+    if not projection:
+        return fill_model(CLIPTextModel, text_config, tower)
+    if "text_projection.weight" not in tensors:
+        raise ValueError(
+            "This FineLIP was loaded from a text encoder without a projection (such as SDXL's first): "
+            "use projection=False."
+        )
+    tower["text_projection.weight"] = tensors["text_projection.weight"]
+    return fill_model(CLIPTextModelWithProjection, text_config, tower)
 
 
 def end_positions(input_ids: Tensor, end_token: int) -> Tensor:

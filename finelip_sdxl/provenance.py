@@ -1,37 +1,152 @@
-"""Where weights came from, by names that others may know."""
+"""The record of where weights came from, in the configs of pipelines and text encoders, by names that others may know.
+
+This module alone reads and writes these keys. In the config of a text encoder they are `stretched_from`,
+`stretch_keep`, `stretch_factor`, `made_from` and `merged_with`; in that of a pipeline, `_finelip_sdxl_base`.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from diffusers import ConfigMixin
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Keys in the config of a pipeline (stock skips those with an underscore) and of its text encoders.
-BASE, MADE_FROM, MERGED_WITH = "_finelip_sdxl_base", "made_from", "merged_with"
+from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.stretch import check_stretch, stretched_row_indices
 
-
-_SOURCES = ("_name_or_path", BASE, MADE_FROM, MERGED_WITH)  # the first is Diffusers' own
-
-
+_BASE = "_finelip_sdxl_base"  # stock Diffusers skips keys that begin with an underscore
+_SOURCES = ("_name_or_path", _BASE, "made_from", "merged_with")  # the first is Diffusers' own
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-
-
 _ADDRESS = re.compile(r"(https?://)(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Where the weights of a text encoder came from, as its config records it.
+
+    A config from elsewhere may hold anything under these keys: `check_rows` and `public_name` are for those.
+
+    Attributes:
+        stretched_from: the positions of the table before its stretch. The weights are exactly the original's then. None
+            where nothing was stretched, or where it was trained since.
+        stretch_keep: the leading positions that the stretch left alone.
+        stretch_factor: the positions that the stretch made of each later one.
+        made_from: the source of the weights, where they took the place of an SDXL's own.
+        merged_with: the source of the weights whose difference was added.
+
+    Example:
+        >>> from transformers import CLIPTextConfig
+        >>> config = CLIPTextConfig(max_position_embeddings=248)
+        >>> Provenance(stretched_from=77, stretch_keep=20, stretch_factor=4).write(config)
+        >>> Provenance.of(config).is_stock(positions=248)
+        True
+        >>> Provenance.of(config).without_stretch().write(config)
+        >>> Provenance.of(config).is_stock(positions=248), hasattr(config, "stretched_from")
+        (False, False)
+    """
+
+    stretched_from: int | None = None
+    stretch_keep: int | None = None
+    stretch_factor: int | None = None
+    made_from: str | None = None
+    merged_with: str | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Provenance:
+        """The record in the config of a text encoder."""
+        return cls(**{field.name: getattr(config, field.name, None) for field in fields(cls)})
+
+    def write(self, config: Any) -> None:
+        """Make this the record in the config of a text encoder, in place."""
+        for name, value in asdict(self).items():
+            if value is not None:
+                setattr(config, name, value)
+            elif hasattr(config, name):
+                delattr(config, name)
+
+    def with_stretch(self, stretched_from: int, keep: int, factor: int) -> Provenance:
+        """The record after a stretch."""
+        return replace(self, stretched_from=stretched_from, stretch_keep=keep, stretch_factor=factor)
+
+    def without_stretch(self) -> Provenance:
+        """The record after training, or of weights that are not this SDXL's: no rows of stock stand in the table."""
+        return replace(self, stretched_from=None, stretch_keep=None, stretch_factor=None)
+
+    def is_stock(self, positions: int) -> bool:
+        """Whether an encoder of so many positions has stock's weights, its table stretched or not."""
+        return positions <= STOCK_POSITIONS or self.stretched_from == STOCK_POSITIONS
+
+    def original_row_indices(self) -> Tensor | None:
+        """The rows of a stretched table, (rows,), that are the original table; None where nothing was stretched."""
+        if self.stretched_from is None:
+            return None
+        assert self.stretch_keep is not None
+        assert self.stretch_factor is not None
+        return stretched_row_indices(self.stretched_from, keep=self.stretch_keep, factor=self.stretch_factor)
+
+    def check_rows(self, rows: int, name: str) -> None:
+        """Check that the stretch on record makes a table of so many rows.
+
+        Args:
+            rows: of the positional table.
+            name: the owner of the config, for messages.
+
+        Raises:
+            ValueError: it does not.
+        """
+        record: Any = (self.stretched_from, self.stretch_keep, self.stretch_factor)
+        before, keep, factor = record
+        if before is None:
+            return
+        try:
+            check_stretch(before, keep, factor)
+            fits = keep + factor * (before - keep) == rows
+        except ValueError:
+            fits = False
+        if not fits:
+            said = f"stretched_from {before!r}, stretch_keep {keep!r}, stretch_factor {factor!r}"
+            raise ValueError(f"The config of {name} says {said}, which does not make its {rows} positions.")
+
+
+def forget_stretch(config: Any) -> None:
+    """Remove the record of a stretch from a text encoder's config, in place: training keeps no row as it was.
+
+    Example:
+        >>> from transformers import CLIPTextConfig
+        >>> config = CLIPTextConfig(stretched_from=77, stretch_keep=20, stretch_factor=4, made_from="me/clip")
+        >>> forget_stretch(config)
+        >>> Provenance.of(config)
+        Provenance(stretched_from=None, stretch_keep=None, stretch_factor=None, made_from='me/clip', merged_with=None)
+    """
+    Provenance.of(config).without_stretch().write(config)
+
+
+def base_of(config: Mapping[str, Any]) -> Any:
+    """The name of the SDXL that a pipeline was made from, in its config or `model_index.json`; None if it has none."""
+    return config.get(_BASE)
+
+
+def record_base(pipe: ConfigMixin, name: str) -> None:
+    """Record in the config of a pipeline the name of the SDXL that it was made from."""
+    pipe.register_to_config(**{_BASE: name})
+
+
 def public_name(source: Any) -> str:
-    """A source of weights as others may know it: a hub id as it is, an address without what signs in, and of a path
-    its last part alone, whether it is one of this machine or of another.
+    """The name of a source of weights as others may know it.
+
+    A hub id stays as it is, and an address without what signs in. Of a path only its last part stays, on this machine
+    or another.
 
     Example:
         >>> public_name("zer0int/LongCLIP-L-Diffusers")
         'zer0int/LongCLIP-L-Diffusers'
         >>> public_name(__file__)
-        'model_card.py'
+        'provenance.py'
         >>> public_name("https://me:secret@example.com/a.safetensors?token=secret")
         'https://example.com/a.safetensors'
     """
@@ -46,8 +161,7 @@ def public_name(source: Any) -> str:
 
 
 def without_paths(pipe: Any) -> None:
-    """Make the configs of a pipeline and its parts, which are saved with them, say by public names alone what they were
-    made from."""
+    """Leave only public names of sources in the configs of a pipeline and its parts, which are saved with them."""
     for part in (pipe, *pipe.components.values()):
         for module in part.modules() if isinstance(part, nn.Module) else (part,):
             if isinstance(module, ConfigMixin):

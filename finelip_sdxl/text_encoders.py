@@ -24,15 +24,14 @@ from transformers import (
 from transformers.utils import logging
 
 from finelip_sdxl.foreign_files import Shapes, config_errors
-from finelip_sdxl.stretch import FACTOR, KEEP, check_stretch, stretch_positions, stretched_row_indices
+from finelip_sdxl.provenance import Provenance, forget_stretch
+from finelip_sdxl.stretch import FACTOR, KEEP, stretch_positions
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 POSITION_TABLE = "text_model.embeddings.position_embedding.weight"
 TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
-# What a config notes of a table that `stretch_text_encoder` has stretched.
-STRETCH = ("stretched_from", "stretch_keep", "stretch_factor")
 
 
 def num_positions(encoder: TextEncoder) -> int:
@@ -76,9 +75,10 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
         >>> num_positions(stretched), stretched.config.max_position_embeddings, stretched.config.stretched_from
         (248, 248, 77)
     """
-    if getattr(encoder.config, "stretched_from", None) is not None:
+    record = Provenance.of(encoder.config)
+    if record.stretched_from is not None:
         raise ValueError(
-            f"This text encoder was stretched already, from {encoder.config.stretched_from} to "
+            f"This text encoder was stretched already, from {record.stretched_from} to "
             f"{num_positions(encoder)} positions: use it as it is."
         )
     if getattr(encoder, "is_quantized", False):
@@ -88,8 +88,7 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
         )
     tensors = text_encoder_tensors(encoder)
     config = copy.deepcopy(encoder.config)
-    config.stretched_from = num_positions(encoder)
-    config.stretch_keep, config.stretch_factor = keep, factor
+    record.with_stretch(num_positions(encoder), keep, factor).write(config)
     tensors[POSITION_TABLE] = stretch_positions(tensors[POSITION_TABLE], keep=keep, factor=factor)
     config.max_position_embeddings = tensors[POSITION_TABLE].shape[0]
     return build_text_encoder(config, tensors)
@@ -109,21 +108,21 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
         77
     """
     config = copy.deepcopy(encoder.config)
-    if getattr(config, "stretched_from", None) is None:
+    record = Provenance.of(config)
+    rows = record.original_row_indices()
+    if rows is None:
         raise ValueError(
             f"This text encoder of {num_positions(encoder)} positions holds no stock one: it was trained. Pass the"
             " stock SDXL as base, and this encoder as what replaces its own."
         )
-    rows = stretched_row_indices(config.stretched_from, keep=config.stretch_keep, factor=config.stretch_factor)
     twin = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
     tower: Any = getattr(twin, "text_model", twin)
     embeddings = tower.embeddings
-    table = embeddings.position_embedding.weight.detach()[torch.as_tensor(rows)]
+    table = embeddings.position_embedding.weight.detach()[rows]
     embeddings.position_embedding = torch.nn.Embedding.from_pretrained(table)
-    embeddings.position_ids = embeddings.position_ids[:, : config.stretched_from]
-    config.max_position_embeddings = config.stretched_from
-    for name in STRETCH:
-        delattr(config, name)
+    embeddings.position_ids = embeddings.position_ids[:, : len(rows)]
+    config.max_position_embeddings = len(rows)
+    forget_stretch(config)
     twin.config = config
     return twin
 
@@ -225,7 +224,13 @@ def build_model(
         ValueError: if a tensor is missing, unknown or of another shape than `config` says, or `config` is broken.
     """
     check_shapes(model_class, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
+    return fill_model(model_class, config, tensors, name)
 
+
+def fill_model(
+    model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor], name: str | None = None
+) -> ModelT:
+    """As `build_model`, for weights that `check_shapes` has seen."""
     sample = next(iter(tensors.values()))
     with _without_progress_bar(), config_errors(_config_of(model_class, name)):
         model = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
@@ -288,16 +293,7 @@ def check_text_config(config: CLIPTextConfig, shapes: Shapes, name: str) -> None
             if value is None and field != "eos_token_id":  # by which pooling finds the end of a text
                 continue
             raise ValueError(f"The config of {name} says {field} {value!r}; expected one of its {tokens} token ids.")
-    record: Any = tuple(getattr(config, field, None) for field in STRETCH)
-    if record[0] is not None:
-        try:
-            check_stretch(*record)
-            fits = record[1] + record[2] * (record[0] - record[1]) == rows
-        except ValueError:
-            fits = False
-        if not fits:
-            said = ", ".join(f"{field} {value!r}" for field, value in zip(STRETCH, record, strict=True))
-            raise ValueError(f"The config of {name} says {said}, which does not make its {rows} positions.")
+    Provenance.of(config).check_rows(rows, name)
 
 
 def check_tower_config(config: Any, shapes: Shapes, tower: str, name: str) -> None:

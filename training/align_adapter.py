@@ -50,9 +50,10 @@ from tqdm import tqdm
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
 from finelip_sdxl.files import written_whole
-from finelip_sdxl.miniature import resolve_base
+from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.pipelines.encoder_swap import loading_errors, single_file_errors
+from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.texts import lines_of, read_text
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
@@ -75,7 +76,6 @@ from finelip_sdxl.training.recipe import (
     endless,
     fill_in,
     fixed_settings,
-    forget_stretch,
     number,
     path,
     run_recipe,
@@ -352,7 +352,7 @@ def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
         with single_file_errors(arguments.base, arguments.config):
             stock = StableDiffusionXLPipeline.from_single_file(arguments.base, config=arguments.config, dtype=dtype)
     else:
-        base = resolve_base(arguments.base)
+        base = sdxl_path(arguments.base)
         with loading_errors(base, arguments.variant):
             stock = StableDiffusionXLPipeline.from_pretrained(base, variant=arguments.variant, dtype=dtype)
     encoders = stock.text_encoder, stock.text_encoder_2

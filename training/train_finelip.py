@@ -48,6 +48,7 @@ from finelip_sdxl.data import (
 )
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
 from finelip_sdxl.losses import MARGIN
+from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.stretch import KEEP
 from finelip_sdxl.training.recipe import (
     AMOUNT,
@@ -69,7 +70,6 @@ from finelip_sdxl.training.recipe import (
     endless,
     fill_in,
     fixed_settings,
-    forget_stretch,
     number,
     path,
     run_recipe,

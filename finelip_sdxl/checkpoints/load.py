@@ -7,6 +7,7 @@ transformers' `CLIPModel`, make one positional table of at least 248 rows, deriv
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from finelip_sdxl.checkpoints.layouts import SECOND_TABLE, to_clip_keys, to_open
 from finelip_sdxl.checkpoints.sources import Source, read_source
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.foreign_files import check_finite
-from finelip_sdxl.model import FineLIPConfig, FineLIPModel
+from finelip_sdxl.model import FineLIPConfig, FineLIPModel, text_encoder_of
 from finelip_sdxl.options import STOCK_POSITIONS
-from finelip_sdxl.provenance import MADE_FROM, public_name
+from finelip_sdxl.provenance import Provenance, public_name
 from finelip_sdxl.stretch import FACTOR, KEEP, check_stretch, stretch_positions
-from finelip_sdxl.text_encoders import POSITION_TABLE, build_model, dims
+from finelip_sdxl.text_encoders import POSITION_TABLE, TextEncoder, check_shapes, dims, fill_model
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,45 @@ def load_finelip(
         >>> model.config.text_config.max_position_embeddings, model.config.text_config.stretched_from
         (248, 77)
     """
+    arguments = {"keep": keep, "factor": factor, "dtype": dtype, "activation": activation}
+    return read_finelip(source, subfolder=subfolder, variant=variant, **arguments, **hub_kwargs).to_model()
+
+
+@dataclass(frozen=True)
+class FineLIPWeights:
+    """A FineLIP before a model is built: weights that were checked, and fit their config.
+
+    Attributes:
+        config: of the model.
+        tensors: under the keys of `FineLIPModel`.
+        name: of the source, for messages.
+    """
+
+    config: FineLIPConfig
+    tensors: dict[str, Tensor]
+    name: str
+
+    def to_model(self) -> FineLIPModel:
+        """The whole model, which shares the memory of the weights on the CPU."""
+        return fill_model(FineLIPModel, self.config, self.tensors, self.name)
+
+    def to_text_encoder(self, projection: bool) -> TextEncoder:
+        """The text tower alone, see `FineLIPModel.to_text_encoder`. Nothing else is built."""
+        return text_encoder_of(self.config, self.tensors, projection)
+
+
+def read_finelip(
+    source: Source,
+    *,
+    keep: int = KEEP,
+    factor: int = FACTOR,
+    dtype: torch.dtype | None = None,
+    activation: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+    **hub_kwargs: Any,
+) -> FineLIPWeights:
+    """As `load_finelip`, without a model: all checks are done, and nothing is built."""
     kind = "state dict" if isinstance(source, Mapping) else type(source).__name__
     name = str(Path(source, subfolder)) if isinstance(source, str | Path) else f"The given {kind}"
     tensors, config = read_source(source, subfolder, variant, hub_kwargs)
@@ -99,10 +139,12 @@ def load_finelip(
         tensors, config, keep=keep, factor=factor, dtype=dtype, activation=activation, name=name
     )
     if isinstance(source, str | Path):
-        setattr(finelip_config.text_config, MADE_FROM, public_name(source))
+        record = replace(Provenance.of(finelip_config.text_config), made_from=public_name(source))
+        record.write(finelip_config.text_config)
     if not isinstance(source, FineLIPModel):  # which was loaded, and seen through, by this function
         check_finite(tensors, name)
-    return build_model(FineLIPModel, finelip_config, tensors, name)
+    check_shapes(FineLIPModel, finelip_config, {key: tuple(value.shape) for key, value in tensors.items()}, name)
+    return FineLIPWeights(finelip_config, tensors, name)
 
 
 def save_openai_layout(model: FineLIPModel, path: str | Path) -> None:
@@ -185,9 +227,8 @@ def convert_weights(
     stretched_from = _settle_positions(tensors, keep, factor, name)
     finelip_config = derive_config(tensors, config, activation, is_published, name)
     if stretched_from is not None:
-        finelip_config.text_config.stretched_from = stretched_from
-        finelip_config.text_config.stretch_keep = keep
-        finelip_config.text_config.stretch_factor = factor
+        text_config = finelip_config.text_config
+        Provenance.of(text_config).with_stretch(stretched_from, keep, factor).write(text_config)
     scale = finelip_config.logit_scale_init_value
     tensors.setdefault("logit_scale", tensors[POSITION_TABLE].new_tensor(scale))
     return finelip_config, tensors

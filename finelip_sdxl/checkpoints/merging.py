@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_encoder_tensors
 
 
@@ -41,8 +42,7 @@ def add_difference(own: TextEncoder, finelip: TextEncoder, base: TextEncoder) ->
                 " can be merged."
             )
     config = copy.deepcopy(own.config)
-    for name in ("stretched_from", "stretch_keep", "stretch_factor"):  # the weights are no longer stock's
-        vars(config).pop(name, None)
+    forget_stretch(config)
     merged = {}
     for key, tensor in tensors.items():
         # In float32: what training changed is small beside the weights.

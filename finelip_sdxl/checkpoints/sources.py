@@ -1,4 +1,4 @@
-"""From a name to tensors: a file, a directory or a hub repository, and the config beside it."""
+"""From a name to tensors: the weights of a file, a directory or a hub repository, and the config beside them."""
 
 import logging
 import re
@@ -6,21 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.checkpoints.config import check_model_type
 from finelip_sdxl.foreign_files import check_numbers, read_json, read_tensors, shard_names
-from finelip_sdxl.miniature import resolve_finelip
 from finelip_sdxl.model import FineLIPModel
+from finelip_sdxl.names import BundledModel, Location, bundled_model, resolve
 from finelip_sdxl.text_encoders import TextEncoder, text_encoder_tensors
 
 logger = logging.getLogger(__name__)
@@ -28,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 Source = str | Path | Mapping[str, Tensor] | FineLIPModel | CLIPModel | TextEncoder
 
+Weights = tuple[dict[str, Tensor], dict[str, Any] | None]
 
-# Reading: from a source to tensors under its own keys, and its config as a dict if it has one.
 
+def read_source(source: Source, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]) -> Weights:
+    """Read the tensors of a source under its own keys, and its config as a dict if it has one.
 
-def read_source(
-    source: Source, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    source = resolve_finelip(source)
+    The arguments are those of `load_finelip`.
+    """
     if isinstance(source, CLIPTextModel | CLIPTextModelWithProjection):
         return text_encoder_tensors(source), source.config.to_dict()
     if isinstance(source, FineLIPModel | CLIPModel):
@@ -46,17 +39,21 @@ def read_source(
         raise ValueError(
             f"A FineLIP comes from a path, a hub id, a state dict or a CLIP model, not from {type(source).__name__}."
         )
-    path = Path(source)
-    if path.is_file():
-        return _unnest(read_tensors(path)), None
-    if not path.is_dir() and not _may_be_hub_id(source):
-        raise FileNotFoundError(f"{source} does not exist: give a checkpoint file, a model directory or a hub id.")
-    return _read_repository(str(source), subfolder, variant, hub_kwargs)
+    if (bundled := bundled_model(source)) is not None:
+        return read_bundled(bundled)
+    location = resolve(source, "a checkpoint file, a model directory or a hub id", **hub_kwargs)
+    if location.path is not None and location.path.is_file():
+        return _unnest(read_tensors(location.path)), None
+    return _read_repository(location, subfolder, variant)
 
 
-def _may_be_hub_id(source: str | Path) -> bool:
-    is_file_name = Path(source).suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-    return isinstance(source, str) and not is_file_name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None
+def read_bundled(model: BundledModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the weights of a model that ships with the package, in float32, and its config.
+
+    The files hold half precision. Float32 is what trains, and what runs well on a CPU.
+    """
+    tensors = {key: tensor.float() for file in model.weights for key, tensor in load_file(file).items()}
+    return tensors, read_json(model.config)
 
 
 def _unnest(content: Any) -> dict[str, Tensor]:
@@ -70,13 +67,13 @@ def _unnest(content: Any) -> dict[str, Tensor]:
 
 
 def _read_repository(
-    source: str, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]
+    location: Location, subfolder: str, variant: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     def find(filename: str) -> Path | None:
-        return _find_file(source, subfolder, filename, hub_kwargs)
+        return location.find(filename, subfolder, is_optional=True)
 
-    place = f"{source}/{subfolder}" if subfolder else source
-    config_file = find("config.json")
+    place = f"{location.name}/{subfolder}" if subfolder else location.name
+    config_file = location.find("config.json", subfolder)
     if config_file is None:
         if find("model_index.json") is not None:
             raise ValueError(
@@ -92,7 +89,7 @@ def _read_repository(
     check_model_type(config, place)  # before gigabytes are fetched
 
     files = _weight_files(find, variant)
-    if not files and not variant and (only := _only_variant(source, subfolder, hub_kwargs, place)):
+    if not files and not variant and (only := _only_variant(location.names(subfolder), place)):
         logger.warning("%s holds weights of variant %s alone, so these are loaded.", place, only)
         files = _weight_files(find, only)
     if not files:
@@ -123,42 +120,14 @@ def _weight_files(find: Callable[[str], Path | None], variant: str | None) -> li
 _VARIANT = r"(?:pytorch_)?model(?:\.safetensors\.index|\.bin\.index)?\.([^.-]+)\.(?:safetensors|bin|json)"
 
 
-def _only_variant(source: str, subfolder: str, hub_kwargs: dict[str, Any], place: str) -> str | None:
-    """The variant of the weights in a directory or hub repository, None if there are none.
+def _only_variant(filenames: list[str], place: str) -> str | None:
+    """The variant of the weights among these files, None if there are none.
 
     Raises:
         ValueError: there are several.
     """
-    folder = Path(source, subfolder)
-    if folder.is_dir():
-        names = [file.name for file in folder.iterdir()]
-    else:
-        try:
-            asked = {name: hub_kwargs[name] for name in ("revision", "token") if name in hub_kwargs}
-            paths = list_repo_files(source, **asked)
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-            return None
-        names = [Path(path).name for path in paths if Path(path).parent == Path(subfolder)]
-    matches = [re.fullmatch(_VARIANT, name) for name in names]
+    matches = [re.fullmatch(_VARIANT, name) for name in filenames]
     variants = sorted({match[1] for match in matches if match})
     if len(variants) > 1:
         raise ValueError(f"{place} holds weights of variants {', '.join(variants)}: pass one of these as variant=.")
     return variants[0] if variants else None
-
-
-def _find_file(source: str, subfolder: str, filename: str, hub_kwargs: dict[str, Any]) -> Path | None:
-    """A file of a directory or hub repository, None if there is none of that name."""
-    if Path(source).is_dir():
-        file = Path(source, subfolder, filename)
-        return file if file.is_file() else None
-    try:
-        return Path(hf_hub_download(source, filename, subfolder=subfolder or None, **hub_kwargs))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if filename != "config.json":  # the repository is in the cache, for its config was found: this file is not
-            return None
-        raise OSError(f"{source} is no path here, and the hub cannot be reached to look for it there.") from error
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise OSError(f"{source} is no path here, and the hub does not give it ({reason}).") from error

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from finelip_sdxl.miniature import resolve_base
+from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import ENCODING, FINELIP_MERGE, LOADED, MAX_CHARACTERS, check_config
 
 MAX_COUNT = 10**9  # what is larger is refused by its flag; most have a smaller limit
@@ -136,7 +136,7 @@ def chosen_prompt(options: argparse.Namespace) -> str:
 def config_source(options: argparse.Namespace) -> str | None:
     """Where configs and tokenizers of the base are; None for a single file that none were given for."""
     described = options.config if Path(options.base).is_file() else options.base
-    return None if described is None else resolve_base(described)
+    return None if described is None else sdxl_path(described)
 
 
 def _read_prompt(name: str) -> str:

@@ -47,22 +47,23 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
     from diffusers import DiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTokenizer
 
+    from finelip_sdxl.pipelines.old_names import with_new_names
+    from finelip_sdxl.provenance import Provenance
     from finelip_sdxl.stretch import FACTOR, KEEP
 
-    index = DiffusionPipeline.load_config(base)
+    index = with_new_names(DiffusionPipeline.load_config(base))
     specs = []
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if not (index.get(encoder) or [None])[0]:
             continue
         config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
         positions = config.max_position_embeddings
-        is_stock = positions <= STOCK_POSITIONS or getattr(config, "stretched_from", None) == STOCK_POSITIONS
         specs.append(
             EncoderSpec(
                 encoder,
                 CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
                 positions=KEEP + FACTOR * (positions - KEEP) if positions <= STOCK_POSITIONS else positions,
-                has_stock=is_stock or f"stock_{encoder}" in index,
+                has_stock=Provenance.of(config).is_stock(positions) or f"stock_{encoder}" in index,
             )
         )
     if not specs or "text_encoder_2" not in index:

@@ -24,9 +24,10 @@ from PIL import Image
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
 from finelip_sdxl.comparison.settings import COLUMNS, Settings, check_columns
 from finelip_sdxl.images import label_grid, to_image
-from finelip_sdxl.miniature import miniature_path, resolve_base
+from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
+from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import LOADED, STOCK_POSITIONS, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
@@ -169,7 +170,7 @@ class Comparison:
                 same |= {name: loading[name] for name in merge if name in loading}
             refining = FineLIPSDXLImg2ImgPipeline.from_pretrained(refiner, dtype=dtype, variant=variant, **same)
         comparison = cls(pipe, refining, device=device, offload=offload)
-        comparison.is_miniature = resolve_base(base) == str(miniature_path())
+        comparison.is_miniature = sdxl_path(base) == str(miniature_path())
         given = {"base": base, "refiner": refiner, **{name: loading.get(name) for name in LOADED}}
         names = {name: public_name(source) for name, source in given.items() if isinstance(source, str | os.PathLike)}
         comparison.sources = {**names, "dtype": str(dtype).removeprefix("torch.")}

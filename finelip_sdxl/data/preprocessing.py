@@ -10,16 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, CLIPImageProcessorPil, CLIPTokenizer
 
-from finelip_sdxl.miniature import MODEL_NAME
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE
-from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.names import bundled_model, resolve
 from finelip_sdxl.text_encoders import check_tokenizer
 
 from .images import middle
@@ -47,13 +44,12 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
         >>> load_tokenizer("miniature-finelip-1").model_max_length
         248
     """
-    if miniature := MODEL_NAME.fullmatch(str(source)):
-        # SDXL's first tokenizer pads with the end token, its second with "!".
-        return build_tokenizer(max_length=positions, **({"pad_token": "!"} if miniature[2] == "2" else {}))
+    if (bundled := bundled_model(source)) is not None:
+        source = bundled.tokenizer
     hint = "pass --tokenizer, a directory or hub id such as openai/clip-vit-large-patch14"
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a checkpoint file, which holds no tokenizer: {hint}.")
-    directory = _directory(source)
+    directory = resolve(source).folder(_FILES)
     # Without either file, from_pretrained makes a tokenizer of two tokens and says nothing.
     if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"{source} holds no vocab.json or tokenizer.json: {hint}.")
@@ -83,12 +79,12 @@ def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImag
         >>> processor(Image.new("RGB", (96, 96)), return_tensors="pt").pixel_values.shape
         torch.Size([1, 3, 96, 96])
     """
-    if MODEL_NAME.fullmatch(str(source)):
+    if bundled_model(source) is not None:
         processor = _clip_processor(IMAGE_SIZE)
         processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
         return processor
     if not Path(source).is_file():
-        directory = _directory(source)
+        directory = resolve(source).folder(_FILES)
         if (directory / "preprocessor_config.json").is_file():
             with _reading(f"{source}'s preprocessor_config.json"):
                 processor = _ImageProcessor.from_pretrained(directory)
@@ -123,21 +119,6 @@ def tokenize(
     for row, count in zip(rows, prefix or [0] * len(rows), strict=True):
         row[1:1] = [_PREFIX_ID] * min(count, longest - len(row))
     return pad_sequence([torch.tensor(row) for row in rows], True, tokenizer.pad_token_id)  # type: ignore[return-value]
-
-
-def _directory(source: str | os.PathLike) -> Path:
-    """Where the files of a directory or hub repository are."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{source} does not exist: give a directory or a hub id.") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise OSError(f"{source} is no path here, and the hub cannot be reached to look for it there.") from error
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise OSError(f"{source} is no path here, and the hub does not give it ({reason}).") from error
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -27,6 +26,7 @@ from finelip_sdxl.foreign_files import (
     read_shapes,
     shard_names,
 )
+from finelip_sdxl.names import resolve
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.text_encoders import check_shapes, check_text_config
 
@@ -204,7 +204,7 @@ def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Pa
             and has others.
         config: a directory or hub id of an SDXL.
         folder: where the copy goes; it is made.
-        **hub_arguments: of `snapshot_download`.
+        **hub_arguments: see `finelip_sdxl.names.resolve`.
 
     Raises:
         OSError, ValueError: a file cannot be read.
@@ -217,9 +217,7 @@ def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Pa
         except (OSError, ValueError) as error:
             raise ValueError(f"{name} cannot be read as a checkpoint ({one_line(error)}).") from error
     folder.mkdir()
-    source = Path(config)
-    if not source.is_dir():
-        source = Path(snapshot_download(str(config), allow_patterns=_CONFIG_FILES, **hub_arguments))
+    source = resolve(config, "the directory or hub id of an SDXL", **hub_arguments).folder(_CONFIG_FILES)
     index = read_json(source / "model_index.json")
     for part, entry in index.items():
         if isinstance(entry, list) and not part.startswith("stock_"):

@@ -7,21 +7,20 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import file_exists
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from finelip_sdxl.checkpoints.load import load_finelip
+from finelip_sdxl.checkpoints.load import FineLIPWeights, read_finelip
 from finelip_sdxl.checkpoints.merging import add_difference
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
-from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
+from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
 from finelip_sdxl.options import (
     FINELIP_MERGE,
     HIDDEN_STATES,
@@ -40,8 +39,9 @@ from finelip_sdxl.pipelines.checking import (
     write_configs,
 )
 from finelip_sdxl.pipelines.model_card import model_card
+from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, PromptEncodingMixin
-from finelip_sdxl.provenance import BASE, MADE_FROM, MERGED_WITH, public_name, without_paths
+from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
 from finelip_sdxl.text_encoders import (
     build_text_encoder,
     check_tokenizer,
@@ -129,15 +129,15 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
         brings_finelip = finelip is not None or finelip_2 is not None
-        if base == "miniature":
+        if (bundled := bundled_sdxl(base)) is not None:
             own = [name for name in ENCODERS if name not in kwargs]
             if len(own) == 2 and not brings_finelip:
-                kwargs.setdefault(ADAPTER, miniature_path().parent / ADAPTER)
+                kwargs.setdefault(ADAPTER, bundled.conditioning_adapter)
             if finelip is None and "text_encoder" in own:
-                finelip = "miniature-finelip-1"
+                finelip = bundled.finelips["text_encoder"]
             if finelip_2 is None and "text_encoder_2" in own:
-                finelip_2 = "miniature-finelip-2"
-        origin, base = public_name(base), resolve_base(base)
+                finelip_2 = bundled.finelips["text_encoder_2"]
+        origin, base = public_name(base), sdxl_path(base)
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
@@ -147,7 +147,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
 
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        index = _load_index(cls, base, hub_arguments)
+        index = _load_index(base, hub_arguments)
         if not {"unet", "text_encoder_2"} <= index.keys():
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
@@ -160,7 +160,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
             pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
         _check_parts(pipe, base)
-        pipe.register_to_config(**{BASE: index.get(BASE, origin)})
+        record_base(pipe, base_of(index) or origin)
         if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
@@ -205,7 +205,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
         """
         if kwargs.get("config") is not None:
-            kwargs["config"] = resolve_base(kwargs["config"])
+            kwargs["config"] = sdxl_path(kwargs["config"])
         for name in _BESIDE:
             if name in inspect.signature(cls.__init__).parameters and kwargs.get(name) is None:
                 raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
@@ -223,7 +223,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             pipe = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
-        pipe.register_to_config(**{BASE: public_name(file)})
+        record_base(pipe, public_name(file))
         pipe._swap_text_encoders(finelip, finelip_2, merge_base)
         return pipe
 
@@ -341,14 +341,15 @@ def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: 
         return None
     if not sources:
         raise ValueError("finelip_merge='delta' adds what a FineLIP has learned: pass finelip=, finelip_2= or both.")
-    if finelip_base is None and all(isinstance(name, str) and MODEL_NAME.fullmatch(name) for name in sources):
-        finelip_base = "miniature"
+    bases = {None if (bundled := bundled_model(source)) is None else bundled.base for source in sources}
+    if finelip_base is None:
+        finelip_base = bases.pop() if len(bases) == 1 else None
     if finelip_base is None:
         raise ValueError(
             "finelip_merge='delta' needs finelip_base=, the hub id or directory of the SDXL whose text encoders the"
             " FineLIP was trained from, such as stabilityai/stable-diffusion-xl-base-1.0."
         )
-    return resolve_base(finelip_base)
+    return sdxl_path(finelip_base)
 
 
 def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
@@ -361,30 +362,18 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
             raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
     for name in OPTIONS.keys() & kwargs:
         OPTIONS[name](kwargs[name])
-    finelip, finelip_2 = (source if source is None else load_finelip(source) for source in (finelip, finelip_2))
+    finelip, finelip_2 = (source if source is None else read_finelip(source) for source in (finelip, finelip_2))
     return finelip, finelip_2, kwargs
 
 
-def _load_index(pipeline_class: Any, base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
-    """What `model_index.json` of a base says."""
-    try:
-        if os.path.isdir(base) and os.path.isfile(file := os.path.join(base, "model_index.json")):
-            return read_json(Path(file))
-        if not os.path.exists(base):
-            validate_repo_id(base)
-        index = pipeline_class.load_config(base, **hub_arguments)
-        if not isinstance(index, dict):
-            raise ValueError(f"The model_index.json of {base} holds no object of components: pass another base.")
-        return index
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{base} is no directory here: pass one that holds an SDXL, or a hub id.") from error
-    except OSError as error:
-        if os.path.exists(base):
-            raise
-        raise OSError(
-            f"{base} is no directory here, and the hub gave no model_index.json of it: check the name, or whether the"
-            " hub can be reached."
-        ) from error
+def _load_index(base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
+    """The content of a base's `model_index.json`, in the words of today."""
+    known = {name: value for name, value in hub_arguments.items() if name != "proxies"}
+    location = resolve(base, "a directory that holds an SDXL, or a hub id", **known)
+    file = location.find("model_index.json")
+    if file is None:
+        raise FileNotFoundError(f"{base} holds no model_index.json: give a directory or a hub id of an SDXL.")
+    return with_new_names(read_json(file))
 
 
 def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAdapter:
@@ -450,13 +439,13 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
             " `finelip-sdxl convert` first, and load that quantized."
         )
     has_projection = isinstance(encoder, CLIPTextModelWithProjection)
-    model = load_finelip(source)
-    if has_projection and model.text_projection is None:
+    weights = source if isinstance(source, FineLIPWeights) else read_finelip(source)
+    if has_projection and weights.config.projection_dim is None:
         raise ValueError(
             f"The FineLIP for `{name}` has no text projection, so it was made from an encoder such as SDXL's first:"
             " `finelip` takes it, and `finelip_2` one that was trained from the second (OpenCLIP bigG)."
         )
-    replacement: Any = model.to_text_encoder(projection=has_projection)
+    replacement: Any = weights.to_text_encoder(projection=has_projection)
     for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
@@ -465,7 +454,7 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
                 " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
             )
     # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
-    vars(replacement.config).pop("stretched_from", None)
+    forget_stretch(replacement.config)
     return replacement
 
 
@@ -478,9 +467,10 @@ def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -
         )
     own = stock[0] if num_positions(stock[0]) > STOCK_POSITIONS else stretch_text_encoder(stock[0])
     has_projection = isinstance(own, CLIPTextModelWithProjection)
-    before = load_finelip(base, subfolder=name, dtype=torch.float32).to_text_encoder(projection=has_projection)
+    before = read_finelip(base, subfolder=name, dtype=torch.float32).to_text_encoder(projection=has_projection)
     merged = add_difference(own, finelip, before)
-    setattr(merged.config, MERGED_WITH, vars(finelip.config).get(MADE_FROM))
+    merged_with = Provenance.of(finelip.config).made_from
+    replace(Provenance.of(merged.config), merged_with=merged_with).write(merged.config)
     return merged
 
 

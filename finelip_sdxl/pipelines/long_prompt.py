@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.options import LENGTH_BUCKETS
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, OPTIONS, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
+from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 
 
@@ -159,8 +160,9 @@ class LongPromptMixin(EncoderSwapMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the parent; the entry that `to_json_file` writes for the adapter is read by `from_pretrained`."""
-        own = {name: value for name, value in config_dict.items() if name != ADAPTER or not isinstance(value, str)}
+        """As the parent; options of older folders are renamed, and the adapter's entry is left to `from_pretrained`."""
+        renamed = with_new_names(config_dict).items()
+        own = {name: value for name, value in renamed if name != ADAPTER or not isinstance(value, str)}
         return super().extract_init_dict(own, **kwargs)
 
     @classmethod

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from finelip_sdxl.provenance import BASE, HUB_ID, MADE_FROM, MERGED_WITH, public_name
+from finelip_sdxl.names import bundled_model, bundled_sdxl
+from finelip_sdxl.provenance import HUB_ID, Provenance, base_of, public_name
 from finelip_sdxl.text_encoders import num_positions
 
 # Of bases whose license is known here; what else is in a pipeline has its own.
-_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++", "miniature": "apache-2.0"}
+_LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
@@ -49,7 +49,7 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
         | all else | as in `miniature` |
     """
     validate_repo_id(repo_id)
-    base = _name(pipe.config, BASE)
+    base = _public(base_of(pipe.config))
     sources = [name for name in (base, *_origins(pipe)) if name is not None]
     data = ModelCardData(
         library_name="diffusers",
@@ -63,16 +63,17 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
 
 def _origins(pipe: Any) -> list[str]:
     """What replaced or was merged into text encoders."""
-    configs = [vars(getattr(pipe, name).config) for name in _ENCODERS if getattr(pipe, name) is not None]
-    origins = [_name(config, key) for config in configs for key in (MADE_FROM, MERGED_WITH)]
+    records = [Provenance.of(getattr(pipe, name).config) for name in _ENCODERS if getattr(pipe, name) is not None]
+    origins = [_public(source) for record in records for source in (record.made_from, record.merged_with)]
     return list(dict.fromkeys(name for name in origins if name is not None))
 
 
 def _license(pipe: Any, base: str | None) -> dict[str, Any]:
-    known = _LICENSES.get(base or "")
-    others = [name for name in _origins(pipe) if not (base == "miniature" and name.startswith("miniature-"))]
-    if known and not others and (base == "miniature" or pipe.conditioning_adapter is None):
-        return {"license": known}
+    if (bundled := bundled_sdxl(base)) is not None:
+        if all(bundled_model(name) is not None for name in _origins(pipe)):
+            return {"license": bundled.license}
+    elif base in _LICENSES and not _origins(pipe) and pipe.conditioning_adapter is None:
+        return {"license": _LICENSES[base]}
     return {"license": "other", "license_name": "those-of-its-parts"}
 
 
@@ -128,19 +129,18 @@ def _parts(pipe: Any, base: str | None) -> list[tuple[str, str]]:
 
 
 def _encoder(encoder: Any) -> str:
-    config = vars(encoder.config)
-    if (origin := _name(config, MERGED_WITH)) is not None:
+    record = Provenance.of(encoder.config)
+    if (origin := _public(record.merged_with)) is not None:
         return f"the base's, with what {_named(origin)} has learned added"
-    if (rows := config.get("stretched_from")) is not None:
+    if (rows := record.stretched_from) is not None:
         return f"the base's, its {_escaped(str(rows))} positions stretched, not trained"
-    if (origin := _name(config, MADE_FROM)) is not None:
+    if (origin := _public(record.made_from)) is not None:
         return f"{_named(origin)} in place of the base's"
     return "the base's" if num_positions(encoder) <= 77 else "trained or replaced"
 
 
-def _name(config: Mapping[str, Any], key: str) -> str | None:
-    """A source that a config notes; who wrote the config may have noted a path."""
-    source = config.get(key)
+def _public(source: Any) -> str | None:
+    """The public name of a source on record; whoever wrote the config may have written a path."""
     return None if source is None else public_name(source)
 
 

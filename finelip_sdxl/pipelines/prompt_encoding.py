@@ -32,7 +32,7 @@ from finelip_sdxl.prompts.plan import (
     tokenize,
 )
 from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, weak_parts
-from finelip_sdxl.stretch import stretched_row_indices
+from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import num_positions
 
 logger = logging.getLogger(__name__)
@@ -484,17 +484,15 @@ class _Encoded:
 
 def _is_stock(encoder: Any) -> bool:
     """Whether an encoder's weights are stock's, be its table stretched or not."""
-    stretched_from = getattr(encoder.config, "stretched_from", None)
-    return num_positions(encoder) <= STOCK_POSITIONS or stretched_from == STOCK_POSITIONS
+    return Provenance.of(encoder.config).is_stock(num_positions(encoder))
 
 
 def _stock_position_ids(encoder: Any) -> torch.Tensor | None:
     """Positions (1, 77) of a stretched table that hold the stock table's rows, unchanged."""
-    if num_positions(encoder) <= STOCK_POSITIONS:
+    rows = Provenance.of(encoder.config).original_row_indices()
+    if rows is None or num_positions(encoder) <= STOCK_POSITIONS:
         return None
-    config = encoder.config
-    rows = stretched_row_indices(STOCK_POSITIONS, keep=config.stretch_keep, factor=config.stretch_factor)
-    return torch.as_tensor(rows, device=get_module_execution_device(encoder))[None]
+    return rows[None].to(get_module_execution_device(encoder))
 
 
 def _was_extended(encoder: Any, held: Any) -> bool:

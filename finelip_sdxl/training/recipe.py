@@ -243,13 +243,6 @@ def fixed_settings(arguments: argparse.Namespace, free: Collection[str], process
     return {name: Path(value).name if isinstance(value, str | Path) else value for name, value in fixed.items()}
 
 
-def forget_stretch(config: Any) -> None:
-    """Take from a text encoder's config that it is stock's, stretched: a promise that no training keeps."""
-    for name in ("stretched_from", "stretch_keep", "stretch_factor"):
-        if hasattr(config, name):
-            delattr(config, name)
-
-
 # Of the loop
 
 

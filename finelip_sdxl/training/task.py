@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, triplet_margin_loss
-from finelip_sdxl.stretch import stretched_row_indices
+from finelip_sdxl.provenance import Provenance
 
 LOSSES = ("triplet", "contrastive", "region", "distillation")
 
@@ -82,12 +82,10 @@ class Base:
     """The text encoder that training starts from, as it was: it reads short captions as stock does, at 77 positions."""
 
     def __init__(self, model: FineLIPModel) -> None:
-        config = model.config.text_config
         towers = nn.ModuleDict({"text_model": model.text_model, "text_projection": model.text_projection})
         self.towers = copy.deepcopy(towers).requires_grad_(False).eval()
-        self.rows = None  # of a model that was trained at 248 positions, all rows in their order
-        if getattr(config, "stretched_from", None) is not None:
-            self.rows = stretched_row_indices(config.stretched_from, config.stretch_keep, config.stretch_factor)
+        # None for a model that was trained at 248 positions: all rows in their order.
+        self.rows = Provenance.of(model.config.text_config).original_row_indices()
 
     @torch.no_grad()
     def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:

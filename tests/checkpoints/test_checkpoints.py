@@ -482,9 +482,9 @@ def test_the_only_variant_of_a_hub_repository_is_taken(monkeypatch, tmp_path) ->
             raise hub_error("EntryNotFoundError")
         return str(path)
 
-    monkeypatch.setattr("finelip_sdxl.checkpoints.load.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     names = ["model.bf16.safetensors", *(f"text/{path.name}" for path in (tmp_path / "text").iterdir())]
-    monkeypatch.setattr("finelip_sdxl.checkpoints.load.list_repo_files", lambda repo: names)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: names)
     assert same_weights(load_finelip("somebody/something", subfolder="text"), load_finelip(clip))
 
 
@@ -833,7 +833,7 @@ def test_what_the_hub_answers_becomes_one_sentence(error, message, monkeypatch) 
     def answer(*args, **kwargs) -> None:
         raise hub_error(error)
 
-    monkeypatch.setattr("finelip_sdxl.checkpoints.load.hf_hub_download", answer)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
     with pytest.raises(OSError, match=message):
         load_finelip("somebody/something")
 
@@ -856,7 +856,7 @@ def test_a_hub_id_is_read_like_a_directory(monkeypatch, tmp_path) -> None:
             raise hub_error("EntryNotFoundError")
         return str(path)
 
-    monkeypatch.setattr("finelip_sdxl.checkpoints.load.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     model = load_finelip("somebody/something", subfolder="text", revision="v2")
     assert same_weights(model, load_finelip(clip))
 

@@ -592,7 +592,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--finelip", "x.pt", "--out", "{png}"], "x.pt"),
         (["generate", "a", "--base", "{empty}", "--device", "cpu", "--out", "{png}"], "model_index.json"),
         (["generate", "a", "--device", "cpu", "--seed", "-1", "--out", "{png}"], "`seed` is -1; expected"),
-        (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "is no directory here"),
+        (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "does not exist"),
         *[([command, "a", "--out", "/proc/1/a.png"], "cannot be written to") for command in ("generate", "compare")],
         (["convert", "{stock}", "/proc/none/long"], "cannot be written to"),
         *[

@@ -603,7 +603,7 @@ def test_a_source_that_is_nowhere_is_one_sentence(load, monkeypatch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> str:
         raise huggingface_hub.errors.LocalEntryNotFoundError("many\nlines")
 
-    monkeypatch.setattr("finelip_sdxl.data.preprocessing.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(OSError, match=r"^nobody/nothing is no path here, and the hub cannot be reached[^\n]*\.$"):
         load("nobody/nothing")
 

@@ -699,7 +699,7 @@ def test_the_page_is_for_this_machine_alone_by_default(monkeypatch, tmp_path) ->
         (["--base", "./nowhere"], "nowhere"),
         (["--finelip", "./nowhere.safetensors"], "nowhere.safetensors"),
         (["--device", "cpu", "--offload"], "--offload moves models between the CPU and an accelerator"),
-        (["--base", "./nowhere", "--device", "cpu"], "./nowhere is no directory here"),
+        (["--base", "./nowhere", "--device", "cpu"], "./nowhere does not exist"),
     ],
 )
 def test_a_start_that_fails_says_why_in_a_line(arguments, message, capsys) -> None:

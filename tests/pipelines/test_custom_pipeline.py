@@ -1,5 +1,6 @@
 """`DiffusionPipeline.from_pretrained(base, custom_pipeline=<directory>)`: only `__init__` of ours is called there."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_it_saves_and_reopens_like_ours(stock_folder, tmp_path) -> None:
     for again in (load(str(tmp_path)), FineLIPSDXLPipeline.from_pretrained(tmp_path)):
         assert again.overflow == "truncate"
         assert np.array_equal(draw(again, LONG), draw(pipe, LONG))
+
+
+def test_a_folder_with_the_options_of_older_versions_opens(stock_folder, tmp_path) -> None:
+    FineLIPSDXLPipeline.from_pretrained(stock_folder).save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "short_prompt": "stretched"}))
+    assert load(str(tmp_path)).short_prompt_encoder == "long"
 
 
 @pytest.mark.parametrize("blocked", ["finelip_sdxl", "finelip_sdxl.pipelines"])

@@ -419,7 +419,7 @@ def test_without_the_package_stock_classes_open_it_and_draw_the_same(stock_folde
         pipe = FineLIPSDXLPipeline.from_pretrained(folder)
         assert pipe.describe_prompt(LONG).positions == 248
         images = {"long": draw(pipe, LONG)}
-        pipe.length_buckets, pipe.short_prompt_encoder = (), "stretched"
+        pipe.length_buckets, pipe.short_prompt_encoder = (), "long"
         images["short"] = draw(pipe, SHORT)
         files = list(folder.glob("*.npy"))
         assert len(files) == 6
@@ -437,6 +437,32 @@ def test_saved_folders_need_nothing_outside_them(stock_folder, tmp_path) -> None
     pipe = FineLIPSDXLPipeline.from_pretrained(tmp_path / "copy")
     assert num_positions(pipe.text_encoder) == 248
     assert pipe.text_encoder.config.stretched_from == 77
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"short_prompt": "stretched"}, {"short_prompt_encoder": "long"}),
+        ({"short_prompt": "stock"}, {"short_prompt_encoder": "original"}),
+        ({"long_prompt": "truncate"}, {"overflow": "truncate"}),
+        ({"long_prompt": "error"}, {"overflow": "error"}),
+        ({"long_prompt": "window"}, {"overflow": "window"}),
+        ({"hidden_states": "published"}, {"hidden_states": "last"}),
+        ({"hidden_states": "penultimate"}, {"hidden_states": "penultimate"}),
+    ],
+)
+def test_a_folder_with_the_options_of_older_versions_opens(stock_folder, tmp_path, caplog, old, new) -> None:
+    FineLIPSDXLPipeline.from_pretrained(stock_folder).save_pretrained(tmp_path)
+    file = tmp_path / "model_index.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **old}))
+    caplog.clear()
+    pipe = FineLIPSDXLPipeline.from_pretrained(tmp_path)
+    assert {name: getattr(pipe, name) for name in new} == new
+    assert not caplog.records, "Diffusers ignores no option"
+    assert not {"short_prompt", "long_prompt"} & pipe.config.keys()
+    chosen = {"short_prompt_encoder": "original", "overflow": "error", "hidden_states": "penultimate"}
+    again = FineLIPSDXLPipeline.from_pretrained(tmp_path, **chosen)
+    assert {name: getattr(again, name) for name in chosen} == chosen, "an argument goes before the folder"
 
 
 def test_a_saved_folder_is_not_called_untrained_again(stock_folder, tmp_path, caplog) -> None:

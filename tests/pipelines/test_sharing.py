@@ -126,7 +126,7 @@ def test_the_example_of_the_card_runs(hub, stock_folder, monkeypatch, tmp_path) 
     for real, here in (('.to("cuda")', ""), ("torch.float16", "torch.float32")):
         code = code.replace(real, here)
     code = code.replace("pipe(long_prompt)", "pipe(long_prompt, num_inference_steps=1)")
-    exec(code, {"overflow": "A large blue square of the quiet fox. " * 40})
+    exec(code, {"long_prompt": "A large blue square of the quiet fox. " * 40})
     assert (hub.root / "picture.png").is_file()
 
 

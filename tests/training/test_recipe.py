@@ -464,13 +464,6 @@ def test_flags_of_the_run_may_change_and_others_may_not() -> None:
     assert json.loads(json.dumps(settings)) == {"finelip": "last", "base": "miniature", "processes": 2}
 
 
-def test_a_trained_encoder_promises_nothing_of_its_base() -> None:
-    config = CLIPTextConfig(stretched_from=77, stretch_keep=20, stretch_factor=4)
-    for _ in range(2):
-        recipe.forget_stretch(config)
-        assert not {"stretched_from", "stretch_keep", "stretch_factor"} & config.to_dict().keys()
-
-
 # How a recipe ends
 
 

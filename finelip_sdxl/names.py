@@ -1,0 +1,231 @@
+"""From a name to files on this machine: a file, a folder, a hub id, or a name of the weights that ship with the package.
+
+Everywhere that a model is named, `resolve` says where its files are, and in the same words why they are nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Bundled: weights that ship with the package, by the names that stand for them.
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """A CLIP or FineLIP that ships with the package.
+
+    Attributes:
+        config: its `config.json`.
+        weights: its files, which share no key. They ship in half precision, and are meant to be used in float32.
+        tokenizer: the folder of its tokenizer.
+        base: the name of the bundled SDXL whose text encoder it has, or was trained from.
+    """
+
+    config: Path
+    weights: tuple[Path, ...]
+    tokenizer: Path
+    base: str
+
+
+@dataclass(frozen=True)
+class BundledSDXL:
+    """An SDXL that ships with the package.
+
+    Attributes:
+        folder: in Diffusers' layout.
+        finelips: for each text encoder, the name of the bundled FineLIP that was trained from it.
+        conditioning_adapter: the folder of the adapter that was trained with both.
+        license: of all its weights.
+    """
+
+    folder: Path
+    finelips: Mapping[str, str]
+    conditioning_adapter: Path
+    license: str
+
+
+_MINIATURE = Path(__file__).parent / "miniature"
+_STOCK = _MINIATURE / "stock"
+_SDXLS = {
+    "miniature": BundledSDXL(
+        _STOCK,
+        {"text_encoder": "miniature-finelip-1", "text_encoder_2": "miniature-finelip-2"},
+        _MINIATURE / "conditioning_adapter",
+        "apache-2.0",
+    )
+}
+_MODELS = {
+    f"miniature-{kind}-{pair}": BundledModel(config, weights, _STOCK / f"tokenizer{suffix}", "miniature")
+    for pair, suffix in ((1, ""), (2, "_2"))
+    for kind, config, weights in (
+        (
+            "clip",
+            _MINIATURE / "clips" / f"clip_{pair}.json",
+            (
+                _STOCK / f"text_encoder{suffix}" / "model.safetensors",
+                _MINIATURE / "clips" / f"clip_{pair}.safetensors",
+            ),
+        ),
+        (
+            "finelip",
+            _MINIATURE / f"finelip_{pair}" / "config.json",
+            (_MINIATURE / f"finelip_{pair}" / "model.safetensors",),
+        ),
+    )
+}
+
+
+def bundled_model(name: Any) -> BundledModel | None:
+    """The CLIP or FineLIP that ships under this name; None for anything else.
+
+    Example:
+        >>> bundled_model("miniature-finelip-2").config.parent.name
+        'finelip_2'
+        >>> bundled_model("openai/clip-vit-large-patch14") is None
+        True
+    """
+    return _MODELS.get(name) if isinstance(name, str) else None
+
+
+def bundled_sdxl(name: Any) -> BundledSDXL | None:
+    """The SDXL that ships under this name; None for anything else.
+
+    Example:
+        >>> bundled_sdxl("miniature").folder.name
+        'stock'
+    """
+    return _SDXLS.get(name) if isinstance(name, str) else None
+
+
+def sdxl_path(name: str | os.PathLike[str]) -> str:
+    """The name of an SDXL as Diffusers takes it: the folder of one that ships with the package, any other unchanged.
+
+    Example:
+        >>> sdxl_path("stabilityai/stable-diffusion-xl-base-1.0")
+        'stabilityai/stable-diffusion-xl-base-1.0'
+    """
+    bundled = bundled_sdxl(name)
+    return os.fspath(name if bundled is None else bundled.folder)
+
+
+# Names of files, folders and hub repositories
+
+
+@dataclass(frozen=True)
+class Location:
+    """The place of a model's files.
+
+    Attributes:
+        name: as it was given.
+        path: a file or folder on this machine; None for a hub repository.
+        hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, for a hub repository.
+    """
+
+    name: str
+    path: Path | None
+    hub_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def find(self, filename: str, subfolder: str = "", is_optional: bool = False) -> Path | None:
+        """A file of a folder or hub repository on this machine; None if there is none of that name.
+
+        Args:
+            is_optional: whether another file of the repository was found. One that is not in the cache is taken for
+                absent then, if the hub cannot be reached.
+
+        Raises:
+            OSError: the hub does not give the repository, or cannot be reached.
+        """
+        if self.path is not None:
+            file = self.path / subfolder / filename
+            return file if file.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        with self._hub_errors():
+            try:
+                return Path(hf_hub_download(self.name, filename, subfolder=subfolder or None, **self.hub_arguments))
+            except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+                if is_optional:
+                    return None
+                raise
+            except EntryNotFoundError:
+                return None
+
+    def names(self, subfolder: str = "") -> list[str]:
+        """The names of all files in a folder of it; none of a hub repository that cannot be reached."""
+        if self.path is not None:
+            return [file.name for file in (self.path / subfolder).iterdir()]
+        from huggingface_hub import list_repo_files
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        asked = {name: self.hub_arguments[name] for name in ("revision", "token") if name in self.hub_arguments}
+        try:
+            files = map(Path, list_repo_files(self.name, **asked))
+            return [file.name for file in files if file.parent == Path(subfolder)]
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+            return []
+
+    def folder(self, patterns: Collection[str]) -> Path:
+        """The folder on this machine that holds all of its files whose names match a pattern.
+
+        Raises:
+            OSError: the hub does not give the repository, or cannot be reached.
+        """
+        if self.path is not None:
+            return self.path
+        from huggingface_hub import snapshot_download
+
+        with self._hub_errors():
+            return Path(snapshot_download(self.name, allow_patterns=list(patterns), **self.hub_arguments))
+
+    @contextmanager
+    def _hub_errors(self) -> Iterator[None]:
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+        )
+
+        try:
+            yield
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise OSError(
+                f"{self.name} is no path here, and the hub cannot be reached to look for it there."
+            ) from error
+        except (HfHubHTTPError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise OSError(f"{self.name} is no path here, and the hub does not give it ({reason}).") from error
+
+
+def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub id", **hub_arguments: Any) -> Location:
+    """The place of the files behind a name. Nothing is fetched before one of them is asked for.
+
+    Args:
+        name: a file, a folder, a hub id, or the name of an SDXL that ships with the package.
+        expected: what to give instead of a name that stands for nothing, for the message.
+        **hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: the name is no path here, and cannot be a hub id.
+
+    Example:
+        >>> resolve("miniature").find("model_index.json").name
+        'model_index.json'
+        >>> resolve("/nowhere")
+        Traceback (most recent call last):
+        FileNotFoundError: /nowhere does not exist: give a directory or a hub id.
+    """
+    path = Path(sdxl_path(name))
+    if path.exists():
+        return Location(os.fspath(name), path)
+    is_file_name = path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+    if not isinstance(name, str) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise FileNotFoundError(f"{name} does not exist: give {expected}.")
+    return Location(name, None, hub_arguments)
