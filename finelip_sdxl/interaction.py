@@ -13,8 +13,10 @@ _BLOCK = 2**22
 def late_interaction(
     image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None
 ) -> Tensor:
-    """How well each text fits each image: the mean over the text's tokens of the best image token's similarity, plus
-    the mean over the image's tokens of the best text token's.
+    """Returns how well each text fits each image, token by token.
+
+    The result is the mean over the text's tokens of the best image token's similarity, plus the mean over the image's
+    tokens of the best text token's.
 
     The similarity of two tokens is LeakyReLU₀.₁ of their cosine. Images are compared block by block, and each block's
     similarities are computed again in the backward pass, so that memory grows no faster than inputs and result.
@@ -66,12 +68,12 @@ def _compare(images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask
     """`late_interaction` of normalized tokens, all at once."""
     similarity = torch.einsum("ivc,jtc->ivjt", images, texts)
     for_texts, for_images = similarity, similarity
-    # Below every cosine, and far from what overflows in half precision.
+    # Below every cosine, and far from an overflow in half precision.
     if image_mask is not None:
         for_texts = similarity.masked_fill(~image_mask[:, :, None, None], -2)
     if text_mask is not None:
         for_images = similarity.masked_fill(~text_mask[None, None], -2)
-    # LeakyReLU is increasing: after the maximum it gives the same, on fewer numbers.
+    # LeakyReLU is increasing: after the maximum the result is the same, on fewer numbers.
     of_texts = F.leaky_relu(for_texts.amax(dim=1), NEGATIVE_SLOPE)  # (images, texts, text tokens)
     of_images = F.leaky_relu(for_images.amax(dim=3), NEGATIVE_SLOPE)  # (images, image tokens, texts)
     return _mean(of_texts, None if text_mask is None else text_mask[None], dim=2) + _mean(

@@ -1,4 +1,4 @@
-"""What FineLIP is trained with: the triplet margin loss of the paper, and CLIP's contrastive loss."""
+"""The losses of FineLIP: the triplet margin loss of the paper, and CLIP's contrastive loss."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ MARGIN = 0.2
 
 
 def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN, hardest: bool = False) -> Tensor:
-    """The bidirectional triplet margin loss over a batch of pairs, summed.
+    """Returns the bidirectional triplet margin loss over a batch of pairs, summed.
 
     For each pair, max(0, margin + s(negative) - s(pair)) is summed over the texts that do not belong to its image, and
     over the images that do not belong to its text; or, with `hardest`, only the largest of either counts.
@@ -18,7 +18,7 @@ def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN,
     Args:
         similarity: (pairs, pairs), of image i and text j; the pairs are on the diagonal.
         ids: (pairs,), of the images: pairs of equal id are no negatives of each other.
-        margin: by which a pair should surpass its negatives.
+        margin: the distance by which a pair should surpass its negatives.
         hardest: count the hardest negative only.
 
     Returns:
@@ -43,7 +43,7 @@ def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN,
 
 
 def contrastive_loss(similarity: Tensor, ids: Tensor, scale: Tensor | float) -> Tensor:
-    """CLIP's loss over a batch of pairs: cross-entropy of each image among the texts and of each text among the images.
+    """Returns CLIP's loss over a batch: cross-entropy of each image among the texts and of each text among the images.
 
     Source: CLIP (arXiv 2103.00020), section 2.3.
 

@@ -1,10 +1,10 @@
-"""Text files of users, in which nothing is lost or changed in silence."""
+"""Text files of users, decoded strictly and cut into lines."""
 
 from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """What a UTF-8 text file holds, without a byte order mark.
+    """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
         FileNotFoundError: if it is not there, or is no regular file.
@@ -24,10 +24,10 @@ def read_text(path: Path) -> str:
 
 
 def lines_of(text: str) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1.
+    """Returns the lines that are not blank, with their numbers from 1.
 
-    They end at a line feed, a carriage return, or both, as those of files do. `str.splitlines` also breaks at U+2028, a
-    form feed and others, which stand within captions.
+    Lines end at a line feed, a carriage return, or both. `str.splitlines` also breaks at U+2028, a form feed and
+    others, which stand within captions.
 
     Example:
         >>> lines_of("A fox.\\u2028It sleeps.\\r\\n\\nA hare.")

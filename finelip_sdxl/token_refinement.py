@@ -38,7 +38,7 @@ class TokenRefinement(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Refine tokens.
+        """Refines tokens.
 
         Args:
             tokens: (batch, tokens, dim), of any number of tokens from 1.
@@ -57,4 +57,5 @@ class TokenRefinement(nn.Module):
             if not mask.any(dim=1).all():
                 raise ValueError("mask has a row without any token; expected at least one in each.")
             logits = logits.masked_fill(~mask.bool()[..., None], float("-inf"))
-        return logits.softmax(dim=1).to(tokens.dtype).mT @ tokens
+        shares: Tensor = logits.softmax(dim=1).to(tokens.dtype)
+        return shares.mT @ tokens

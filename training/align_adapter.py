@@ -13,7 +13,7 @@ encoders as they are, and its scale can be set at every call. A *LoRA* changes t
 so that the result is a pair of plain text encoders for `finelip=` and `finelip_2=`, which stock Diffusers reads too.
 
 Without arguments it aligns the miniature's FineLIPs, in minutes on a CPU. A run that was stopped goes on from its last
-checkpoint with the same command.
+checkpoint with the same command. Defaults are presets, TOML files to copy and change for --config.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ if __name__ == "__main__":  # before the imports that would speak
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
@@ -57,58 +58,35 @@ from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.texts import lines_of, read_text
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
-from finelip_sdxl.training.precompute import Precomputed, precompute
-from finelip_sdxl.training.recipe import (
+from finelip_sdxl.training.command_line import (
     AMOUNT,
     BATCH,
     MOST_STEPS,
     SEED,
     SHARE,
     STEPS_OR_NONE,
-    Health,
     add_accelerator_flags,
-    add_preset,
+    add_config_flag,
+    add_preset_flag,
     add_run_flags,
     build_accelerator,
     check_run,
-    count_broken,
-    end,
-    endless,
-    fill_in,
+    end_run,
     fixed_settings,
     number,
+    parse_flags,
     path,
+    preset_path,
     run_recipe,
-    schedule,
 )
-from finelip_sdxl.training.run_folder import RunFolder, only_run, together
+from finelip_sdxl.training.health import Health, count_broken
+from finelip_sdxl.training.precompute import Precomputed, precompute
+from finelip_sdxl.training.processes import only_run, together
+from finelip_sdxl.training.run_folder import RunFolder
+from finelip_sdxl.training.schedule import endless, learning_rate_factor
 
-# For SDXL.
-SDXL = {
-    "text_steps": 1000,
-    "image_steps": 2000,
-    "batch_size": 8,
-    "learning_rate": 1e-4,
-    "resolution": 1024,
-    "hidden_dim": 512,
-    "rank": 16,
-    "guidance_scale": 5.0,
-}
-# For the miniature; benchmarks/miniature_alignment.py shows what these buy.
-MINIATURE = {
-    "captions": "miniature:2000",
-    "finelip": "miniature-finelip-1",
-    "finelip_2": "miniature-finelip-2",
-    "text_steps": 60,
-    "image_steps": 200,
-    "batch_size": 24,
-    "learning_rate": 1e-3,
-    "resolution": 96,
-    "hidden_dim": 256,
-    "rank": 16,
-    "guidance_scale": 3.0,
-}
-# Flags that may change when a run goes on.
+SDXL, MINIATURE = preset_path("align_adapter", "sdxl"), preset_path("align_adapter", "miniature")
+# Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "precomputed", "validate_every", "validation_prompts", "guidance_scale"}
 ENCODERS = ("text_encoder", "text_encoder_2")
 TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
@@ -116,8 +94,219 @@ TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
+def align(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs both stages and returns the run's progress."""
+    check(arguments)
+    accelerator = build_accelerator(arguments)
+    with only_run(arguments.output_dir, accelerator):
+        progress = align_alone(arguments, accelerator)
+    end_run(accelerator, progress)
+    return progress
+
+
+def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """`align`, in a folder that no other run writes to."""
+    set_seed(arguments.seed)
+    data = open_dataset(
+        arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
+    )
+    if data.left_out:
+        accelerator.print(data.left_out)
+    prompts = validation_prompts(arguments, data)
+    stock = load_stock(arguments)
+    pipe = build_pipeline(arguments, stock)
+    pictures = None
+    if arguments.image_steps:  # encoded before anything is trained: an adapter gets what the encoders give
+        pictures = precompute_pictures(arguments, accelerator, data, pipe, stock)
+    method = Lora(pipe, arguments.rank) if arguments.method == "lora" else Adapter(pipe, arguments.hidden_dim)
+    if arguments.gradient_checkpointing:
+        save_memory(pipe)
+
+    place(models_of(pipe, stock), ENCODERS, accelerator.device)
+    rarity = word_rarity([data.captions(index)[0] for index in range(min(len(data), 1000))])
+    losses = {"text": TextAlignment(pipe, stock, rarity), "image": ImageAlignment(pipe, arguments.snr_gamma)}
+    task, optimizer = accelerator.prepare(
+        Alignment(method.parameters, losses),
+        torch.optim.AdamW(method.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay),
+    )
+    average = EMAModel(method.parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
+    fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
+    folder = RunFolder(
+        arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit, also={"average": average}
+    )
+    progress = folder.resume() or {"step": 0}
+    if progress["step"] >= arguments.text_steps + arguments.image_steps:
+        accelerator.print(
+            f"{arguments.output_dir} is complete, with {progress['step']} steps: nothing is left to train."
+        )
+    if arguments.report_to != "none":
+        accelerator.init_trackers("align_adapter", config=fixed)
+
+    run = Run(arguments, accelerator, stock, pipe, method, task, optimizer, average, folder, progress, prompts)
+    for stage in stages_of(arguments, accelerator, data, pictures, pipe):
+        if stage.steps and progress["step"] <= stage.end:
+            place(models_of(pipe, stock), stage.models, accelerator.device)
+            train_stage(run, stage)
+            with together(accelerator):
+                method.save(folder, stage.result)
+    return progress
+
+
+@dataclass
+class Stage:
+    """One of the two stages.
+
+    Attributes:
+        name: `text` or `image`.
+        first: the run's step that it begins with.
+        steps: the number of its steps.
+        batches: yields its batches from a number on, without end.
+        models: the models that must be where it computes.
+        result: the name of the model that comes out.
+    """
+
+    name: str
+    first: int
+    steps: int
+    batches: Callable[[int], Iterator[dict[str, Any]]]
+    models: tuple[str, ...]
+    result: str
+
+    @property
+    def end(self) -> int:
+        return self.first + self.steps
+
+
+@dataclass
+class Run:
+    """All that the stages share. What is trained is part of `pipe`, and averaged in `average`."""
+
+    arguments: argparse.Namespace
+    accelerator: Accelerator
+    stock: StableDiffusionXLPipeline
+    pipe: FineLIPSDXLPipeline
+    method: Adapter | Lora
+    task: nn.Module
+    optimizer: AcceleratedOptimizer
+    average: EMAModel
+    folder: RunFolder
+    progress: dict[str, Any]
+    prompts: list[str]
+    health: Health = field(default_factory=Health)
+
+
+def stages_of(
+    arguments: argparse.Namespace,
+    accelerator: Accelerator,
+    data: CaptionDataset,
+    pictures: Precomputed | None,
+    pipe: FineLIPSDXLPipeline,
+) -> tuple[Stage, Stage]:
+    """Returns the text stage and the image stage; one of no steps is left out of a run."""
+    trained_encoders = ENCODERS if arguments.method == "lora" else ()
+    text = Stage(
+        name="text",
+        first=0,
+        steps=arguments.text_steps,
+        batches=partial(text_batches, data, pipe.tokenizer, arguments, accelerator),
+        models=(*ENCODERS, *TEACHERS),
+        result="after-text" if arguments.image_steps else "last",
+    )
+    image = Stage(
+        name="image",
+        first=text.end,
+        steps=arguments.image_steps,
+        batches=partial(image_batches, pictures, arguments, accelerator),
+        models=(*trained_encoders, "unet"),
+        result="last",
+    )
+    return text, image
+
+
+def train_stage(run: Run, stage: Stage) -> None:
+    """Trains from the step of the run's progress to the stage's end."""
+    arguments, accelerator, progress = run.arguments, run.accelerator, run.progress
+    batches = stage.batches((progress["step"] - stage.first) * arguments.gradient_accumulation_steps)
+    pairs = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    with tqdm(
+        initial=progress["step"] - stage.first,
+        total=stage.steps,
+        desc=f"aligning by {stage.name}s",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    ) as bar:
+        while progress["step"] < stage.end:
+            started = time.perf_counter()
+            figures = take_step(run, stage, batches)
+            figures["captions_per_second"] = pairs / (time.perf_counter() - started)
+            step, is_last = progress["step"], progress["step"] == stage.end
+            bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
+            bar.update()
+            accelerator.log({f"{stage.name}/{name}": figure for name, figure in figures.items()}, step=step)
+            if is_last:  # the average is what comes out, and what the next stage begins with
+                run.average.copy_to(run.method.parameters)
+                run.optimizer.state.clear()
+            if step % arguments.checkpointing_steps == 0 or is_last:
+                run.folder.save(progress)
+            if arguments.validate_every and (step % arguments.validate_every == 0 or is_last):
+                validate(run, stage)
+
+
+def take_step(run: Run, stage: Stage, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    """Takes one optimizer step and returns the mean losses over its batches and all processes."""
+    arguments, accelerator, parameters = run.arguments, run.accelerator, run.method.parameters
+    step = run.progress["step"]
+    factor = learning_rate_factor(step - stage.first, stage.steps // 20, stage.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = arguments.learning_rate * factor
+    sums: dict[str, Tensor] = {}
+    for _ in range(arguments.gradient_accumulation_steps):
+        with accelerator.accumulate(run.task):
+            parts = run.task(stage.name, next(batches))
+            accelerator.backward(parts["loss"])
+            if accelerator.sync_gradients and arguments.max_grad_norm:
+                accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0) + part.detach() / arguments.gradient_accumulation_steps
+    run.average.step(parameters)
+    sums["broken"] = count_broken(parameters)
+    run.progress["step"] = step + 1
+    figures = {name: part.item() for name, part in accelerator.reduce(sums, reduction="mean").items()}
+    run.health.check(step + 1, figures["loss"], figures.pop("broken"), run.optimizer.step_was_skipped)
+    return figures
+
+
+def validate(run: Run, stage: Stage) -> None:
+    """Draws the validation prompts, with all models where they draw, and then only the stage's."""
+    models, device = models_of(run.pipe, run.stock), run.accelerator.device
+    place(models, (*ENCODERS, *TEACHERS, "unet", "vae"), device)
+    with together(run.accelerator):
+        if run.accelerator.is_main_process:
+            save_pictures(run)
+    place(models, stage.models, device)
+
+
+def save_pictures(run: Run) -> None:
+    """Draws by stock, which cuts the prompts, and aligned, by the average; to a file and to TensorBoard."""
+    step = run.progress["step"]
+    run.average.store(run.method.parameters)
+    run.average.copy_to(run.method.parameters)
+    grid = draw(run.stock, run.pipe, run.prompts, run.arguments)
+    run.average.restore(run.method.parameters)
+    with written_whole(run.folder.folder / "validation" / f"step-{step:06d}.png") as temporary:
+        grid.save(temporary, format="PNG")
+    if run.arguments.report_to == "tensorboard":
+        writer = run.accelerator.get_tracker("tensorboard", unwrap=True)
+        writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
+
+
+# The two methods
+
+
 class Adapter:
-    """What trains a conditioning adapter."""
+    """Trains a conditioning adapter."""
 
     def __init__(self, pipe: FineLIPSDXLPipeline, hidden_dim: int) -> None:
         dims = (pipe.text_encoder.config.hidden_size, pipe.text_encoder_2.config.hidden_size)
@@ -130,12 +319,12 @@ class Adapter:
 
 
 class Lora:
-    """What trains low-rank changes of the text encoders' linear layers."""
+    """Trains low-rank changes of the text encoders' linear layers."""
 
     def __init__(self, pipe: FineLIPSDXLPipeline, rank: int) -> None:
         self.encoders: dict[str, PeftModel] = {}
         for name in ENCODERS:
-            # A copy: what was only stretched shares its weights with stock's encoder, which teaches.
+            # A copy: an encoder that was only stretched shares its weights with stock's, which teaches.
             encoder = copy.deepcopy(getattr(pipe, name))
             forget_stretch(encoder.config)
             layers = encoder.config.num_hidden_layers
@@ -155,169 +344,11 @@ class Lora:
         run.save_model(name, **merged)
 
 
-@dataclass
-class Stage:
-    """One of the two: the batches that it goes through, and the models that it needs where they are computed."""
-
-    name: str
-    steps: int
-    batches: Callable[[int], Iterator[dict[str, Any]]]  # from a number on, without end
-    models: tuple[str, ...]
-
-
-def align(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole run; gives its progress."""
-    check(arguments)
-    accelerator = build_accelerator(arguments)
-    with only_run(arguments.output_dir, accelerator):
-        progress = align_alone(arguments, accelerator)
-    end(accelerator, progress)
-    return progress
-
-
-def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """`align`, in a folder that no other run writes to."""
-    device = accelerator.device
-    set_seed(arguments.seed)
-    data = open_dataset(
-        arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
-    )
-    if data.left_out:
-        accelerator.print(data.left_out)
-    prompts = validation_prompts(arguments, data)
-    stock = load_stock(arguments)
-    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
-    pipe.swap_text_encoders(arguments.finelip, arguments.finelip_2)
-    for model in models_of(pipe, stock).values():
-        model.requires_grad_(False)
-
-    is_lora = arguments.method == "lora"
-    pictures = None
-    if arguments.image_steps:  # encoded before anything is trained: an adapter gets what the encoders give
-        place(models_of(pipe, stock), (*ENCODERS, "vae"), device)
-        folder = precomputed_folder(arguments)
-        with together(accelerator):
-            if accelerator.is_local_main_process:
-                precompute(data, pipe, arguments.resolution, not is_lora, folder)
-        pictures = Precomputed(folder)
-    method = Lora(pipe, arguments.rank) if is_lora else Adapter(pipe, arguments.hidden_dim)
-    models = models_of(pipe, stock)
-    if arguments.gradient_checkpointing:
-        save_memory(pipe)
-    stages = [
-        Stage(
-            "text",
-            arguments.text_steps,
-            partial(text_batches, data, pipe.tokenizer, arguments, accelerator),
-            (*ENCODERS, *TEACHERS),
-        ),
-        Stage(
-            "image",
-            arguments.image_steps,
-            partial(image_batches, pictures, arguments, accelerator),
-            (*(ENCODERS if is_lora else ()), "unet"),
-        ),
-    ]
-
-    place(models, ENCODERS, device)
-    rarity = word_rarity([data.captions(index)[0] for index in range(min(len(data), 1000))])
-    losses = {"text": TextAlignment(pipe, stock, rarity), "image": ImageAlignment(pipe, arguments.snr_gamma)}
-    objective, optimizer = accelerator.prepare(
-        Alignment(method.parameters, losses),
-        torch.optim.AdamW(method.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay),
-    )
-    average = EMAModel(method.parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
-    fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
-    run = RunFolder(
-        arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit, also={"average": average}
-    )
-    progress = run.resume() or {"step": 0}
-    if progress["step"] >= arguments.text_steps + arguments.image_steps:
-        accelerator.print(
-            f"{arguments.output_dir} is complete, with {progress['step']} steps: nothing is left to train."
-        )
-    if arguments.report_to != "none":
-        accelerator.init_trackers("align_adapter", config=fixed)
-
-    health = Health()
-
-    def train_stage(stage: Stage, first: int) -> None:
-        """From the step of `progress` on; `first` is the one that the stage began with."""
-        source = stage.batches((progress["step"] - first) * arguments.gradient_accumulation_steps)
-        pairs = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        with tqdm(
-            initial=progress["step"] - first,
-            total=stage.steps,
-            desc=f"aligning by {stage.name}s",
-            unit="step",
-            disable=not accelerator.is_main_process,
-        ) as bar:
-            while progress["step"] < first + stage.steps:
-                started = time.perf_counter()
-                factor = schedule(progress["step"] - first, stage.steps // 20, stage.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = arguments.learning_rate * factor
-                sums: dict[str, Tensor] = {}
-                for _ in range(arguments.gradient_accumulation_steps):
-                    with accelerator.accumulate(objective):
-                        parts = objective(stage.name, next(source))
-                        accelerator.backward(parts["loss"])
-                        if accelerator.sync_gradients and arguments.max_grad_norm:
-                            accelerator.clip_grad_norm_(method.parameters, arguments.max_grad_norm)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                    for name, part in parts.items():
-                        sums[name] = sums.get(name, 0) + part.detach() / arguments.gradient_accumulation_steps
-                average.step(method.parameters)
-                sums["broken"] = count_broken(method.parameters)
-                progress["step"] = step = progress["step"] + 1
-                figures = {name: part.item() for name, part in accelerator.reduce(sums, reduction="mean").items()}
-                health.check(step, figures["loss"], figures.pop("broken"), optimizer.step_was_skipped)
-                figures["captions_per_second"] = pairs / (time.perf_counter() - started)
-                bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
-                bar.update()
-                accelerator.log({f"{stage.name}/{name}": figure for name, figure in figures.items()}, step=step)
-                if step == first + stage.steps:  # the average is what comes out, and what the next stage begins with
-                    average.copy_to(method.parameters)
-                    optimizer.state.clear()
-                if step % arguments.checkpointing_steps == 0 or step == first + stage.steps:
-                    run.save(progress)
-                if arguments.validate_every and (step % arguments.validate_every == 0 or step == first + stage.steps):
-                    place(models, (*ENCODERS, *TEACHERS, "unet", "vae"), device)
-                    with together(accelerator):
-                        validate(step)
-                    place(models, stage.models, device)
-
-    def validate(step: int) -> None:
-        """Draw the validation captions by stock, which cuts them, and aligned; to a file and to TensorBoard."""
-        if not accelerator.is_main_process:
-            return
-        average.store(method.parameters)
-        average.copy_to(method.parameters)
-        grid = draw(stock, pipe, prompts, arguments)
-        average.restore(method.parameters)
-        folder = run.folder / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / f"step-{step:06d}.png") as temporary:
-            grid.save(temporary, format="PNG")
-        if arguments.report_to == "tensorboard":
-            writer = accelerator.get_tracker("tensorboard", unwrap=True)
-            writer.add_image("validation", np.asarray(grid), step, dataformats="HWC")
-
-    first = 0
-    for stage in stages:
-        if stage.steps and progress["step"] <= first + stage.steps:
-            place(models, stage.models, device)
-            train_stage(stage, first)
-            is_last = stage is stages[-1] or not arguments.image_steps
-            with together(accelerator):
-                method.save(run, "last" if is_last else f"after-{stage.name}")
-        first += stage.steps
-    return progress
+# Before the first step
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What is known to go wrong, before anything is loaded."""
+    """Checks flags that do not go together, before anything is loaded."""
     check_run(arguments)
     steps = arguments.text_steps + arguments.image_steps
     if not steps:
@@ -334,9 +365,10 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.captions.startswith("txt:") and arguments.image_steps:
         raise ValueError(f"{arguments.captions} has no images: pass --image-steps 0 to align by texts alone.")
     is_file = Path(arguments.base).is_file()
-    if arguments.config is not None and not is_file:
+    if arguments.base_config is not None and not is_file:
         raise ValueError(
-            f"--config {arguments.config} goes with a single file, but --base {arguments.base} is none: leave it out."
+            f"--base-config {arguments.base_config} goes with a single file, but --base {arguments.base} is none: leave"
+            " it out."
         )
     if arguments.variant is not None and is_file:
         raise ValueError(
@@ -346,11 +378,13 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
-    """SDXL as it is: the teacher, and the UNet to align with."""
+    """Loads SDXL as it is: the teacher, and the UNet to align with."""
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.mixed_precision]
     if Path(arguments.base).is_file():
-        with single_file_errors(arguments.base, arguments.config):
-            stock = StableDiffusionXLPipeline.from_single_file(arguments.base, config=arguments.config, dtype=dtype)
+        with single_file_errors(arguments.base, arguments.base_config):
+            stock = StableDiffusionXLPipeline.from_single_file(
+                arguments.base, config=arguments.base_config, dtype=dtype
+            )
     else:
         base = sdxl_path(arguments.base)
         with loading_errors(base, arguments.variant):
@@ -365,20 +399,44 @@ def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
     return stock
 
 
+def build_pipeline(arguments: argparse.Namespace, stock: StableDiffusionXLPipeline) -> FineLIPSDXLPipeline:
+    """The pipeline that is aligned: stock with its text encoders swapped, and nothing that trains yet."""
+    pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
+    pipe.swap_text_encoders(arguments.finelip, arguments.finelip_2)
+    for model in models_of(pipe, stock).values():
+        model.requires_grad_(False)
+    return pipe
+
+
+def precompute_pictures(
+    arguments: argparse.Namespace,
+    accelerator: Accelerator,
+    data: CaptionDataset,
+    pipe: FineLIPSDXLPipeline,
+    stock: StableDiffusionXLPipeline,
+) -> Precomputed:
+    place(models_of(pipe, stock), (*ENCODERS, "vae"), accelerator.device)
+    folder = precomputed_folder(arguments)
+    with together(accelerator):
+        if accelerator.is_local_main_process:
+            precompute(data, pipe, arguments.resolution, arguments.method == "adapter", folder)
+    return Precomputed(folder)
+
+
 def models_of(pipe: FineLIPSDXLPipeline, stock: StableDiffusionXLPipeline) -> dict[str, nn.Module]:
-    """All that takes memory and is not trained, by name."""
+    """Returns all models that take memory and are not trained, by name."""
     own = {name: getattr(pipe, name) for name in (*ENCODERS, "unet", "vae")}
     return {**own, **{f"stock_{name}": getattr(stock, name) for name in ENCODERS}}
 
 
 def place(models: dict[str, nn.Module], needed: Sequence[str], device: torch.device) -> None:
-    """Models that are needed go to the device, the others out of its memory."""
+    """Moves models that are needed to the device, and the others out of its memory."""
     for name, model in sorted(models.items(), key=lambda item: item[0] in needed):
         model.to(device if name in needed else "cpu")
 
 
 def save_memory(pipe: FineLIPSDXLPipeline) -> None:
-    """Compute activations again in the backward pass, wherever gradients pass through."""
+    """Lets activations be computed again in the backward pass, wherever gradients pass through."""
     pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()  # there is no dropout in SDXL: this only turns on what was enabled
     for name in ENCODERS:
@@ -388,7 +446,7 @@ def save_memory(pipe: FineLIPSDXLPipeline) -> None:
 
 
 def precomputed_folder(arguments: argparse.Namespace) -> Path:
-    """One of its own for whatever gives other latents or states."""
+    """Returns the folder of latents and states; other flags that change them have another."""
     names = ("base", "finelip", "finelip_2", "captions", "images", "resolution", "mixed_precision")
     made_of: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
     made_of |= {"states": arguments.method == "adapter", "skip_missing_images": arguments.skip_missing_images}
@@ -411,7 +469,7 @@ def text_batches(
 def image_batches(
     pictures: Precomputed, arguments: argparse.Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[dict[str, Any]]:
-    """Noise and timesteps depend on the seed and on the batch's number among those of all processes."""
+    """Yields batches of pictures. Noise and timesteps depend on the seed and the batch's number over all processes."""
     device = accelerator.device
     for batch, indices in enumerate(index_batches(len(pictures), arguments, accelerator, first), start=first):
         number_of_all = batch * accelerator.num_processes + accelerator.process_index
@@ -440,7 +498,7 @@ def image_batches(
 def index_batches(
     size: int, arguments: argparse.Namespace, accelerator: Accelerator, first: int
 ) -> Iterator[list[int]]:
-    """Batches of this process without end, from number `first` on."""
+    """Yields batches of this process without end, from number `first` on."""
     order = ResumableBatchSampler(
         size, 1, arguments.batch_size, arguments.seed, accelerator.num_processes, accelerator.process_index
     )
@@ -448,7 +506,7 @@ def index_batches(
 
 
 def num_long(arguments: argparse.Namespace) -> int:
-    """Long captions in a batch; the others are short."""
+    """Returns the number of long captions in a batch; the others are short."""
     return min(max(1, round(arguments.batch_size * (1 - arguments.short_share))), arguments.batch_size - 1)
 
 
@@ -466,7 +524,7 @@ def validation_prompts(arguments: argparse.Namespace, data: CaptionDataset) -> l
 def draw(
     stock: StableDiffusionXLPipeline, pipe: FineLIPSDXLPipeline, prompts: list[str], arguments: argparse.Namespace
 ) -> Image.Image:
-    """Two rows: stock, and aligned, from the same noise."""
+    """Draws two rows, by stock and aligned, from the same noise."""
     images = []
     for drawing in (stock, pipe):
         for seed, prompt in enumerate(prompts):
@@ -491,73 +549,68 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     hidden_dim, rank = number(int, above=0, most=16_384), number(int, above=0, most=1024)
     resolution, guidance = number(int, above=0, most=4096), number(float, least=0, most=100)
     gamma, decay = number(float, above=0), number(float, least=0, below=1)
-    presets = SDXL, MINIATURE
+    shown = partial(add_preset_flag, presets=(SDXL, MINIATURE))
+    default = "(default: %(default)s)"
 
-    group = parser.add_argument_group("what is aligned with what")
+    group = parser.add_argument_group("what is aligned with what (defaults in brackets: SDXL's / the miniature's)")
     add = group.add_argument
+    add_config_flag(group, (SDXL, MINIATURE))
     add("--base", default="miniature", metavar="SDXL", help="hub id, directory or single file (.safetensors) of any "
         "SDXL, whose own encoders teach (default: %(default)s, the small one that comes with the package)")  # fmt: skip
-    add("--config", metavar="NAME", help="hub id or directory of configs and tokenizers for a single file (default: "
-        "Diffusers' choice on the hub)")  # fmt: skip
-    add("--variant", metavar="NAME", help="of the base's files, such as fp16")
+    add("--base-config", metavar="NAME", help="hub id or directory of configs and tokenizers for a single file as base "
+        "(default: Diffusers' choice on the hub)")  # fmt: skip
+    add("--variant", metavar="NAME", help="variant of the base's files, such as fp16")
     add("--finelip", metavar="CLIP", help="replaces the first text encoder: hub id, directory or checkpoint file "
         "(default: that encoder, stretched; for the miniature miniature-finelip-1)")  # fmt: skip
     add("--finelip-2", metavar="CLIP", help="replaces the second (default: as above)")
-    add("--method", choices=("adapter", "lora"), default="adapter", help="what is trained (default: %(default)s)")
-    add_preset(group, "hidden-dim", hidden_dim, "N", "width of the adapter's hidden layers", presets)
-    add_preset(group, "rank", rank, "N", "of the LoRA", presets)
+    add("--method", choices=("adapter", "lora"), default="adapter", help=f"what is trained {default}")
+    shown(group, "--hidden-dim", hidden_dim, "N", "width of the adapter's hidden layers")
+    shown(group, "--rank", rank, "N", "rank of the LoRA")
 
     group = parser.add_argument_group("what it learns from")
     add = group.add_argument
     add("--captions", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or, for stage "
         "1 alone, txt (a caption a line) and a path, or miniature:SCENES (default for the miniature: "
-        f"{MINIATURE['captions']})")  # fmt: skip
-    add("--images", type=path, metavar="FOLDER", help="of the images, if they are not beside the captions")
+        "miniature:2000)")  # fmt: skip
+    add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the captions")
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
-    add("--short-share", type=SHARE, default=0.4, metavar="SHARE", help="of short captions in a batch: without them, "
-        "short prompts get worse (default: %(default)s)")  # fmt: skip
-    add_preset(
-        group, "resolution", resolution, "PIXELS", "of the square that is cut from the middle of each image", presets
-    )
-    add("--precomputed", type=path, metavar="FOLDER", help="of latents and text states, which runs can share (default: "
-        "precomputed/ in --output-dir)")  # fmt: skip
+    add("--short-share", type=SHARE, default=0.4, metavar="SHARE", help="share of short captions in a batch: without "
+        f"them, short prompts get worse {default}")  # fmt: skip
+    shown(group, "--resolution", resolution, "PIXELS", "side of the square that is cut from the middle of each image")
+    add("--precomputed", type=path, metavar="FOLDER", help="folder of latents and text states, which runs can share "
+        "(default: precomputed/ in --output-dir)")  # fmt: skip
 
     group = parser.add_argument_group("optimization")
-    add_preset(group, "text-steps", STEPS_OR_NONE, "N", "of stage 1; 0 leaves it out", presets)
-    add_preset(group, "image-steps", STEPS_OR_NONE, "N", "of stage 2; 0 leaves it out", presets)
-    add_preset(group, "batch-size", BATCH, "CAPTIONS", "of each process and step", presets)
-    add_preset(group, "learning-rate", AMOUNT, "X", "peak, in both stages", presets)
     add = group.add_argument
-    add(
-        "--gradient-accumulation-steps",
-        type=BATCH,
-        default=1,
-        metavar="N",
-        help="batches a step (default: %(default)s)",
-    )
-    add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help="of AdamW (default: %(default)s)")
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
-    add("--snr-gamma", type=gamma, metavar="X", help="weigh timesteps by min-SNR, customarily "
-        "with 5 (default: all alike)")  # fmt: skip
-    add("--ema-decay", type=decay, default=0.995, metavar="X", help="of the average of weights that comes "
-        "out (default: %(default)s)")  # fmt: skip
-    add("--seed", type=SEED, default=0, metavar="N", help="of weights, order and noise (default: %(default)s)")
+    shown(group, "--text-steps", STEPS_OR_NONE, "N", "steps of stage 1; 0 leaves it out")
+    shown(group, "--image-steps", STEPS_OR_NONE, "N", "steps of stage 2; 0 leaves it out")
+    shown(group, "--batch-size", BATCH, "CAPTIONS", "captions of each process and step")
+    shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate of both stages")
+    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help=f"batches in a step {default}")
+    add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help=f"weight decay of AdamW {default}")
+    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the norm; 0 for none {default}")
+    add("--snr-gamma", type=gamma, metavar="X", help="weigh timesteps by min-SNR, customarily with 5 (default: all "
+        "alike)")  # fmt: skip
+    add("--ema-decay", type=decay, default=0.995, metavar="X", help="decay of the average of weights that comes out "
+        f"{default}")  # fmt: skip
+    add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and noise {default}")
 
-    group = add_run_flags(parser, Path("runs/alignment"), models="last/ and, of two stages, after-text/ result")
-    add = group.add_argument
-    add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="between pictures of the "
-        "validation prompts by stock and aligned, to validation/ and TensorBoard; 0 for none (default: "
-        "%(default)s)")  # fmt: skip
+    run = add_run_flags(parser, Path("runs/alignment"), models="last/ and, of two stages, after-text/ result")
+    add = run.add_argument
+    add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="steps between pictures of the "
+        f"validation prompts by stock and aligned, to validation/ and TensorBoard; 0 for none {default}")  # fmt: skip
     add("--validation-prompts", type=path, metavar="FILE", help="a prompt a line (default: the first four captions)")
-    add_preset(group, "guidance-scale", guidance, "X", "of those pictures", presets)
-    add_accelerator_flags(group)
-    options = parser.parse_args(arguments)
-
-    is_miniature = options.base == "miniature"
-    if options.captions is None and not is_miniature:
+    shown(run, "--guidance-scale", guidance, "X", "guidance scale of those pictures")
+    add_accelerator_flags(run)
+    options = parse_flags(parser, arguments, choose_presets)
+    if options.captions is None:
         parser.error(f"--base {options.base} needs --captions, such as sharegpt4v:captions.json")
-    fill_in(options, MINIATURE if is_miniature else SDXL)
     return options
+
+
+def choose_presets(options: argparse.Namespace) -> tuple[Path, ...]:
+    """Returns the preset for flags that were not given: the miniature's, or SDXL's."""
+    return (MINIATURE,) if options.base == "miniature" else (SDXL,)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

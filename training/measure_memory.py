@@ -33,6 +33,7 @@ from finelip_sdxl.data import open_dataset
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
+from finelip_sdxl.training.command_line import read_preset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -112,20 +113,21 @@ def measure(stage: str, method: str, batch_size: int, resolution: int, device: s
             with torch.device("meta"):
                 finelip = type(stretched)(stretched.config)
             setattr(pipe, name, fill(finelip, device))
-    trained = Lora(pipe, SDXL["rank"]) if method == "lora" else Adapter(pipe, SDXL["hidden_dim"])
+    preset = read_preset(SDXL)
+    trained = Lora(pipe, preset["rank"]) if method == "lora" else Adapter(pipe, preset["hidden_dim"])
     if method == "adapter":
         trained.adapter.to(device)
     if stage == "image" or method == "lora":
         save_memory(pipe)
     losses = {"text": TextAlignment(pipe, stock, rarity={}), "image": ImageAlignment(pipe)}
-    objective = Alignment(trained.parameters, losses)
+    task = Alignment(trained.parameters, losses)
     average = EMAModel(trained.parameters)
     optimizer = torch.optim.AdamW(trained.parameters)
 
     started = time.perf_counter()
     with torch.autocast(device, torch.bfloat16):
         batch = text_batch(batch_size) if stage == "text" else image_batch(batch_size, resolution, method, device)
-        loss = objective(stage, batch)["loss"]
+        loss = task(stage, batch)["loss"]
     loss.backward()
     optimizer.step()
     average.step(trained.parameters)
@@ -174,7 +176,9 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--stages", nargs="*", choices=("text", "image"), default=("text", "image"))
     flags.add_argument("--methods", nargs="*", choices=("adapter", "lora"), default=("adapter", "lora"))
-    flags.add_argument("--batch-sizes", nargs="*", type=int, default=(SDXL["batch_size"],), help="captions a step")
+    flags.add_argument(
+        "--batch-sizes", nargs="*", type=int, default=(read_preset(SDXL)["batch_size"],), help="captions a step"
+    )
     flags.add_argument("--resolution", type=int, default=512, help="of images, in pixels (default %(default)s)")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     arguments = flags.parse_args()

@@ -5,7 +5,8 @@
     accelerate launch --num_processes 8 training/train_finelip.py --base ... --data ... --mixed-precision bf16
 
 Without arguments it trains the miniature's first CLIP on scenes of the miniature world. With another --base, the
-defaults are the paper's (arXiv 2504.01916): its triplet loss on late interaction, AdamW, cosine, six epochs.
+defaults are the paper's (arXiv 2504.01916): its triplet loss on late interaction, AdamW, cosine, six epochs. Both are
+presets, TOML files to copy and change for --config.
 
 Batches, captions and augmentation depend on the seed, the epoch and the image alone (those of shards also on the
 number of workers), and the learning rate on the step: a run that was stopped, even by kill -9, goes on from its last
@@ -21,7 +22,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":  # before the imports that would speak
     from finelip_sdxl.console import quiet_imports
@@ -30,7 +31,7 @@ if __name__ == "__main__":  # before the imports that would speak
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -50,7 +51,7 @@ from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
 from finelip_sdxl.losses import MARGIN
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.stretch import KEEP
-from finelip_sdxl.training.recipe import (
+from finelip_sdxl.training.command_line import (
     AMOUNT,
     BATCH,
     COUNT,
@@ -59,63 +60,34 @@ from finelip_sdxl.training.recipe import (
     SHARE,
     STEPS,
     STEPS_OR_NONE,
-    Health,
     add_accelerator_flags,
-    add_preset,
+    add_config_flag,
+    add_preset_flag,
     add_run_flags,
     build_accelerator,
     check_run,
-    count_broken,
-    end,
-    endless,
-    fill_in,
+    end_run,
     fixed_settings,
     number,
+    parse_flags,
     path,
+    preset_path,
     run_recipe,
-    schedule,
-    to_device,
 )
-from finelip_sdxl.training.run_folder import RunFolder, only_run, together
-from finelip_sdxl.training.task import LOSSES, Base, FineLIPTask
+from finelip_sdxl.training.health import Health, count_broken
+from finelip_sdxl.training.processes import only_run, together
+from finelip_sdxl.training.run_folder import RunFolder
+from finelip_sdxl.training.schedule import endless, learning_rate_factor
+from finelip_sdxl.training.task import LOSSES, FineLIPTask, FrozenTeacher
 
-# What the paper trains with; its batch of 512 pairs is 8 processes of 64.
-PAPER = {
-    "epochs": 6,
-    "batch_size": 64,
-    "learning_rate": 1e-6,
-    "refinement_learning_rate": 2e-4,
-    "weight_decay": 1e-2,
-    "warmup_steps": 200,
-    "loss_warmup_epochs": 1.0,
-    "triplet_weight": 1.0,
-    "contrastive_weight": 0.0,
-    "region_weight": 0.0,
-    "distillation_weight": 0.0,
-}
-# What makes the miniature's FineLIPs; benchmarks/miniature_retrieval.py compares it with the paper's loss.
-MINIATURE = {
-    "data": "miniature:20000",
-    "eval_data": "miniature:500",
-    "epochs": 1,
-    "batch_size": 40,
-    "learning_rate": 1e-3,
-    "refinement_learning_rate": 4e-3,
-    "weight_decay": 1e-2,
-    "warmup_steps": 30,
-    "loss_warmup_epochs": 0.25,
-    "triplet_weight": 0.02,
-    "contrastive_weight": 1.0,
-    "region_weight": 1.0,
-    "distillation_weight": 10.0,
-}
-# Flags that may change when a run goes on, beside `recipe.FREE_RUN_FLAGS`.
+PAPER, MINIATURE = preset_path("train_finelip", "paper"), preset_path("train_finelip", "miniature")
+# Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "dataloader_num_workers"}
 
 
 def load_base(name: str) -> FineLIPModel:
-    """Any CLIP, stretched if it has 77 positions, with a token refinement, in memory of its own."""
-    model = copy.deepcopy(load_finelip(name)).float()
+    """Loads any CLIP, stretched if it has 77 positions, with a token refinement, in memory of its own."""
+    model: FineLIPModel = copy.deepcopy(load_finelip(name)).to(torch.float32)
     if model.vision_model is None or model.text_projection is None:
         raise ValueError(f"--base {name} is a text encoder alone: training needs a CLIP with an image tower.")
     if model.image_refinement is None:
@@ -127,7 +99,7 @@ def load_base(name: str) -> FineLIPModel:
 
 
 def build_optimizer(model: FineLIPModel, arguments: argparse.Namespace) -> torch.optim.AdamW:
-    """Two learning rates; no weight decay on vectors, and none on positions, whose first rows must stay."""
+    """Builds AdamW of two learning rates, without decay of vectors and of positions, whose first rows must stay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rate = arguments.refinement_learning_rate if "_refinement." in name else arguments.learning_rate
@@ -140,8 +112,8 @@ def build_optimizer(model: FineLIPModel, arguments: argparse.Namespace) -> torch
 
 def build_loader(
     arguments: argparse.Namespace, tokenizer: Any, image_processor: Any, accelerator: Accelerator
-) -> DataLoader:
-    """Batches of this process, of a data set or of shards."""
+) -> DataLoader[Any]:
+    """Builds the loader of this process's batches, from a data set or from shards."""
     augmentation = CaptionAugmentation(arguments.drop_first, arguments.sample_sentences, arguments.prefix_padding)
     share = {"processes": accelerator.num_processes, "process": accelerator.process_index}
     # A generator of its own: resuming draws no numbers from the one that dropout uses.
@@ -178,23 +150,23 @@ def build_loader(
     return DataLoader(pairs, batch_sampler=order, **options)
 
 
-def set_epoch(loader: DataLoader, epoch: int, first_batch: int) -> None:
-    """Choose the epoch, and the batch to begin at, of the order and of what is drawn for each image."""
+def set_epoch(loader: DataLoader[Any], epoch: int, first_batch: int) -> None:
+    """Chooses the epoch and the batch to begin at, for the order and for the draws of each image."""
     if isinstance(loader.dataset, TrainingShards):
         loader.dataset.set_epoch(epoch, first_batch)
     else:
-        loader.dataset.set_epoch(epoch)
-        loader.batch_sampler.set_epoch(epoch, first_batch)
+        cast(ImageTextDataset, loader.dataset).set_epoch(epoch)
+        cast(ResumableBatchSampler, loader.batch_sampler).set_epoch(epoch, first_batch)
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The whole run; gives its progress: the step, the best score, and how often an image was skipped."""
+    """Runs all of it and returns the progress: the step, the best score, and how often an image was skipped."""
     check(arguments)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
     accelerator = build_accelerator(arguments, handlers=[parallel])
     with only_run(arguments.output_dir, accelerator):
         progress = train_alone(arguments, accelerator)
-    end(accelerator, progress)
+    end_run(accelerator, progress)
     return progress
 
 
@@ -202,7 +174,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     """`train`, in a folder that no other run writes to."""
     set_seed(arguments.seed)
     model = load_base(arguments.base)
-    base = Base(model) if arguments.distillation_weight else None
+    teacher = FrozenTeacher(model) if arguments.distillation_weight else None
     forget_stretch(model.config.text_config)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -218,12 +190,12 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
         eval_data = open_dataset(arguments.eval_data, split="test", images=arguments.eval_images)
 
     weights = {name: getattr(arguments, f"{name}_weight") for name in LOSSES}
-    objective, optimizer = accelerator.prepare(
+    task, optimizer = accelerator.prepare(
         FineLIPTask(model, weights, arguments.margin, arguments.hardest), build_optimizer(model, arguments)
     )
-    if base is not None:
-        base.towers.to(accelerator.device)
-    # Of shards, the number of workers decides who reads which.
+    if teacher is not None:
+        teacher.towers.to(accelerator.device)
+    # The number of workers decides which of them reads which shard.
     free = FREE - {"dataloader_num_workers"} if arguments.data.startswith("webdataset:") else FREE
     fixed = fixed_settings(arguments, free, accelerator.num_processes)
     run = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
@@ -248,34 +220,34 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     source = endless(loader, partial(set_epoch, loader), first=progress["step"] * arguments.gradient_accumulation_steps)
     batches_a_step = arguments.gradient_accumulation_steps * accelerator.num_processes
     health = Health()
-    objective.train()
+    task.train()
     with tqdm(
         initial=progress["step"], total=steps, desc="training", unit="step", disable=not accelerator.is_main_process
     ) as bar:
         while progress["step"] < steps:
             step, started = progress["step"], time.perf_counter()
-            factor = schedule(step, arguments.warmup_steps, steps)
+            factor = learning_rate_factor(step, arguments.warmup_steps, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-            ramp = min(1.0, (step + 1) / loss_warmup_steps) if loss_warmup_steps else 1.0
-            sums = dict.fromkeys(("loss", *(name for name in LOSSES if weights[name]), "skipped"), 0.0)
+            loss_factor = min(1.0, (step + 1) / loss_warmup_steps) if loss_warmup_steps else 1.0
+            sums: dict[str, Any] = dict.fromkeys(("loss", *(name for name in LOSSES if weights[name]), "skipped"), 0.0)
             for _ in range(arguments.gradient_accumulation_steps):
-                batch = to_device(next(source), accelerator.device)
+                batch = send_to_device(next(source), accelerator.device)
                 for name in batch["skipped"]:
                     bar.write(f"skipped: {name}")
-                if base is not None:
-                    batch["base_states"], batch["base_embeds"] = base.read(batch["short_input_ids"])
-                with accelerator.accumulate(objective):
-                    losses = objective(batch)
-                    accelerator.backward(ramp * losses["loss"])
+                if teacher is not None:
+                    batch["teacher_states"], batch["teacher_embeds"] = teacher.encode(batch["short_input_ids"])
+                with accelerator.accumulate(task):
+                    losses = task(batch)
+                    accelerator.backward(loss_factor * losses["loss"])
                     if accelerator.sync_gradients and arguments.max_grad_norm:
-                        accelerator.clip_grad_norm_(objective.parameters(), arguments.max_grad_norm)
+                        accelerator.clip_grad_norm_(task.parameters(), arguments.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 for name, loss in losses.items():
                     sums[name] += loss.detach()
                 sums["skipped"] += torch.tensor(len(batch["skipped"]), device=accelerator.device)
-            sums["broken"] = count_broken(objective.parameters())
+            sums["broken"] = count_broken(task.parameters())
             progress["step"] = step = step + 1
 
             sums = {name: value.item() for name, value in accelerator.reduce(sums).items()}
@@ -307,7 +279,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What is known to go wrong, before anything is loaded."""
+    """Checks flags that do not go together, before anything is loaded."""
     if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
         raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
     is_stream = arguments.data.startswith("webdataset:")
@@ -321,12 +293,13 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def trains_all(arguments: argparse.Namespace) -> bool:
-    """Whether every parameter has a gradient: the refinement has that of the triplet loss alone, the scale does not."""
-    return arguments.triplet_weight > 0 and arguments.contrastive_weight + arguments.region_weight > 0
+    """Returns whether all parameters have gradients: the triplet loss alone has none of the scale, others none of the
+    refinement."""
+    return bool(arguments.triplet_weight > 0 and arguments.contrastive_weight + arguments.region_weight > 0)
 
 
 def retrieval_figures(result: RetrievalResult) -> dict[str, float]:
-    """Recall@1 by similarity and direction, and under `recall` their mean for the one that FineLIP retrieves by."""
+    """Returns Recall@1 by similarity and direction, and under `recall` its mean for the fused similarity."""
     figures = {}
     for name, recall in result.recall.items():
         figures[f"{name}_image_to_text"] = recall.image_to_text[1]
@@ -343,74 +316,71 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     padding, margin = number(int, least=0, most=1000), number(float, least=0, most=10)
     workers = number(int, least=0, most=128)
-    preset = partial(add_preset, presets=(PAPER, MINIATURE))
+    shown = partial(add_preset_flag, presets=(PAPER, MINIATURE))
+    default = "(default: %(default)s)"
 
     group = parser.add_argument_group("what is trained on what")
     add = group.add_argument
+    add_config_flag(group, (PAPER, MINIATURE))
     add("--base", default="miniature-clip-1", metavar="CLIP", help="any CLIP: hub id, directory, checkpoint file, "
-        "miniature-clip-1 or -2 (default: %(default)s)")  # fmt: skip
+        f"miniature-clip-1 or -2 {default}")  # fmt: skip
     add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
     add("--data", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or webdataset and "
         "a path, or miniature:SCENES (default for the miniature: miniature:20000)")  # fmt: skip
-    add("--epoch-size", type=COUNT, metavar="PAIRS", help="that count as an epoch of webdataset shards")
-    add("--images", type=path, metavar="FOLDER", help="of the images, if they are not beside the data")
+    add("--epoch-size", type=COUNT, metavar="PAIRS", help="pairs in an epoch of webdataset shards")
+    add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the data")
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
-    add("--eval-data", default=None, metavar="KIND:PATH", help="for retrieval, or none (default: none, or for the "
-        "miniature miniature:500)")  # fmt: skip
-    add("--eval-images", type=path, metavar="FOLDER", help="of the images to evaluate on")
+    add("--eval-data", metavar="KIND:PATH", help="data for retrieval, or none (default: none, or for the miniature "
+        "miniature:500)")  # fmt: skip
+    add("--eval-images", type=path, metavar="FOLDER", help="folder of the images to evaluate on")
     add("--drop-first", type=SHARE, default=0.0, metavar="P", help="drop a caption's first sentence, its summary, with "
-        "this probability (default: %(default)s)")  # fmt: skip
+        f"this probability {default}")  # fmt: skip
     add("--sample-sentences", type=SHARE, default=0.0, metavar="P", help="keep a random part of a caption's sentences "
-        "with this probability (default: %(default)s)")  # fmt: skip
+        f"with this probability {default}")  # fmt: skip
     add("--prefix-padding", type=padding, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
-        "caption (default: %(default)s)")  # fmt: skip
+        f"caption {default}")  # fmt: skip
 
     group = parser.add_argument_group("losses (default: the paper's / the miniature's)")
-    for name, text in (
-        ("triplet-weight", "of the triplet margin loss of late interaction"),
-        ("contrastive-weight", "of CLIP's contrastive loss of the embeddings"),
-        ("region-weight", "of phrases against their regions, for data that knows them (the miniature)"),
-        ("distillation-weight", "of the distance to the base's own states on short captions"),
-    ):
-        preset(group, name, AMOUNT, "X", text)
     add = group.add_argument
-    add("--margin", type=margin, default=MARGIN, metavar="X", help="of the triplet margin loss (default: %(default)s)")
+    shown(group, "--triplet-weight", AMOUNT, "X", "weight of the triplet margin loss of late interaction")
+    shown(group, "--contrastive-weight", AMOUNT, "X", "weight of CLIP's contrastive loss of the embeddings")
+    shown(group, "--region-weight", AMOUNT, "X", "weight of the loss of phrases against their regions, for data that "
+        "knows them (the miniature)")  # fmt: skip
+    shown(group, "--distillation-weight", AMOUNT, "X", "weight of the distance from the base's own states on short "
+        "captions")  # fmt: skip
+    add("--margin", type=margin, default=MARGIN, metavar="X", help=f"margin of the triplet margin loss {default}")
     add("--hardest", action="store_true", help="count a pair's hardest negative only")
-    preset(group, "loss-warmup-epochs", AMOUNT, "X", "over which all losses grow linearly from 0")
+    shown(group, "--loss-warmup-epochs", AMOUNT, "X", "epochs over which all losses grow linearly from 0")
 
     group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
-    preset(group, "epochs", number(float, above=0), "X", "passes over the data")
-    group.add_argument("--max-steps", type=STEPS, metavar="N", help="optimizer steps, in place of --epochs")
-    preset(group, "batch-size", BATCH, "PAIRS", "of each process and step; the paper has 512 in all")
     add = group.add_argument
-    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help="batches a step; negatives are those of each batch "
-        "(default: %(default)s)")  # fmt: skip
-    preset(group, "learning-rate", AMOUNT, "X", "peak, of CLIP")
-    preset(group, "refinement-learning-rate", AMOUNT, "X", "peak, of the token refinement")
-    preset(group, "weight-decay", AMOUNT, "X", "of AdamW")
-    preset(group, "warmup-steps", STEPS_OR_NONE, "N", "before the cosine")
-    add = group.add_argument
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help="0 for no limit (default: %(default)s)")
-    add("--seed", type=SEED, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+    shown(group, "--epochs", number(float, above=0), "X", "passes over the data")
+    add("--max-steps", type=STEPS, metavar="N", help="optimizer steps, in place of --epochs")
+    shown(group, "--batch-size", BATCH, "PAIRS", "pairs of each process and step; the paper has 512 in all")
+    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help="batches in a step; each finds its "
+        f"negatives in itself {default}")  # fmt: skip
+    shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate of CLIP")
+    shown(group, "--refinement-learning-rate", AMOUNT, "X", "peak learning rate of the token refinement")
+    shown(group, "--weight-decay", AMOUNT, "X", "weight decay of AdamW")
+    shown(group, "--warmup-steps", STEPS_OR_NONE, "N", "steps before the cosine")
+    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the norm; 0 for none {default}")
+    add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and augmentation {default}")
 
-    group = add_run_flags(parser, Path("runs/finelip"), models="best/ and last/ model")
-    add = group.add_argument
-    add("--eval-every", type=STEPS, default=100, metavar="STEPS", help="between evaluations (default: %(default)s)")
-    add(
-        "--dataloader-num-workers",
-        type=workers,
-        default=0,
-        metavar="N",
-        help="processes that prepare data (default: %(default)s)",
-    )
-    add_accelerator_flags(group)
-    options = parser.parse_args(arguments)
-
-    is_miniature = options.base.startswith("miniature-")
-    if options.data is None and not is_miniature:
+    run = add_run_flags(parser, Path("runs/finelip"), models="best/ and last/ model")
+    add = run.add_argument
+    add("--eval-every", type=STEPS, default=100, metavar="STEPS", help=f"steps between evaluations {default}")
+    add("--dataloader-num-workers", type=workers, default=0, metavar="N", help=f"processes that prepare data {default}")
+    add_accelerator_flags(run)
+    options = parse_flags(parser, arguments, choose_presets)
+    if options.data is None:
         parser.error(f"--base {options.base} needs --data, such as sharegpt4v:captions.json")
-    fill_in(options, {"eval_data": "none", **PAPER, **(MINIATURE if is_miniature else {})})
+    options.eval_data = options.eval_data or "none"
     return options
+
+
+def choose_presets(options: argparse.Namespace) -> tuple[Path, ...]:
+    """Returns the presets for flags that were not given: the miniature's, or the paper's."""
+    return (MINIATURE, PAPER) if options.base.startswith("miniature-") else (PAPER,)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

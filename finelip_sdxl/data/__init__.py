@@ -1,4 +1,4 @@
-"""Images with captions: the data sets of long captions, and what training and evaluation ask of them."""
+"""Data sets of images with long captions, and the batches that training makes of them."""
 
 from finelip_sdxl.data.augmentation import CaptionAugmentation
 from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageError, split_sentences

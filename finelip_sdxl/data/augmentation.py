@@ -10,17 +10,17 @@ from .caption_dataset import split_sentences
 
 @dataclass(frozen=True)
 class CaptionAugmentation:
-    """What happens to a long caption in training; by default nothing.
+    """Changes a long caption in training; by default not at all.
 
-    Long captions tend to begin with a sentence that sums up the rest, and an encoder trained on them reads little else.
+    Long captions tend to begin with a sentence that sums up the rest, and an encoder trained on them uses little else.
 
     Source: DeBias-CLIP (arXiv 2602.22419).
 
     Args:
-        drop_first: probability that the first sentence goes, if there are others.
+        drop_first: probability that the first sentence is left out, if there are others.
         sample_sentences: probability that only some of the sentences remain: a number of them from one to all, each
             number and each choice alike, in their order.
-        prefix_padding: padding tokens before a text at most; each number of them from 0 is alike.
+        prefix_padding: most padding tokens before a text; each number from 0 is equally likely.
 
     Raises:
         ValueError: if one of them is out of range.
@@ -42,7 +42,7 @@ class CaptionAugmentation:
             raise ValueError(f"prefix_padding is {self.prefix_padding}: expected a number of tokens, 0 for none.")
 
     def __call__(self, caption: str, rng: random.Random) -> str:
-        """What is left of a caption."""
+        """Returns the caption that remains."""
         sentences = split_sentences(caption)
         if rng.random() < self.drop_first and len(sentences) > 1:
             sentences = sentences[1:]
@@ -52,5 +52,5 @@ class CaptionAugmentation:
         return " ".join(sentences)
 
     def padding(self, rng: random.Random) -> int:
-        """Padding tokens to put before a text."""
+        """Returns the number of padding tokens to put before a text."""
         return rng.randint(0, self.prefix_padding)

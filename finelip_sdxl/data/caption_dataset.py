@@ -1,4 +1,4 @@
-"""What training and evaluation ask of any data set of images and captions."""
+"""The interface of a data set of images and captions, and checks of a caption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from .regions import Region
 
-MAX_CAPTION = 100_000  # characters, where 248 tokens are some 1,200: a longer one comes of a file that is broken
+MAX_CAPTION = 100_000  # characters; 248 tokens are some 1,200, so a longer caption comes from a broken file
 
 
 class UnreadableImageError(OSError):
@@ -24,7 +24,7 @@ class CaptionDataset(ABC):
 
     Attributes:
         group_size: consecutive images that training puts into one batch, since they are hard negatives of each other.
-        left_out: a sentence that counts what was left out and names the first; empty if nothing was.
+        left_out: a sentence with the number of images that were left out and the first of them; empty if none was.
     """
 
     group_size: int = 1
@@ -32,35 +32,35 @@ class CaptionDataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of images."""
+        """The number of images."""
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """One image, RGB.
+        """Returns one image, RGB.
 
         Raises:
             UnreadableImageError: if it is missing or broken.
         """
 
     def image_file(self, index: int) -> Path | None:
-        """Where one image lies; None for images that do not lie in files of their own."""
+        """Returns the file of one image; None for images without files of their own."""
         return None
 
     @abstractmethod
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of one image, at least one."""
+        """Returns the captions of one image, at least one."""
 
     def short_caption(self, index: int) -> str:
-        """A caption that stock's 77 tokens hold: here the first sentence, which sums up in most long captions."""
+        """Returns a caption for stock's 77 tokens: here the first sentence, which sums up most long captions."""
         return split_sentences(self.captions(index)[0])[0]
 
     def regions(self, index: int) -> tuple[Region, ...]:
-        """Phrases of the first caption and where in the image they point; none, unless the data set knows them."""
+        """Returns phrases of the first caption and their parts of the image; none, unless the data set knows them."""
         return ()
 
 
 def caption_fault(caption: Any) -> str | None:
-    """What is wrong with a caption that was read from somewhere, as the end of a sentence; None if nothing is.
+    """Returns a caption's fault, as the end of a sentence; None if it has none.
 
     Example:
         >>> caption_fault("A fox."), caption_fault(["A fox."]), caption_fault(" ")
@@ -76,13 +76,13 @@ def caption_fault(caption: Any) -> str | None:
 
 
 def half_character(text: str) -> str | None:
-    """As `caption_fault`, of a surrogate, such as `\\ud800` in JSON, that lacks the other half."""
+    """Returns the fault of a text with half a surrogate pair, such as `\\ud800` in JSON; None if it has none."""
     half = re.search("[\ud800-\udfff]", text)
     return None if half is None else f"holds \\u{ord(half[0]):04x}, which is half of a character"
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, at least one, without the white space between them.
+    """Returns the sentences of a text, at least one, without the white space between them.
 
     Example:
         >>> split_sentences("A fox sleeps. The moon is 3.5 hours old! Is it?")

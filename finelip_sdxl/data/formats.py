@@ -1,4 +1,4 @@
-"""The data sets of long captions as their authors publish them, each read from its own layout on the disk."""
+"""Data sets of long captions as their authors publish them, each with its own layout on the disk."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Record = tuple[Path, list[str]]  # an image's file and its captions
 def open_dataset(
     spec: str, split: str = "test", images: str | Path | None = None, skip_missing: bool = False
 ) -> CaptionDataset:
-    """Open a data set of images with captions.
+    """Opens a data set of images with captions.
 
-    | spec | what is read |
+    | spec | content |
     |---|---|
     | `miniature`, `miniature:COUNT` | scenes of the miniature world, drawn when asked for |
     | `sharegpt4v:FILE` | its JSON; the first 1,000 entries are the test split, the others train |
@@ -44,16 +44,16 @@ def open_dataset(
     | `csv:FILE`, `jsonl:FILE` | columns or keys `image` and `caption`, a row for each caption; the file is the split |
     | `txt:FILE` | a caption in each line that is not empty, and no images; the file is the split |
 
-    Files are not read before their images are asked for. Lines end at a line feed, a carriage return or both. A caption
-    has at most 100,000 characters.
+    Files of images are opened only when an image is asked for. Lines end at a line feed, a carriage return or both. A
+    caption has at most 100,000 characters.
 
     Args:
-        spec: see above.
+        spec: `KIND:PATH`, see above.
         split: "train", "test", or another that the data set has.
-        images: folder that image paths are relative to, where it is not the published one; for `sharegpt4v`, `csv` and
-            `jsonl`, that is the folder of the file.
+        images: the folder that image paths are relative to, if it is not the published one; for `sharegpt4v`, `csv` and
+            `jsonl`, the published one is the folder of the file.
         skip_missing: leave out images whose files are not there, such as those that ShareGPT4V names but that come from
-            elsewhere. `left_out` of the result counts them. It looks for every file.
+            elsewhere. `left_out` of the result counts them. This looks for every file.
 
     Raises:
         FileNotFoundError: if a file or folder is missing, or with `skip_missing` all images are.
@@ -84,7 +84,7 @@ class FileDataset(CaptionDataset):
 
     Args:
         records: the path of each image and its captions.
-        name: of the data set, for messages.
+        name: the data set's, for messages.
         skip_missing: leave out images whose files are not there; `left_out` then counts them.
 
     Raises:
@@ -133,11 +133,12 @@ class FileDataset(CaptionDataset):
     def _record(self, index: int) -> list[str]:
         if not 0 <= index < len(self):
             raise IndexError(f"Image {index} was asked for, but there are {len(self)}.")
-        return json.loads(self._buffer[self._ends[index] : self._ends[index + 1]])
+        record: list[str] = json.loads(self._buffer[self._ends[index] : self._ends[index + 1]])
+        return record
 
 
 class LineDataset(FileDataset):
-    """Captions without images, for what learns from texts alone; a record names a line in place of an image's file.
+    """Captions without images, for training on texts alone; a record names a line in place of an image's file.
 
     Example:
         >>> LineDataset([(Path("captions.txt, line 3"), ["A fox sleeps."])]).captions(0)
@@ -268,7 +269,7 @@ Row = tuple[str, Any, Any]  # a place, and there an image and a caption
 
 
 def _gather(folder: Path, rows: Iterable[Row]) -> Iterator[Record]:
-    """Rows to images with all of their captions."""
+    """Groups rows by image, with all of its captions."""
     captions: dict[Path, list[Any]] = {}
     for place, image, caption in rows:
         with _parsing(place):
@@ -297,7 +298,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not empty, and the lines that they begin in."""
+    """Yields the rows that are not empty, and the line where each begins."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     while True:
         line = reader.line_num + 1
@@ -329,7 +330,7 @@ def _read_token(path: Path) -> Iterator[Row]:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The place and the content of each line."""
+    """Yields the place and the content of each line."""
     for number, line in lines_of(read_text(path)):
         place = f"Line {number} of {path}"
         yield place, _parse_json(line, place)
@@ -358,7 +359,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entries(content: dict[str, Any], name: str, file: Path) -> Iterator[tuple[str, Any]]:
-    """The place and the content of each entry of a list in a JSON file."""
+    """Yields the place and the content of each entry of a list in a JSON file."""
     with _parsing(str(file)):
         entries = content[name]
         if not isinstance(entries, list):
@@ -367,7 +368,7 @@ def _entries(content: dict[str, Any], name: str, file: Path) -> Iterator[tuple[s
 
 
 def _file(folder: Path, image: Any) -> Path:
-    """Where an entry's image is."""
+    """Returns the path of an entry's image."""
     if not isinstance(image, str) or not image.strip():
         raise TypeError(f"its image is {reprlib.repr(image)}, where a path was expected")
     if fault := half_character(image):
@@ -398,7 +399,7 @@ def _folder(path: Path) -> Path:
 
 
 def _first(path: Path, *names: str) -> Path:
-    """The first of some names that a folder has."""
+    """Returns the first of some names that a folder has."""
     for name in names:
         if (_folder(path) / name).exists():
             return path / name
@@ -412,7 +413,7 @@ def _check_split(kind: str, split: str, known: Sequence[str]) -> None:
 
 @contextmanager
 def _parsing(place: str) -> Iterator[None]:
-    """Says where an entry is that lacks something."""
+    """Names the place of an entry that lacks something."""
     try:
         yield
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Files of images as RGB pictures of 8 bits, whatever they hold: the one place where pictures of users are read."""
+"""Image files of users as RGB pictures of 8 bits, whatever their format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}
 
 
 def read_image(file: Path | bytes, name: str) -> Image.Image:
-    """An image as RGB of 8 bits a channel, on white where it is transparent, and upright as its EXIF data says.
+    """Returns an image as RGB of 8 bits a channel, on white where it is transparent, and upright as its EXIF data says.
 
     16 bits a channel are scaled. Whatever else a file says of its image may be damaged.
 
@@ -54,7 +54,7 @@ def read_image(file: Path | bytes, name: str) -> Image.Image:
 
 
 def middle(width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom edge of an image's middle, of which neither side is more than 16 times the other.
+    """Returns left, top, right and bottom edge of an image's middle, no side more than 16 times as long as the other.
 
     Where a square in the middle is all that is wanted, the rest is cut off before the image is scaled: one of 20,000 by
     1 pixels would need gigabytes. Ordinary images are left whole.
@@ -82,7 +82,7 @@ def _read(file: Path | bytes) -> Image.Image:
 
 
 def _scale_color_key(image: ImageFile.ImageFile) -> None:
-    """Make the gray or color that stands for transparent in a PNG, if one does, comparable with Pillow's pixels."""
+    """Makes a PNG's gray or color that means transparent, if it has one, comparable with Pillow's pixels."""
     if image.format == "PNG" and image.tile and (key := image.info.get("transparency")) is not None:
         scale = _KEY_SCALES.get(str(image.tile[0].args), 1)
         image.info["transparency"] = tuple(int(k * scale) for k in key) if isinstance(key, tuple) else key * scale
@@ -96,7 +96,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Any image as RGB."""
+    """Returns any image as RGB."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _scaled_to_8_bits(image)
     if image.mode in ("I", "F"):
@@ -109,7 +109,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits, or of 12 in a TIFF. Pillow's own conversion would cut off all above 255."""
+    """Converts gray of 16 bits, or of 12 in a TIFF. Pillow's own conversion would cut off all above 255."""
     tags = getattr(image, "tag_v2", {})
     pixels = np.asarray(image)
     gray = (pixels >> (tags.get(_BITS_PER_SAMPLE, (16,))[0] - 8)).astype(np.uint8)
@@ -122,7 +122,7 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _bare(file: Path | bytes) -> bytes | None:
-    """A PNG or AVIF without texts, profiles and the like; None if the file is neither."""
+    """Returns a PNG or AVIF without texts, profiles and the like; None if the file is neither."""
     with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
         start = stream.read(12)
         if start[4:] in (b"ftypavif", b"ftypavis"):
@@ -132,7 +132,7 @@ def _bare(file: Path | bytes) -> bytes | None:
 
 
 def _png_chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    """The chunks that the picture hangs on."""
+    """Yields the chunks that the picture needs."""
     while len(head := stream.read(8)) == 8:
         length, name = struct.unpack(">I4s", head)
         if name not in _PNG_CHUNKS:

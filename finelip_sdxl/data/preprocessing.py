@@ -1,4 +1,4 @@
-"""Texts to token ids and images to pixel values, as the model at hand takes them."""
+"""Token ids of texts and pixel values of images, as a model takes them."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, b
 _FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "preprocessor_config.json")
 
 
-def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLIPTokenizer:
-    """The tokenizer of a CLIP.
+def load_tokenizer(source: str | os.PathLike[str], positions: int = POSITIONS) -> CLIPTokenizer:
+    """Returns the tokenizer of a CLIP.
 
     Args:
         source: "miniature-clip-1", "miniature-clip-2", "miniature-finelip-1" or "miniature-finelip-2"; a directory or
             hub id that holds a tokenizer.
-        positions: of the text encoder, at which `tokenize` cuts.
+        positions: the text encoder's; `tokenize` cuts there.
 
     Raises:
         FileNotFoundError: if `source` does not exist, or holds no tokenizer.
-        OSError: if the hub does not give it.
+        OSError: if the hub does not return it.
         ValueError: if its files are broken, or lack the words.
 
     Example:
@@ -46,7 +46,7 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
     """
     if (bundled := bundled_model(source)) is not None:
         source = bundled.tokenizer
-    hint = "pass --tokenizer, a directory or hub id such as openai/clip-vit-large-patch14"
+    hint = "pass a tokenizer's directory or hub id, such as openai/clip-vit-large-patch14"
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a checkpoint file, which holds no tokenizer: {hint}.")
     directory = resolve(source).folder(_FILES)
@@ -54,19 +54,19 @@ def load_tokenizer(source: str | os.PathLike, positions: int = POSITIONS) -> CLI
     if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"{source} holds no vocab.json or tokenizer.json: {hint}.")
     with _reading(f"The tokenizer of {source}"):
-        tokenizer = CLIPTokenizer.from_pretrained(directory)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(directory)
     check_tokenizer(tokenizer, str(source))
     tokenizer.model_max_length = positions
     return tokenizer
 
 
-def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImageProcessorPil:
-    """What makes pixel values of images for a CLIP: resize, center crop, scale, normalize.
+def load_image_processor(source: str | os.PathLike[str], image_size: int) -> CLIPImageProcessorPil:
+    """Returns the image processor of a CLIP, from images to pixel values: resize, center crop, scale, normalize.
 
     Args:
         source: as for `load_tokenizer`, or a checkpoint file. Where there is no preprocessor_config.json, it is
             CLIP's: bicubic, with the published mean and standard deviation.
-        image_size: of the model, in pixels, for a source that does not say it.
+        image_size: the model's, in pixels, for a source without it.
 
     Raises:
         FileNotFoundError: if `source` does not exist.
@@ -96,13 +96,13 @@ def load_image_processor(source: str | os.PathLike, image_size: int) -> CLIPImag
 def tokenize(
     tokenizer: CLIPTokenizer, texts: Sequence[str], prefix: Sequence[int] | None = None, max_length: int | None = None
 ) -> LongTensor:
-    """Token ids of texts: start token, prefix padding, text, end token, padding.
+    """Returns token ids of texts: start token, prefix padding, text, end token, padding.
 
     Prefix padding shifts a text to later positions (DeBias-CLIP, arXiv 2602.22419); it never takes the place of text.
 
     Args:
         tokenizer: see `load_tokenizer`.
-        texts: of any length; those that are too long are cut, and keep their end token.
+        texts: of any length; texts that are too long are cut, and keep their end token.
         prefix: padding tokens before each text; there are fewer where the text leaves no room. None for none.
         max_length: tokens at most, start and end included; by default the tokenizer's `model_max_length`.
 
@@ -123,7 +123,7 @@ def tokenize(
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Says of what transformers cannot read what it is: its own errors are of any type, and name no file."""
+    """Names the file that transformers cannot load: its own errors are of any type, and name none."""
     try:
         yield
     except Exception as error:
@@ -132,7 +132,7 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _check_image_processor(processor: CLIPImageProcessorPil) -> None:
-    """That it makes pixel values of an image, and a square.
+    """Checks that a processor makes square images of finite pixel values.
 
     Raises:
         Exception: of almost any type, if it does not.
@@ -151,7 +151,7 @@ def _clip_processor(size: int) -> CLIPImageProcessorPil:
 
 
 class _ImageProcessor(CLIPImageProcessorPil):
-    """CLIP's, which does not scale what lies too far from the middle for its center crop."""
+    """CLIP's, which cuts what lies too far from the middle for its center crop before it scales."""
 
     def _preprocess(self, images: list[np.ndarray], **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         if kwargs["do_center_crop"] and kwargs["size"].shortest_edge:

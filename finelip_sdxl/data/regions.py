@@ -1,4 +1,4 @@
-"""Phrases of a caption and where in the image they point, for data that knows it."""
+"""Phrases of a caption and the parts of the image that they name, for data that knows them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Region:
     Attributes:
         start, end: the phrase's first and past-the-last character in the caption.
         box: left, top, right and bottom edge of the part, as shares of the image's width and height, 0 to 1.
-        label: what is to be seen there; parts of equal label look alike, and are no negatives of each other.
-        weight: how much the phrase counts in a mean over phrases.
+        label: names the content; parts of equal label look alike, and are no negatives of each other.
+        weight: the phrase's weight in a mean over phrases.
     """
 
     start: int
@@ -26,12 +26,12 @@ class Region:
 
 
 def follow_regions(regions: Iterable[Region], before: str, after: str) -> list[Region]:
-    """The regions of a caption that lost some of its sentences: those whose sentence is still there, moved along.
+    """Returns the regions whose sentence is still there in a caption that lost some sentences, moved along.
 
     Args:
-        regions: of the caption before, each within one sentence.
-        before: the caption.
-        after: what is left of it: some of its sentences, unchanged.
+        regions: the regions of `before`, each within one sentence.
+        before: the whole caption.
+        after: some of its sentences, unchanged.
 
     Example:
         >>> star = Region(start=13, end=20, box=(0, 0, 1, 1), label="star")

@@ -1,4 +1,4 @@
-"""Training on webdataset shards: tar files of images and captions, for what does not fit one disk."""
+"""Training on webdataset shards: tar files of images and captions, for data too large for one disk."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CAPTIONS = ("txt", "json")
 SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which comes next
 
 
-class TrainingShards(IterableDataset):
-    """Whole batches of the items of `ImageTextDataset`, read from shards one after another.
+class TrainingShards(IterableDataset[dict[str, Any]]):
+    """Whole batches of items as `ImageTextDataset` makes them, from shards one after another.
 
     For a `DataLoader(shards, batch_size=None, collate_fn=collate(tokenizer))`. Each process and each of its workers
     reads shards of its own, in an order of the epoch, and begins again where they do not suffice. What comes when
@@ -86,11 +86,11 @@ class TrainingShards(IterableDataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin at: what comes before it is read past, but not decoded."""
+        """Chooses the epoch, and the batch to begin at: batches before it are skipped without decoding."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """The number of batches in a whole epoch."""
         return self.epoch_size // (self.batch_size * self.processes)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
@@ -183,7 +183,7 @@ def _caption(sample: dict[str, Any]) -> Any:
 
 
 def _read(urls: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
-    """The samples of shards, without end."""
+    """Yields the samples of shards, without end."""
     webdataset = _webdataset()
     while True:
         sample = None
@@ -199,7 +199,7 @@ def _read(urls: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def _part_dotted(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Part what webdataset takes for one sample, since it lets names end at their first dot."""
+    """Separates files that webdataset takes for one sample, since it lets names end at their first dot."""
     for sample in samples:
         parts: dict[str, dict[str, Any]] = {}  # by what stands between the first dot and the last
         for name, content in sample.items():

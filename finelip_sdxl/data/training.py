@@ -1,4 +1,4 @@
-"""Batches for training: what comes when is a function of seed, epoch and position, so that a run can be resumed."""
+"""Batches for training. Each is a function of seed, epoch and position, so that a run can be resumed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .regions import Region, follow_regions
 MAX_UNREADABLE = 100  # images in a row: more means that something is wrong with all of them
 
 
-class ImageTextDataset(Dataset):
-    """Images with one caption each, anew in every epoch.
+class ImageTextDataset(Dataset[dict[str, Any]]):
+    """Images with one caption each, drawn anew in every epoch.
 
     Where an image cannot be read, the next readable one takes its place, under its own id: losses that mask pairs of
     equal id then see no false negative.
@@ -32,8 +32,8 @@ class ImageTextDataset(Dataset):
     Args:
         data: images and captions.
         image_processor: see `load_image_processor`.
-        augmentation: of the captions.
-        seed: of the choice of captions and their augmentation.
+        augmentation: changes the captions.
+        seed: decides which captions are drawn and how they are changed.
 
     Example:
         >>> from finelip_sdxl.data import load_image_processor, open_dataset
@@ -53,7 +53,7 @@ class ImageTextDataset(Dataset):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, before the loader is iterated; persistent workers would not hear of it."""
+        """Chooses the epoch, before the loader is iterated; persistent workers would not hear of it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -72,12 +72,12 @@ def make_item(
     augmentation: CaptionAugmentation,
     rng: random.Random,
 ) -> dict[str, Any]:
-    """The pair of an image and one of its captions, or of the next image that can be read.
+    """Returns the pair of an image, or of the next one that can be read, and one of its captions.
 
     Returns:
         `id`, the index of the image; `pixel_values`, (3, height, width); `caption`; `prefix`, padding tokens before it;
-        `regions`, of what is left of the caption; `short_caption`; `skipped`, a message that names it for each image
-        that could not be read.
+        `regions`, of the caption as it is now; `short_caption`; `skipped`, a message for each image that could not be
+        read, which names it.
 
     Raises:
         UnreadableImageError: if none of the next 100 images can be read.
@@ -103,18 +103,18 @@ def make_item(
             "skipped": tuple(skipped),
         }
     raise UnreadableImageError(
-        f"{len(skipped)} images in a row cannot be read, so the cause may be none of theirs. The first: {skipped[0]} "
-        "Where images are missing on purpose, pass --skip-missing-images, or skip_missing=True to open_dataset."
+        f"{len(skipped)} images in a row cannot be read, so something may be wrong with all of them. The first:"
+        f" {skipped[0]} Where images are missing on purpose, pass skip_missing=True."
     )
 
 
 def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-    """What makes a batch of items, for a `DataLoader`.
+    """Returns a function that makes a batch of items, for a `DataLoader`.
 
     The batch holds `pixel_values`, (batch, 3, height, width); `input_ids`, (batch, n); `short_input_ids`, (batch, m),
     cut at 77; `short_mask`, (batch, m), True up to and with the end token; `ids`, (batch,), of the images; `skipped`,
-    the messages of all items; and `regions`, of those whose phrase the tokens hold: `row`, `token` (that ends the
-    phrase), `label` (equal numbers for equal labels), `weight`, (regions,), and `box`, (regions, 4).
+    the messages of all items; and `regions`, whose phrases the tokens hold: `row`, `token` (the phrase's last), `label`
+    (equal numbers for equal labels), `weight`, (regions,), and `box`, (regions, 4).
 
     Example:
         >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_dataset
@@ -123,7 +123,7 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], di
         >>> batch["ids"], batch["short_mask"].shape == batch["short_input_ids"].shape
         (tensor([0, 1]), True)
     """
-    return partial(_collate, tokenizer)  # which can be sent to a worker process, as a function inside this one cannot
+    return partial(_collate, tokenizer)  # a partial can be sent to a worker process, unlike an inner function
 
 
 def _collate(tokenizer: CLIPTokenizer, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -166,15 +166,15 @@ class ResumableBatchSampler(Sampler[list[int]]):
     """Batches of indices for a `DataLoader(batch_sampler=...)`, shuffled by seed and epoch alone.
 
     Groups of consecutive indices stay together. All processes' batches are cut from one order, so that each sees its
-    own part of it; what does not fill a last batch, or a last group, is left out in that epoch.
+    own part of it. Images that fill no last batch, or no last group, are left out in that epoch.
 
     Args:
-        size: of the data.
+        size: number of images.
         group_size: consecutive indices that stay together, `CaptionDataset.group_size`.
         batch_size: indices in a batch of one process.
-        seed: of the order.
+        seed: decides the order.
         processes: number of processes that train.
-        process: which one this is, from 0.
+        process: number of this process, from 0.
 
     Raises:
         ValueError: if `batch_size` is no multiple of `group_size`, or the data does not fill one batch.
@@ -204,11 +204,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch to begin at: resuming loads nothing of what came before."""
+        """Chooses the epoch, and the batch to begin at: resuming loads none of the batches before."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """The number of batches in a whole epoch."""
         return self.size // self.group_size * self.group_size // (self.batch_size * self.processes)
 
     def __iter__(self) -> Iterator[list[int]]:

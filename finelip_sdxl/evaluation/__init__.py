@@ -1,4 +1,4 @@
-"""How well a model does: retrieval of texts by images and of images by texts."""
+"""Evaluation of a model: retrieval of texts by images and of images by texts."""
 
 from finelip_sdxl.evaluation.retrieval import (
     EncodedPairs,

@@ -21,7 +21,7 @@ RECALL_AT = (1, 5, 10)
 SWEEP = tuple(step / 10 for step in range(11))
 # Similarities that differ by less are ties: equal texts differ in the last bits with the batch they were encoded in.
 TIE = 1e-6
-BAR_AFTER_SECONDS = 2  # no bar for what takes less
+BAR_AFTER_SECONDS = 2
 
 
 @dataclass
@@ -55,13 +55,13 @@ class Recall:
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """What `evaluate_retrieval` returns; printed, a table in percent.
+    """The result of `evaluate_retrieval`; printed, a table in percent.
 
     Attributes:
         recall: by similarity: `"global"` (cosine of embeddings), and with a token refinement also `"fine"` (late
             interaction) and `"fused"` (0.8 · global + 0.2 · fine).
         fusion_sweep: by the weight of global in the fused similarity; empty unless it was asked for.
-        images, texts: how many were compared.
+        images, texts: the numbers that were compared.
         unreadable: messages, one for each image that was left out with its captions.
     """
 
@@ -72,7 +72,7 @@ class RetrievalResult:
     unreadable: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As `json.dumps` takes it: `["recall"]["fused"]["image_to_text"]["R@1"]`, shares from 0 to 1."""
+        """Returns a dict for JSON: `["recall"]["fused"]["image_to_text"]["R@1"]`, shares from 0 to 1."""
 
         def plain(recalls: dict[Any, Recall]) -> dict[str, Any]:
             return {
@@ -114,7 +114,7 @@ def evaluate_retrieval(
     autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
-    """Recall@1, 5 and 10 of a model on images with captions, both ways, by global, fine and fused similarity.
+    """Returns Recall@1, 5 and 10 of a model on images with captions, both ways, by global, fine and fused similarity.
 
     An image finds its best-ranked caption among all captions, and a caption its image among all images. Ties count
     against the model.
@@ -122,15 +122,15 @@ def evaluate_retrieval(
     Source: FineLIP (arXiv 2504.01916), section 4.
 
     Args:
-        model: where it is, it computes; without a token refinement only its global similarity is evaluated.
+        model: computes on its device; without a token refinement only its global similarity is evaluated.
         data: images with one or several captions each.
-        tokenizer: of the model, see `finelip_sdxl.data.load_tokenizer`.
-        image_processor: of the model, see `finelip_sdxl.data.load_image_processor`.
+        tokenizer: the model's, see `finelip_sdxl.data.load_tokenizer`.
+        image_processor: the model's, see `finelip_sdxl.data.load_image_processor`.
         fusion_sweep: whether to evaluate the fused similarity with weights of 0.0, 0.1, … 1.0 for global as well.
         batch_size: images or texts that are encoded at a time.
-        max_tokens: where longer texts are cut, start and end token included; the model's positions by default.
+        max_tokens: the length at which texts are cut, start and end token included; the model's positions by default.
         autocast: dtype to encode in by mixed precision; None for the model's own.
-        progress: whether to show a bar for what takes more than two seconds.
+        progress: whether to show a bar after two seconds.
 
     Raises:
         ValueError: if `max_tokens` is not from 3 to the model's positions, the tokenizer has tokens that the model does
@@ -184,7 +184,7 @@ def encode_pairs(
     autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> EncodedPairs:
-    """Encode all images and all their captions once, in evaluation mode and without gradients.
+    """Encodes all images and all their captions once, in evaluation mode and without gradients.
 
     Arguments and errors are those of `evaluate_retrieval`. An image that cannot be read is left out with its captions.
     """
@@ -245,7 +245,7 @@ def retrieval_ranks(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """At which rank, from 0, each image finds the first of its texts, and each text its image.
+    """Returns the ranks, from 0, at which each image finds the first of its texts, and each text its image.
 
     Images and texts are compared block by block, so that memory does not grow with their product. A rank is the number
     of others that are at least as similar: of two that are equal, the wrong one comes first.
@@ -319,7 +319,7 @@ def _row(name: str, recall: Recall) -> str:
 def _gather(
     outputs: Iterator[FineLIPImageOutput] | Iterator[FineLIPTextOutput],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Embeddings and refined tokens of all batches, normalized, on the CPU; None where there are none."""
+    """Returns embeddings and refined tokens of all batches, normalized, on the CPU; None where there are none."""
     embeds: list[Tensor] = []
     tokens: list[Tensor] = []
     for output in outputs:
@@ -333,7 +333,7 @@ def _gather(
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards each module is in the mode that it was in."""
+    """Turns off gradients and dropout; afterwards each module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

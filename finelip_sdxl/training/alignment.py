@@ -1,4 +1,4 @@
-"""What both stages of the alignment minimize, and the texts that stage 1 learns from."""
+"""The losses of both stages of the alignment, and the texts that stage 1 learns from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,11 @@ from finelip_sdxl.options import STOCK_POSITIONS
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """A sentence of a long caption as stock's encoders can teach it.
+    """A sentence of a long caption in a text that stock's encoders can encode whole.
 
     Attributes:
-        text: the sentence behind earlier ones that it refers to, all within 77 tokens.
-        end: position in `text` of the sentence's last token, or of the last one that 77 hold.
+        text: the sentence, after earlier ones that it refers to, all within 77 tokens.
+        end: position in `text` of the sentence's last token, or of the last token that fits.
         end_in_caption: position of the same token in the caption.
     """
 
@@ -38,13 +38,13 @@ class TeacherContext:
 
 
 def captions_of(data: CaptionDataset, index: int, tokenizer: Any) -> dict[str, str]:
-    """The `long` and the `short` caption of an image, as far as 248 and 77 tokens hold them."""
+    """Returns the `long` and the `short` caption of an image, cut to 248 and 77 tokens."""
     long, short = data.captions(index)[0], data.short_caption(index)
     return {"long": fit(long, tokenizer, tokenizer.model_max_length), "short": fit(short, tokenizer, STOCK_POSITIONS)}
 
 
 def fit(text: str, tokenizer: Any, positions: int) -> str:
-    """The sentences of a text that positions hold, or, if they do not hold the first, as much of it as they do.
+    """Returns the first sentences of a text that fit, or, if the first one does not, its beginning.
 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
@@ -63,7 +63,7 @@ def fit(text: str, tokenizer: Any, positions: int) -> str:
 
 
 def token_counts(sentences: list[str], tokenizer: Any) -> list[int]:
-    """Tokens of each; those of a text are those of its sentences, since no token of CLIP's reaches over a space."""
+    """Returns the tokens of each sentence. Their sum is that of the text: no token of CLIP's reaches over a space."""
     return [len(ids) for ids in tokenizer(sentences, add_special_tokens=False).input_ids]
 
 
@@ -72,7 +72,7 @@ def words_of(text: str) -> set[str]:
 
 
 def word_rarity(captions: Collection[str]) -> dict[str, float]:
-    """Of each word the inverse document frequency: 0 if all captions have it.
+    """Returns the inverse document frequency of each word: 0 if all captions have it.
 
     Example:
         >>> word_rarity(["A red star.", "A star."])["star"], round(word_rarity(["A red star.", "A star."])["red"], 2)
@@ -83,16 +83,16 @@ def word_rarity(captions: Collection[str]) -> dict[str, float]:
 
 
 def build_teacher_contexts(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> list[TeacherContext]:
-    """What stock can teach of a long caption, a context for each sentence.
+    """Returns a context for each sentence of a long caption, in which stock's encoders can teach it.
 
-    What a sentence means may hang on one that stands further back than 77 tokens ("the star"). So its context holds,
-    before the sentence, not those just before it but those that introduced its words to the caption, the rarest words
-    counting most; then as many others as fit.
+    The meaning of a sentence may depend on another one more than 77 tokens back ("the star"). So its context holds
+    first the sentences that introduced its words to the caption, the rarest words counting most, and then as many
+    others as fit.
 
     Args:
-        caption: the text, which the encoders that learn read whole.
-        tokenizer: theirs; SDXL's two have one vocabulary.
-        rarity: of words, see `word_rarity`; one that is not in it counts as the rarest.
+        caption: the text; the student encodes it whole.
+        tokenizer: the student's; SDXL's two have one vocabulary.
+        rarity: of each word, see `word_rarity`; a word that is not in it counts as the rarest.
 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
@@ -103,7 +103,7 @@ def build_teacher_contexts(caption: str, tokenizer: Any, rarity: Mapping[str, fl
     sentences = split_sentences(caption)
     lengths = token_counts(sentences, tokenizer)
     rarest = max(rarity.values(), default=0) or 1.0
-    introduced: dict[str, int] = {}  # by which sentence
+    introduced: dict[str, int] = {}  # the first sentence of each word
 
     contexts = []
     for number, sentence in enumerate(sentences):
@@ -130,11 +130,11 @@ def build_teacher_contexts(caption: str, tokenizer: Any, rarity: Mapping[str, fl
 
 
 class Alignment(nn.Module):
-    """Both stages; its forward pass is what several processes share.
+    """Both stages; several processes share its forward pass.
 
     Args:
         trained: the parameters that are trained: parts of the pipelines that the stages hold.
-        stages: by name what gives a batch's losses, the one to minimize under `loss`.
+        stages: by name, a function from a batch to its losses, with the one to minimize under `loss`.
     """
 
     def __init__(self, trained: Iterable[nn.Parameter], stages: dict[str, Callable[..., dict[str, Tensor]]]) -> None:
@@ -147,18 +147,18 @@ class Alignment(nn.Module):
 
 
 class TextAlignment:
-    """Stage 1: the states of the swapped encoders, adapted, against those of stock's encoders. No images.
+    """Stage 1: states of the student, adapted, against states of stock's encoders as target. No images.
 
-    Short captions are read whole by both: states are compared position by position, padding included, since the UNet
-    reads it too, and so are pooled vectors. Of long ones, stock reads each sentence in a context (`build_teacher_contexts`), and
-    states are compared at its end alone, where a causal encoder has all of it together; those before also hold what
-    else was read, which is not the same in both. Long captions' pooled vectors have no teacher: none of stock's has
-    read the whole text.
+    Both encode short captions whole. Their states are compared position by position, padding included, since the UNet
+    gets it too, and so are pooled vectors. Of long captions, stock encodes each sentence in a context
+    (`build_teacher_contexts`). States are compared at the sentence's end alone, where a causal encoder has seen all of
+    it; states before also depend on the rest of the text, which differs. Long captions' pooled vectors have no target:
+    stock encodes no long text whole.
 
     Args:
-        pipe: reads as it will when it draws; holds what is trained.
+        pipe: the student, which holds the parameters that are trained; it encodes as it will when it draws.
         teacher: stock.
-        rarity: of words, which decides what contexts hold.
+        rarity: of words, by which sentences of a context are chosen.
     """
 
     def __init__(
@@ -167,44 +167,44 @@ class TextAlignment:
         self.pipe, self.teacher, self.rarity = pipe, teacher, rarity
 
     def __call__(self, long: list[str], short: list[str]) -> dict[str, Tensor]:
-        """The loss, and its parts: relative squared errors, of states the mean over tokens."""
+        """Returns the loss and its parts: relative squared errors, for states the mean over tokens."""
         contexts = [build_teacher_contexts(caption, self.pipe.tokenizer, self.rarity) for caption in long]
         flat = [context for of_caption in contexts for context in of_caption]
         with torch.no_grad():
-            taught, _ = read(self.teacher, [context.text for context in flat])
-            stock_short, stock_pooled = read(self.teacher, short)
-        states, _ = read(self.pipe, long)
-        short_states, pooled = read(self.pipe, short)
-        said = torch.cat(
+            context_states, _ = encode(self.teacher, [context.text for context in flat])
+            target_short, target_pooled = encode(self.teacher, short)
+        states, _ = encode(self.pipe, long)
+        student_short, student_pooled = encode(self.pipe, short)
+        student = torch.cat(
             [
                 of_text[[context.end_in_caption for context in of_caption]]
                 for of_text, of_caption in zip(states, contexts, strict=True)
             ]
         )
-        meant = taught[range(len(flat)), [context.end for context in flat]]
+        target = context_states[range(len(flat)), [context.end for context in flat]]
         dims = self.pipe.text_encoder.config.hidden_size, self.pipe.text_encoder_2.config.hidden_size
         losses = {
-            "long": relative_error(said, meant, dims),
-            "short": relative_error(short_states[:, :STOCK_POSITIONS], stock_short, dims),
-            "pooled": relative_error(pooled, stock_pooled, (pooled.shape[-1],)),
+            "long": relative_error(student, target, dims),
+            "short": relative_error(student_short[:, :STOCK_POSITIONS], target_short, dims),
+            "pooled": relative_error(student_pooled, target_pooled, (student_pooled.shape[-1],)),
         }
-        return {"loss": sum(losses.values()), **losses}
+        return {"loss": cast(Tensor, sum(losses.values())), **losses}
 
 
 class ImageAlignment:
     """Stage 2: the denoising loss of pictures and their captions through SDXL's UNet, which stays as it is.
 
     Args:
-        pipe: holds what is trained.
+        pipe: holds the parameters that are trained.
         snr_gamma: weigh timesteps by min-SNR with this gamma (arXiv 2303.09556, section 3.4); None weighs all alike.
     """
 
     def __init__(self, pipe: FineLIPSDXLPipeline, snr_gamma: float | None = None) -> None:
         self.pipe, self.snr_gamma = pipe, snr_gamma
-        self.noise = DDPMScheduler.from_config(pipe.scheduler.config)
+        self.noise: Any = cast(Any, DDPMScheduler).from_config(pipe.scheduler.config)
 
     def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The mean loss of a batch.
+        """Returns the mean loss of a batch.
 
         Args:
             groups: pictures whose captions are padded alike: `latents` and `noise`, (batch, channels, height, width),
@@ -225,11 +225,12 @@ class ImageAlignment:
         pooled: Tensor | None = None,
     ) -> Tensor:
         if states is None:
-            states, pooled = read(self.pipe, captions)
+            states, pooled = encode(self.pipe, captions or [])
         elif self.pipe.conditioning_adapter is not None:
             dims = self.pipe.conditioning_adapter.config.state_dims
-            parts, pooled = self.pipe.conditioning_adapter(states.split(dims, dim=-1), pooled)
+            parts, pooled = self.pipe.conditioning_adapter(torch.split(states, dims, dim=-1), pooled)
             states = torch.cat(parts, dim=-1)
+        assert pooled is not None  # it comes with the states
         unet = self.pipe.unet
         predicted = unet(
             self.noise.add_noise(latents, noise, timesteps).to(unet.dtype),
@@ -241,25 +242,32 @@ class ImageAlignment:
         target = self.noise.get_velocity(latents, noise, timesteps) if by_velocity else noise
         losses = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
         if self.snr_gamma is not None:
-            snr = compute_snr(self.noise, timesteps)
+            snr = compute_snr(self.noise, timesteps)  # type: ignore[no-untyped-call]
             losses = losses * snr.clamp(max=self.snr_gamma) / (snr + 1 if by_velocity else snr)
         return losses
 
 
-def read(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """What the UNet gets of texts: states of both encoders, (batch, tokens, dim), and pooled, (batch, dim)."""
-    states, _, pooled, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
+def encode(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Returns the UNet's input for texts: states of both encoders, (batch, tokens, dim), and pooled, (batch, dim)."""
+    states, _, pooled, _ = cast(Any, pipe).encode_prompt(texts, do_classifier_free_guidance=False)
     return states, pooled
 
 
 def relative_error(states: Tensor, target: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Squared error over the target's squared norm: the mean over vectors, the sum over encoders, side by side in them.
+    """Returns the squared error over the target's squared norm: the mean over vectors, the sum over encoders.
+
+    Args:
+        states: (…, dim), the states of the encoders side by side.
+        target: likewise.
+        dims: the width of each encoder.
 
     Example:
         >>> relative_error(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([[1.0, 1.0, 2.0]]), (2, 1))
         tensor(0.7500)
     """
     error = torch.zeros((), device=states.device)
-    for part, meant in zip(states.float().split(dims, dim=-1), target.float().split(dims, dim=-1), strict=True):
-        error = error + ((part - meant).square().sum(-1) / meant.square().sum(-1)).mean()
+    for mine, wanted in zip(
+        torch.split(states.float(), list(dims), -1), torch.split(target.float(), list(dims), -1), strict=True
+    ):
+        error = error + ((mine - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
     return error

@@ -1,4 +1,4 @@
-"""Latents and text states of a data set, computed once and kept in files that are read piece by piece."""
+"""Latents and text states of a data set, computed once and kept in files that are loaded piece by piece."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ from tqdm import tqdm
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageError
 from finelip_sdxl.data.images import middle
-from finelip_sdxl.files import written_whole
+from finelip_sdxl.files import check_writable, written_whole
 from finelip_sdxl.options import STOCK_POSITIONS
-from finelip_sdxl.training.alignment import captions_of, read
-from finelip_sdxl.training.run_folder import held
+from finelip_sdxl.training.alignment import captions_of, encode
+from finelip_sdxl.training.processes import held
 
 CHUNK = 50  # images in a file
 
 
-class Precomputed(Dataset):
-    """Items that `precompute` wrote: `latents`, (channels, height, width), `time_ids`, (6,), `long` and `short`, the
-    captions, and, if they were wanted, their `long_states`, (tokens, dim), `long_pooled`, (dim,), and the same of
-    `short`."""
+class Precomputed(Dataset[dict[str, Any]]):
+    """The items of a folder that `precompute` wrote.
+
+    Each holds `latents`, (channels, height, width), `time_ids`, (6,), the captions `long` and `short`, and, with
+    states, `long_states`, (tokens, dim), `long_pooled`, (dim,), and the same of `short`.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.files, self.captions = [], []
+        self.files: list[tuple[Path, int]] = []
+        self.captions: list[dict[str, str]] = []
         for file in sorted(folder.glob("chunk-*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 captions = json.loads(tensors.metadata()["captions"])
@@ -57,16 +60,16 @@ class Precomputed(Dataset):
 def precompute(
     data: CaptionDataset, pipe: FineLIPSDXLPipeline, resolution: int, with_states: bool, folder: Path
 ) -> Precomputed:
-    """Encode what is not in the folder yet, and what has been made of other captions, images or weights, which is said.
+    """Encodes a data set to a folder: what is not there yet, or was made of other captions, images or weights.
 
-    Images that cannot be read are named and left out, until they can.
+    Images that cannot be read are named and left out, until they can be read.
 
     Args:
-        data: images and captions; of several, the first is the long one.
-        pipe: whose VAE and text encoders, not adapted, encode.
-        resolution: of the square that is cut from the middle of each image, in pixels.
-        with_states: also encode captions, each kind padded alike: for what trains nothing before these states.
-        folder: of the files; one data set, one folder. Runs may share it: one at a time writes to it.
+        data: images and captions; the first of several captions is the long one.
+        pipe: its VAE and text encoders, not adapted, encode.
+        resolution: side of the square that is cut from the middle of each image, in pixels.
+        with_states: also encode captions, each kind padded alike; for a training that changes no text encoder.
+        folder: the files of one data set. Runs may share it: one at a time writes to it.
 
     Raises:
         UnreadableImageError: if no image can be read.
@@ -74,8 +77,8 @@ def precompute(
     """
     is_read_only = folder.exists() and not os.access(folder, os.W_OK)
     with nullcontext() if is_read_only else held(folder):
-        for left in folder.glob(".chunk-*"):  # by a run that was killed
-            left.unlink()
+        if not is_read_only:
+            check_writable(folder)  # which removes what a run that was killed left half
         encoded_by = digest_of(*digests_of_models(pipe, with_states), resolution)
         chunks = {
             folder / f"chunk-{first // CHUNK:06d}.safetensors": range(first, min(first + CHUNK, len(data)))
@@ -109,7 +112,7 @@ def encode_chunk(
     indices: Iterable[int],
     made_of: dict[str, str],
 ) -> None:
-    """A file of some images and their captions; none, if no image of them can be read."""
+    """Writes a file of some images and their captions; no file, if none of the images can be read."""
     images, captions, skipped = [], [], []
     for index in indices:
         try:
@@ -125,7 +128,7 @@ def encode_chunk(
     tensors = {"latents": to_latents(pipe, list(pixels)), "time_ids": torch.tensor(time_ids)}
     if with_states:
         for kind in ("long", "short"):
-            states, pooled = read_all(pipe, [caption[kind] for caption in captions], kind)
+            states, pooled = encode_all(pipe, [caption[kind] for caption in captions], kind)
             tensors |= {f"{kind}_states": states, f"{kind}_pooled": pooled}
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**made_of, "captions": json.dumps(captions), "skipped": json.dumps(skipped)}
@@ -133,11 +136,11 @@ def encode_chunk(
         save_file(contiguous, temporary, metadata=metadata)
 
 
-# What a file was made of
+# Which files are stale
 
 
 def why_stale(file: Path, made_of: dict[str, str], data: CaptionDataset) -> str | None:
-    """What a file is not any more; None if it can stay. Images that it lacks are tried again, and named."""
+    """Returns why a file must be made again; None if it can stay. Images that it lacks are tried again, and named."""
     try:
         with safe_open(file, "pt") as tensors:
             found = tensors.metadata() or {}
@@ -162,12 +165,14 @@ def why_stale(file: Path, made_of: dict[str, str], data: CaptionDataset) -> str 
 
 
 def digest_of_data(data: CaptionDataset, indices: Iterable[int]) -> str:
-    """Of captions, and of images by path, size and time: a million of them are not read for this."""
-    return digest_of(*([data.captions(index), data.short_caption(index), seen(data, index)] for index in indices))
+    """Digests captions, and images by path, size and time: to read a million of them would take too long."""
+    return digest_of(
+        *([data.captions(index), data.short_caption(index), fingerprint(data, index)] for index in indices)
+    )
 
 
-def seen(data: CaptionDataset, index: int) -> tuple[Any, ...]:
-    """What can be seen of an image from outside."""
+def fingerprint(data: CaptionDataset, index: int) -> tuple[Any, ...]:
+    """Returns path, size and time of an image's file."""
     file = data.image_file(index)
     try:
         state = None if file is None else file.stat()
@@ -177,7 +182,7 @@ def seen(data: CaptionDataset, index: int) -> tuple[Any, ...]:
 
 
 def digests_of_models(pipe: FineLIPSDXLPipeline, with_states: bool) -> Iterator[Any]:
-    """Of all that makes latents, and states if they are wanted, from images and captions."""
+    """Yields configs and digests of all models that encode."""
     models = {"vae": pipe.vae}
     if with_states:
         models |= {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
@@ -199,12 +204,14 @@ def digest_of(*parts: Any) -> str:
     return found.hexdigest()
 
 
-# What it holds
+# Encoding
 
 
 def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[int]]:
-    """The largest square in the middle, scaled, and SDXL's time ids for it: height and width of the original, top and
-    left of the cut in the scaled image, height and width of the result (SDXL, arXiv 2307.01952, section 2.2).
+    """Returns the largest square in the middle, scaled, and its time ids (SDXL, arXiv 2307.01952, section 2.2).
+
+    Time ids are height and width of the original, top and left of the cut in the scaled image, height and width of the
+    result.
 
     Example:
         >>> image, time_ids = cut_square(Image.new("RGB", (400, 200)), 100)
@@ -227,23 +234,24 @@ def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[i
 
 
 def to_latents(pipe: FineLIPSDXLPipeline, images: list[Image.Image]) -> Tensor:
-    """(images, channels, height, width), scaled as the UNet knows them."""
+    """Returns latents, (images, channels, height, width), scaled as the UNet knows them."""
     pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
     latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pixels.split(8)]).float()
     config = pipe.vae.config
+    scaling_factor: float = config.scaling_factor
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
         mean, std = (
             torch.tensor(values, device=latents.device)[:, None, None]
             for values in (config.latents_mean, config.latents_std)
         )
-        return (latents - mean) * config.scaling_factor / std
-    return latents * config.scaling_factor
+        return (latents - mean) * scaling_factor / std
+    return latents * scaling_factor
 
 
-def read_all(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tuple[Tensor, Tensor]:
-    """States and pooled vectors: all long captions are padded to one length, and all short ones to stock's."""
+def encode_all(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tuple[Tensor, Tensor]:
+    """Returns states and pooled vectors. Long captions are padded to one length, and short ones to stock's."""
     pipe.length_buckets = () if kind == "long" else (STOCK_POSITIONS,)
     states, pooled = zip(
-        *(read(pipe, captions[first : first + 8]) for first in range(0, len(captions), 8)), strict=True
+        *(encode(pipe, captions[first : first + 8]) for first in range(0, len(captions), 8)), strict=True
     )
     return torch.cat(states), torch.cat(pooled)

@@ -1,10 +1,10 @@
-"""The losses of FineLIP's training, on one process or several."""
+"""The losses of FineLIP's training, on one process or several, and the frozen teacher of one of them."""
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,17 @@ LOSSES = ("triplet", "contrastive", "region", "distillation")
 
 
 class FineLIPTask(nn.Module):
-    """The losses of one batch of pairs; its forward pass is what several processes share.
+    """The losses of one batch of pairs; several processes share its forward pass.
 
-    Negatives are those of all processes' batches. Each process compares its images with all processes' texts; gathered,
-    with gradients, these rows are the similarities of the whole batch, of which each process computes the loss.
-    Averaging the gradients over processes then gives those of one process that has the whole batch.
+    Negatives come from the batches of all processes. Each process compares its images with the texts of all processes;
+    gathered, with gradients, these rows are the similarities of the whole batch, of which each process computes the
+    loss. Averaging the gradients over processes then gives those of one process that has the whole batch.
+
+    Args:
+        model: is trained.
+        weights: by the name of the loss, see `LOSSES`; a loss of weight 0 is left out.
+        margin: of the triplet loss.
+        hardest: let the triplet loss count a pair's hardest negative only.
     """
 
     def __init__(self, model: FineLIPModel, weights: dict[str, float], margin: float, hardest: bool) -> None:
@@ -30,10 +36,10 @@ class FineLIPTask(nn.Module):
         self.model, self.weights, self.margin, self.hardest = model, weights, margin, hardest
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The weighted sum under `loss`, and under their names the losses that have a weight."""
+        """Returns the weighted sum under `loss`, and under their names the losses that have a weight."""
         model, weights = self.model, self.weights
-        text = model.encode_text(batch["input_ids"])
-        image = model.encode_image(batch["pixel_values"])
+        text: Any = model.encode_text(batch["input_ids"])
+        image: Any = model.encode_image(batch["pixel_values"])
         ids = gather(batch["ids"])
 
         losses = {}
@@ -41,69 +47,81 @@ class FineLIPTask(nn.Module):
             similarity = gather(late_interaction(image.refined_tokens, gather(text.refined_tokens)))
             losses["triplet"] = triplet_margin_loss(similarity, ids, self.margin, self.hardest)
         if weights["contrastive"]:
-            similarity = gather(unit(image.embeds) @ unit(gather(text.embeds)).T)
-            losses["contrastive"] = contrastive_loss(similarity, ids, model.logit_scale.exp().clamp(max=100))
+            similarity = gather(normalize(image.embeds) @ normalize(gather(text.embeds)).T)
+            losses["contrastive"] = contrastive_loss(similarity, ids, self._scale())
         if weights["region"]:
             losses["region"] = self._region_loss(text.tokens, image.tokens, batch["regions"])
         if weights["distillation"]:
             losses["distillation"] = self._distillation_loss(batch)
-        return {"loss": sum(weights[name] * loss for name, loss in losses.items()), **losses}
+        loss = cast(Tensor, sum(weights[name] * loss for name, loss in losses.items()))
+        return {"loss": loss, **losses}
 
     def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
-        """Each phrase against the regions of this process's batch; those of equal label look alike and do not count."""
+        """Compares each phrase with the regions of this process's batch; regions of equal label are no negatives."""
         patches = image_tokens[:, 1:]
         side = math.isqrt(patches.shape[1])
         centers = (torch.arange(side, device=patches.device) + 0.5) / side
         left, top, right, bottom = regions["box"][:, :, None].unbind(1)
         across, down = (left <= centers) & (centers < right), (top <= centers) & (centers < bottom)
         inside = (down[:, :, None] & across[:, None]).flatten(1)[..., None]  # (regions, patches, 1)
-        seen = (patches[regions["row"]] * inside).sum(dim=1)
-        said = text_tokens[regions["row"], regions["token"]]
+        of_images = (patches[regions["row"]] * inside).sum(dim=1)
+        of_texts = text_tokens[regions["row"], regions["token"]]
 
-        scale = self.model.logit_scale.exp().clamp(max=100)
         label, weight = regions["label"], regions["weight"]
         alike = (label[:, None] == label[None]).fill_diagonal_(False)
-        logits = (scale * unit(said) @ unit(seen).T).masked_fill(alike, float("-inf"))
+        logits = (self._scale() * normalize(of_texts) @ normalize(of_images).T).masked_fill(alike, float("-inf"))
         losses = F.cross_entropy(logits, torch.arange(len(label), device=label.device), reduction="none")
         return (weight * losses).sum() / weight.sum().clamp(min=1e-6)  # 0 for a batch without any
 
     def _distillation_loss(self, batch: dict[str, Any]) -> Tensor:
-        """How far short captions have moved from where the base had them: squared error over squared norm, the mean
-        over captions, of the states that SDXL reads and of the embedding."""
-        text = self.model.encode_text(batch["short_input_ids"], output_hidden_states=True)
+        """The distance of short captions from where the teacher has them: squared error over squared norm, the mean
+        over captions, of the states that SDXL takes and of the embedding."""
+        text: Any = self.model.encode_text(batch["short_input_ids"], output_hidden_states=True)
         mask = batch["short_mask"][..., None]
-        target = batch["base_states"] * mask
+        target = batch["teacher_states"] * mask
         error = ((text.hidden_states[-2] * mask - target) ** 2).sum((1, 2)) / (target**2).sum((1, 2))
-        error_of_embeds = ((text.embeds - batch["base_embeds"]) ** 2).sum(1) / (batch["base_embeds"] ** 2).sum(1)
-        return (error + error_of_embeds).mean()
+        target = batch["teacher_embeds"]
+        error_of_embeds = ((text.embeds - target) ** 2).sum(1) / (target**2).sum(1)
+        return cast(Tensor, (error + error_of_embeds).mean())
+
+    def _scale(self) -> Tensor:
+        return cast(Tensor, self.model.logit_scale).exp().clamp(max=100)
 
 
-class Base:
-    """The text encoder that training starts from, as it was: it reads short captions as stock does, at 77 positions."""
+class FrozenTeacher:
+    """The text encoder that training starts from, as it was. It encodes short captions as stock does, at 77 positions.
+
+    Args:
+        model: is copied.
+    """
 
     def __init__(self, model: FineLIPModel) -> None:
-        towers = nn.ModuleDict({"text_model": model.text_model, "text_projection": model.text_projection})
+        towers = nn.ModuleDict({name: model.get_submodule(name) for name in ("text_model", "text_projection")})
         self.towers = copy.deepcopy(towers).requires_grad_(False).eval()
         # None for a model that was trained at 248 positions: all rows in their order.
         self.rows = Provenance.of(model.config.text_config).original_row_indices()
 
     @torch.no_grad()
-    def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate states (batch, n, width) and embeddings (batch, C)."""
+    def encode(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns penultimate states (batch, n, width) and embeddings (batch, C)."""
         rows = None if self.rows is None else self.rows[None, : input_ids.shape[1]].to(input_ids.device)
         out = self.towers["text_model"](input_ids=input_ids, position_ids=rows, output_hidden_states=True)
         return out.hidden_states[-2], self.towers["text_projection"](out.pooler_output)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """This process's rows and all others', (processes · batch, …), with gradients to whom they came from."""
+    """Returns the rows of all processes, (processes · batch, …), with gradients to the process of each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    return _Gather.apply(tensor.contiguous())
+    return cast(Tensor, _Gather.apply(tensor.contiguous()))  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):
-    """`torch.distributed.all_gather` carries no gradient."""
+    """All processes' rows; each process gets the sum of all processes' gradients for its own.
+
+    `torch.distributed.all_gather` carries no gradient, and the one of `torch.distributed.nn.functional` gives wrong
+    gradients with Gloo: two processes do not agree with one on the whole batch.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -112,12 +130,13 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         # A copy, since it is summed in place; contiguous, since memory is sent as it lies.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        return torch.chunk(gradient, dist.get_world_size())[dist.get_rank()]
 
 
-def unit(vectors: Tensor) -> Tensor:
+def normalize(vectors: Tensor) -> Tensor:
+    """Scales vectors to length 1, in float32 at least."""
     return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)

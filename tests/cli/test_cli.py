@@ -552,7 +552,7 @@ def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys
         (["--data", "urban1k:{empty}/none"], "does not exist"),
         (["--model", "none.pt"], "none.pt does not exist"),
         (["--model", "{text_encoder}"], "has no image tower"),
-        (["--model", "miniature-clip-1", "--tokenizer", "{empty}"], "pass --tokenizer"),
+        (["--model", "miniature-clip-1", "--tokenizer", "{empty}"], "pass a tokenizer's directory"),
         (["--model", "miniature-clip-1", "--max-tokens", "249"], "max_tokens is 249; expected from 3 to 248"),
         (["--json", "{empty}"], "is a directory"),
         (["--json", "a" * 256], "cannot be written to (File name too long)"),

@@ -588,10 +588,10 @@ def test_a_tokenizer_in_a_directory_takes_the_positions_of_the_model(tmp_path) -
 def test_without_a_tokenizer_one_is_asked_for(tmp_path) -> None:
     file = write_lines(tmp_path / "finelip.pt")
     with pytest.raises(
-        FileNotFoundError, match=r"finelip\.pt is a checkpoint file, which holds no tokenizer: pass --t"
+        FileNotFoundError, match=r"finelip\.pt is a checkpoint file, which holds no tokenizer: pass a tok"
     ):
         load_tokenizer(file)
-    with pytest.raises(FileNotFoundError, match=r"holds no vocab\.json or tokenizer\.json: pass --tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"holds no vocab\.json or tokenizer\.json: pass a tokenizer's"):
         load_tokenizer(tmp_path)
 
 

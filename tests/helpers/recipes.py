@@ -15,8 +15,6 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 processes = multiprocessing.get_context("forkserver")
-
-
 processes.set_forkserver_preload(["accelerate", "finelip_sdxl.evaluation", "torch.distributed"])
 
 
@@ -95,6 +93,6 @@ def refusal(recipe: Any, capsys: pytest.CaptureFixture, *flags: str) -> str:
     message = stopped.value.code if isinstance(stopped.value.code, str) else printed.splitlines()[-1]
     assert "Traceback" not in printed + message
     assert "\n" not in message
-    start = f"{recipe.__name__}.py: error: "
+    start = f"{Path(recipe.__file__).name}: error: "
     assert message.startswith(start)
     return message.removeprefix(start)

@@ -29,20 +29,23 @@ from finelip_sdxl.data import UnreadableImageError, load_tokenizer, open_dataset
 from finelip_sdxl.data.formats import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.text_encoders import build_text_encoder, num_positions, text_encoder_tensors
-from finelip_sdxl.training import alignment, precompute, run_folder
+from finelip_sdxl.training import alignment, precompute
+from finelip_sdxl.training import processes as training_processes
 from finelip_sdxl.training.alignment import (
     Alignment,
     ImageAlignment,
     TextAlignment,
     build_teacher_contexts,
     captions_of,
+    encode,
     fit,
-    read,
     relative_error,
     word_rarity,
 )
+from finelip_sdxl.training.command_line import read_preset
 from finelip_sdxl.training.precompute import Precomputed, cut_square
-from finelip_sdxl.training.run_folder import RunFolder, held
+from finelip_sdxl.training.processes import held
+from finelip_sdxl.training.run_folder import RunFolder
 from tests.helpers.recipes import KillIn, Stop, forget_accelerator, nothing, on_two_processes, processes, refusal
 from tests.helpers.single_file import save_single_file
 from training import align_adapter
@@ -117,7 +120,8 @@ def build(method: str, pipe: FineLIPSDXLPipeline) -> Adapter | Lora:
 
 def parse(base: Path, out: Path, *flags: str) -> Namespace:
     """Three steps of each stage on 20 scenes; flags change it."""
-    common = f"--base {base} --output-dir {out} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --checkpointing-steps 2"
+    common = f"--base {base} --output-dir {out} --cpu --captions miniature:20 --batch-size 5 --resolution 16"
+    common += " --checkpointing-steps 2"
     steps = "--text-steps 3 --image-steps 3 --learning-rate 1e-2 --hidden-dim 8 --rank 2 --validate-every 0"
     return align_adapter.parse([*common.split(), *steps.split(), *flags])
 
@@ -223,7 +227,7 @@ def test_both_captions_of_an_image_fit(tokenizer) -> None:
     assert captions["long"].endswith("Nothing else is here.")
 
 
-def test_a_lesson_knows_where_its_sentence_ends_in_both_texts(tokenizer) -> None:
+def test_a_context_knows_where_its_sentence_ends_in_both_texts(tokenizer) -> None:
     for index in range(20):
         caption = MiniatureScenes("test", 20).captions(index)[0]
         sentences, contexts = split_sentences(caption), build_teacher_contexts(caption, tokenizer, {})
@@ -237,7 +241,7 @@ def test_a_lesson_knows_where_its_sentence_ends_in_both_texts(tokenizer) -> None
             assert set(split_sentences(context.text)) <= set(sentences)
 
 
-def test_a_lesson_holds_what_its_sentence_refers_to() -> None:
+def test_a_context_holds_what_its_sentence_refers_to() -> None:
     tokenizer, scenes = load_tokenizer("miniature-clip-1"), MiniatureScenes("test", 50)
     rarity = word_rarity([MiniatureScenes("train", 200).captions(index)[0] for index in range(200)])
     held = []
@@ -254,7 +258,7 @@ def test_a_lesson_holds_what_its_sentence_refers_to() -> None:
     assert np.mean(held) >= 0.95
 
 
-def test_what_is_just_before_fills_a_lesson_where_nothing_is_related(tokenizer) -> None:
+def test_what_is_just_before_fills_a_context_where_nothing_is_related(tokenizer) -> None:
     caption = "Green. Gray paper lies. Stars rise. White sand. One ring."
     *_, last = build_teacher_contexts(caption, tokenizer, {})
     assert last.text == caption
@@ -337,7 +341,7 @@ def test_the_denoising_loss_by_hand(base, prediction, gamma) -> None:
     betas = torch.linspace(pipe.scheduler.config.beta_start**0.5, pipe.scheduler.config.beta_end**0.5, 1000) ** 2
     kept = (1 - betas).cumprod(0)[group["timesteps"]]  # of the latents' variance
     signal, noise = kept.sqrt()[:, None, None, None], (1 - kept).sqrt()[:, None, None, None]
-    states, pooled = read(pipe, group["captions"])
+    states, pooled = encode(pipe, group["captions"])
     with torch.no_grad():
         predicted = pipe.unet(
             signal * group["latents"] + noise * group["noise"],
@@ -358,7 +362,7 @@ def test_the_denoising_loss_by_hand(base, prediction, gamma) -> None:
 def test_precomputed_states_give_the_loss_of_their_captions(base) -> None:
     pipe, _ = load_pair(base)
     group = make_group(SHORT[0])
-    states, pooled = read(pipe, group["captions"])
+    states, pooled = encode(pipe, group["captions"])
     encoded = {name: value for name, value in group.items() if name != "captions"} | {
         "states": states,
         "pooled": pooled,
@@ -437,7 +441,7 @@ def test_precomputed_is_what_vae_and_encoders_give(base, tmp_path, small_chunks)
         for kind, buckets, length in (("long", (), 248), ("short", (77,), 77)):
             pipe.length_buckets = buckets
             with torch.no_grad():
-                states, pooled = read(pipe, [item[kind]])
+                states, pooled = encode(pipe, [item[kind]])
             assert item[f"{kind}_states"].shape == (length, 80)
             torch.testing.assert_close(item[f"{kind}_states"], states[0], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(item[f"{kind}_pooled"], pooled[0], atol=1e-5, rtol=1e-5)
@@ -637,7 +641,7 @@ def test_a_damaged_or_earlier_file_is_encoded_anew(base, tmp_path, capsys, small
         save_file(load_file(file), file, metadata={"captions": "[]"})
     else:
         file.write_bytes(content)
-    (tmp_path / ".chunk-000000.safetensors.123").touch()  # by a run that was killed
+    (tmp_path / ".finelip-sdxl-0123456789abcdef").mkdir()  # by a run that was killed
     assert len(precompute.precompute(data, pipe, 16, False, tmp_path)) == 5
     expected = "an earlier version made them" if content is None else "they are damaged"
     assert f"1 of 2 files are encoded again, since {expected}" in capsys.readouterr().out
@@ -649,7 +653,7 @@ def test_a_folder_that_cannot_be_written_to_can_be_read(base, tmp_path, monkeypa
     data = open_dataset("miniature:5", "train")
     precompute.precompute(data, pipe, 16, False, tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to all but a read-only disk
-    monkeypatch.setattr(run_folder, "FileLock", None)
+    monkeypatch.setattr(training_processes, "FileLock", None)
     assert len(precompute.precompute(data, pipe, 16, False, tmp_path)) == 5
 
 
@@ -691,11 +695,11 @@ def test_a_folder_of_other_settings_is_another(tmp_path) -> None:
 
 def test_without_arguments_the_miniature_is_aligned() -> None:
     arguments = align_adapter.parse([])
-    for name, value in align_adapter.MINIATURE.items():
+    for name, value in read_preset(align_adapter.MINIATURE).items():
         assert getattr(arguments, name) == value
     arguments = align_adapter.parse(["--base", "other", "--captions", "csv:captions.csv"])
     assert (arguments.finelip, arguments.finelip_2) == (None, None)
-    for name, value in align_adapter.SDXL.items():
+    for name, value in read_preset(align_adapter.SDXL).items():
         assert getattr(arguments, name) == value
 
 
@@ -704,7 +708,8 @@ def test_help_shows_what_flags_default_to(capsys) -> None:
         align_adapter.parse(["--help"])
     printed = capsys.readouterr().out
     assert "(default: runs/alignment)" in printed
-    assert f"({align_adapter.SDXL['text_steps']} / {align_adapter.MINIATURE['text_steps']})" in printed
+    sdxl, miniature = (read_preset(preset)["text_steps"] for preset in (align_adapter.SDXL, align_adapter.MINIATURE))
+    assert f"({sdxl} / {miniature})" in printed
 
 
 @pytest.fixture
@@ -760,13 +765,13 @@ def test_what_comes_out_loads_and_reads_as_what_was_trained(
     texts = [SHORT[0], MiniatureScenes("test", 5).captions(0)[0]]
     with torch.no_grad():
         for mine, trained, before in zip(
-            read(loaded, texts), read(seen["pipe"], texts), read(untrained, texts), strict=True
+            encode(loaded, texts), encode(seen["pipe"], texts), encode(untrained, texts), strict=True
         ):
             torch.testing.assert_close(mine, trained, atol=5e-5, rtol=1e-4)
             assert not torch.allclose(mine, before, atol=1e-3)
     # Short prompts are read as by stock, unless asked for otherwise.
     loaded = FineLIPSDXLPipeline.from_pretrained(base, **given)
-    for mine, stocks in zip(read(loaded, SHORT), read(seen["stock"], SHORT), strict=True):
+    for mine, stocks in zip(encode(loaded, SHORT), encode(seen["stock"], SHORT), strict=True):
         assert torch.equal(mine, stocks)
 
 
@@ -798,9 +803,9 @@ def test_a_merged_lora_reads_as_the_one_that_trained(base) -> None:
     lora.save(SimpleNamespace(save_model=lambda name, **parts: merged.update(parts)), "last")
     texts = MiniatureScenes("test", 5).captions(0) + MiniatureScenes("test", 5).captions(1)
     with torch.no_grad():
-        trained, stretched = read(pipe, texts), read(other, texts)
+        trained, stretched = encode(pipe, texts), encode(other, texts)
         other.register_modules(**merged)
-        for mine, expected, before in zip(read(other, texts), trained, stretched, strict=True):
+        for mine, expected, before in zip(encode(other, texts), trained, stretched, strict=True):
             torch.testing.assert_close(mine, expected, atol=1e-9, rtol=1e-9)
             assert not torch.allclose(mine, before, atol=1e-3)
 
@@ -912,7 +917,7 @@ def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path)
     file = tmp_path / "fine_tune.safetensors"
     save_single_file(StableDiffusionXLPipeline.from_pretrained(base), file)
     align(base, tmp_path / "folder")
-    align(file, tmp_path / "file", "--config", str(base))
+    align(file, tmp_path / "file", "--base-config", str(base))
     for name in ("after-text", "last"):
         one, other = weights(tmp_path / "folder" / name), weights(tmp_path / "file" / name)
         for key, value in one.items():
@@ -955,7 +960,7 @@ def test_drawing_changes_nothing(base, tmp_path) -> None:
 
 def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Align up to the step of this number, from 0 over both stages, whose learning rate is the last asked for."""
-    schedule, left = align_adapter.schedule, iter(range(step))
+    schedule, left = align_adapter.learning_rate_factor, iter(range(step))
 
     def interrupted(*inputs: int) -> float:
         if next(left, None) is None:
@@ -963,7 +968,7 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
         return schedule(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(align_adapter, "schedule", interrupted)
+        patch.setattr(align_adapter, "learning_rate_factor", interrupted)
         with pytest.raises(Stop):
             align(base, out, *flags)
 
@@ -1032,14 +1037,14 @@ class KillAtStep:
         self.step = step
 
     def __call__(self) -> None:
-        schedule, left = align_adapter.schedule, iter(range(self.step))
+        schedule, left = align_adapter.learning_rate_factor, iter(range(self.step))
 
         def deadly(*inputs: int) -> float:
             if next(left, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return schedule(*inputs)
 
-        align_adapter.schedule = deadly
+        align_adapter.learning_rate_factor = deadly
 
 
 def align_until_killed(arguments: Namespace, kill: Callable[[], None]) -> None:
@@ -1062,11 +1067,11 @@ def test_a_kill_costs_nothing_of_the_result(base, tmp_path) -> None:
     kills = [
         KillIn(precompute, "save_file", "", half=b"half of it"),
         KillAtStep(1),
-        KillIn(torch, "save", "step-0000002.tmp/average.pt", half=b"half of it"),
-        KillIn(os, "replace", "step-0000003.tmp"),  # where a stage ends
-        KillIn(os, "replace", "after-text.tmp"),
+        KillIn(torch, "save", "average.pt", half=b"half of it"),
+        KillIn(os, "rename", "step-0000003"),  # where a stage ends
+        KillIn(os, "rename", "after-text"),
         KillAtStep(2),
-        KillIn(os, "replace", "last.tmp"),
+        KillIn(os, "rename", "last"),
     ]
     assert [run(tmp_path / "killed", kill) for kill in kills] == [-signal.SIGKILL] * len(kills)
     assert run(tmp_path / "killed", nothing) == 0
@@ -1131,7 +1136,7 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
         ("--ema-decay 1", "--ema-decay: expected a number below 1 instead of 1"),
         ("--guidance-scale inf", "--guidance-scale: expected a number of at most 100 instead of inf"),
         ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all: 9,999,999 are the most"),
-        ("--config there", "--config there goes with a single file, but --base"),
+        ("--base-config there", "--base-config there goes with a single file, but --base"),
         ("--precomputed=", "--precomputed: expected a path instead of nothing"),
         ("--method prefix", "--method: invalid choice: 'prefix'"),
     ],
@@ -1228,10 +1233,10 @@ def test_refuses_a_base_that_is_swapped_already(base, tmp_path, capsys) -> None:
 
 def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
     align(base, tmp_path, "--image-steps", "0")
-    flags = f"--base {base} --output-dir {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16 --hidden-dim 8"
-    flags += " --learning-rate 1e-2 --rank 2 --validate-every 0 --text-steps 3 --image-steps 0"
+    flags = f"--base {base} --output-dir {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16"
+    flags += " --hidden-dim 8 --learning-rate 1e-2 --rank 2 --validate-every 0 --text-steps 3 --image-steps 0"
     message = refusal(align_adapter, capsys, *flags.split(), "--seed", "1")
-    assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another --output-dir.")
+    assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another folder.")
     message = refusal(align_adapter, capsys, *flags.split(), "--method", "lora")
     assert "method was adapter and is lora" in message
     align_adapter.main([*flags.split(), "--checkpointing-steps", "7", "--checkpoints-total-limit", "1"])

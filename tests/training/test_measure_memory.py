@@ -15,7 +15,7 @@ def test_the_unet_is_that_of_sdxl() -> None:
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_463_684
 
 
-@pytest.mark.parametrize(("stage", "method"), itertools.product(("text", "image"), ("adapter", "lora")))
+@pytest.mark.parametrize(("stage", "method"), list(itertools.product(("text", "image"), ("adapter", "lora"))))
 def test_each_stage_takes_a_step_by_each_method(monkeypatch, stage, method) -> None:
     small = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     monkeypatch.setattr(measure_memory, "CLIP_L", {**small, "hidden_size": 16})

@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +25,9 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from finelip_sdxl.data import load_tokenizer
-from finelip_sdxl.training import recipe
-from finelip_sdxl.training.run_folder import RunFolder, held, only_run, together
+from finelip_sdxl.training import command_line, health, manifest, schedule
+from finelip_sdxl.training.processes import held, only_run, together
+from finelip_sdxl.training.run_folder import RunFolder
 from tests.helpers.recipes import die, forget_accelerator, on_two_processes, processes
 
 
@@ -61,7 +64,7 @@ class Run:
 
 def parse(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="recipe.py")
-    recipe.add_accelerator_flags(recipe.add_run_flags(parser, Path("runs/new"), models="last/ model"))
+    command_line.add_accelerator_flags(command_line.add_run_flags(parser, Path("runs/new"), models="last/ model"))
     return parser.parse_args(flags)
 
 
@@ -70,8 +73,9 @@ def make_encoder(width: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=width, projection_dim=width, **small))
 
 
-def test_examples_run() -> None:
-    results = doctest.testmod(recipe)
+@pytest.mark.parametrize("module", [command_line, health, manifest, schedule])
+def test_examples_run(module) -> None:
+    results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
 
@@ -293,7 +297,7 @@ def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path, size) -> Non
     assert Run(tmp_path).train(1).progress == {"step": 2}
 
 
-@pytest.mark.parametrize("place", ["write_text", "fsync", "replace"])
+@pytest.mark.parametrize("place", ["write_text", "fsync", "rename"])
 def test_nor_does_one_that_is_full_at_the_last_moment(tmp_path, monkeypatch, place) -> None:
     def fail(*inputs: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -345,24 +349,18 @@ def test_a_folder_is_held_by_one_and_by_none_after_a_kill(tmp_path) -> None:
 def test_what_a_killed_run_left_half_is_cleared_and_what_it_was_replacing_given_back(tmp_path) -> None:
     Run(tmp_path).folder.save_model("best", make_encoder(4))
     Run(tmp_path).train(1)
-    (tmp_path / "best").rename(tmp_path / ".best.old")
-    for name in (
-        "best.tmp",
-        "last.tmp",
-        ".last.old",
-        "checkpoints/step-0000002.tmp",
-        "validation",
-        "mine.tmp",
-        "best.old",
-    ):
+    for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "validation"):
+        (place / ".finelip-sdxl-0123456789abcdef" / "new").mkdir(parents=True)
+        (place / ".finelip-sdxl-0123456789abcdef" / "old").mkdir()
+    for name in ("best", "checkpoints/step-0000001"):  # a system that cannot exchange folders moves them away first
+        path = tmp_path / name
+        path.rename(path.parent / ".finelip-sdxl-0123456789abcdef" / "old" / path.name)
+    for name in ("mine.tmp", "best.old"):
         (tmp_path / name).mkdir()
-    shutil.copytree(tmp_path / ".best.old", tmp_path / "last")
-    (tmp_path / "checkpoints" / "step-0000001").rename(tmp_path / "checkpoints" / ".step-0000001.old")
-    (tmp_path / "validation" / ".step-000002.png.123").touch()
     (tmp_path / "validation" / "step-000001.png").touch()
     with only_run(tmp_path, Accelerator(cpu=True)):
         assert Run(tmp_path).folder.holds("best")
-    kept = ["best", "best.old", "checkpoints", "last", "mine.tmp", "validation"]  # nothing of the user's
+    kept = ["best", "best.old", "checkpoints", "mine.tmp", "validation"]  # nothing of the user's
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
     assert checkpoints(tmp_path) == ["step-0000001"]
     assert [path.name for path in (tmp_path / "validation").iterdir()] == ["step-000001.png"]
@@ -379,7 +377,7 @@ def end_one_of_two(process: int, folder: Path) -> None:
         fail_in(process)
     loss = accelerator.reduce(torch.tensor(math.nan if process == 1 else 1.0)).item()
     with pytest.raises(ValueError, match="The loss of step 7 is nan"):
-        recipe.Health().check(7, loss, broken=0, skipped=False)
+        health.Health().check(7, loss, broken=0, skipped=False)
     with pytest.raises(OSError, match="Another run is writing to "), only_run(folder, accelerator):
         pass
 
@@ -393,32 +391,32 @@ def test_what_ends_one_process_ends_the_other(tmp_path) -> None:
 
 
 def test_a_run_that_diverges_ends_and_names_the_step() -> None:
-    health = recipe.Health()
-    health.check(1, loss=2.0, broken=0, skipped=False)
+    checks = health.Health()
+    checks.check(1, loss=2.0, broken=0, skipped=False)
     for loss in (math.nan, math.inf, -math.inf):
         with pytest.raises(ValueError, match=f"The loss of step 3 is {loss}: training has diverged, and nothing"):
-            health.check(3, loss, broken=0, skipped=False)
+            checks.check(3, loss, broken=0, skipped=False)
     with pytest.raises(ValueError, match="Step 4, of loss 2, made weights that are not finite"):
-        health.check(4, loss=2.0, broken=1, skipped=False)
+        checks.check(4, loss=2.0, broken=1, skipped=False)
 
 
 def test_steps_that_fp16_leaves_out_are_none_that_diverge_unless_nothing_else_comes() -> None:
-    health = recipe.Health()
-    for step in range(1, recipe.MOST_SKIPPED):
-        health.check(step, loss=math.inf if step % 2 else 2.0, broken=0, skipped=True)
-    health.check(recipe.MOST_SKIPPED, loss=2.0, broken=0, skipped=False)
-    for step in range(1, recipe.MOST_SKIPPED):
-        health.check(step, loss=2.0, broken=0, skipped=True)
-    with pytest.raises(ValueError, match=f"gradients of {recipe.MOST_SKIPPED} steps in a row"):
-        health.check(recipe.MOST_SKIPPED, loss=2.0, broken=0, skipped=True)
+    checks = health.Health()
+    for step in range(1, health.MOST_SKIPPED):
+        checks.check(step, loss=math.inf if step % 2 else 2.0, broken=0, skipped=True)
+    checks.check(health.MOST_SKIPPED, loss=2.0, broken=0, skipped=False)
+    for step in range(1, health.MOST_SKIPPED):
+        checks.check(step, loss=2.0, broken=0, skipped=True)
+    with pytest.raises(ValueError, match=f"gradients of {health.MOST_SKIPPED} steps in a row"):
+        checks.check(health.MOST_SKIPPED, loss=2.0, broken=0, skipped=True)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_not_finite_are_counted(value) -> None:
     tensors = [torch.zeros(3, 2), torch.ones(4)]
-    assert recipe.count_broken(tensors) == 0
+    assert health.count_broken(tensors) == 0
     tensors[1][2] = value
-    assert recipe.count_broken(tensors) == 1
+    assert health.count_broken(tensors) == 1
 
 
 @pytest.fixture
@@ -446,7 +444,15 @@ def test_scripts_of_the_miniature_save_nothing_that_has_diverged(tmp_path, minia
         miniature_scripts.train(arguments, "part", nn.ModuleDict({"layer": layer}), step_loss)
     saved = torch.load(tmp_path / "part.pt", weights_only=True)
     assert saved["step"] == 2
-    assert recipe.count_broken(saved["modules"].values()) == 0
+    assert health.count_broken(saved["modules"].values()) == 0
+
+
+@pytest.mark.parametrize("name", ["train_finelip", "align_adapter"])
+def test_a_recipe_runs_where_it_was_copied_to(tmp_path, name) -> None:
+    copied = shutil.copy(Path(__file__).parents[2] / "training" / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, copied, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "miniature.toml" in done.stdout
 
 
 # What stays as it is
@@ -457,11 +463,63 @@ def test_flags_of_the_run_may_change_and_others_may_not() -> None:
         parse("--output-dir", "a", "--checkpoints-total-limit", "3"),
         parse("--checkpointing-steps", "7", "--cpu", "--gradient-checkpointing"),
     )
-    settings = [recipe.fixed_settings(arguments, free=(), processes=1) for arguments in (first, later)]
+    settings = [command_line.fixed_settings(arguments, free=(), processes=1) for arguments in (first, later)]
     assert settings[0] == settings[1] == {"mixed_precision": "no", "processes": 1}
     with_paths = argparse.Namespace(finelip=Path("runs/clip/last"), base="miniature", rank=16)
-    settings = recipe.fixed_settings(with_paths, free={"rank"}, processes=2)
+    settings = command_line.fixed_settings(with_paths, free={"rank"}, processes=2)
     assert json.loads(json.dumps(settings)) == {"finelip": "last", "base": "miniature", "processes": 2}
+
+
+# Presets
+
+
+def parse_preset(file: Path, *flags: str) -> argparse.Namespace:
+    """The flags of a recipe with a preset that ships, a file, and flags."""
+    parser = argparse.ArgumentParser(prog="recipe.py")
+    paper = command_line.preset_path("train_finelip", "paper")
+    command_line.add_config_flag(parser, [paper])
+    command_line.add_preset_flag(parser, "--batch-size", command_line.BATCH, "PAIRS", "pairs", [paper])
+    command_line.add_preset_flag(parser, "--learning-rate", command_line.AMOUNT, "X", "peak", [paper])
+    command_line.add_run_flags(parser, Path("runs/new"), models="last/ model")
+    parser.add_argument("--hardest", action="store_true")
+    parser.add_argument("--method", choices=("adapter", "lora"), default="adapter")
+    shipped = file.with_name("shipped.toml")
+    shipped.write_text("batch-size = 64\nlearning-rate = 1e-6")
+    return command_line.parse_flags(parser, ["--config", str(file), *flags], lambda given: [shipped])
+
+
+def test_a_flag_counts_before_a_file_and_a_file_before_a_preset(tmp_path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('batch-size = 8\nhardest = true\nmethod = "lora"\noutput_dir = "runs/mine"\n')
+    options = parse_preset(file)
+    assert (options.batch_size, options.learning_rate, options.hardest, options.method) == (8, 1e-6, True, "lora")
+    assert (options.output_dir, options.config) == (Path("runs/mine"), file)
+    options = parse_preset(file, "--batch-size", "4", "--method", "adapter")
+    assert (options.batch_size, options.hardest, options.method) == (4, True, "adapter")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("batchsize = 3", "mine.toml sets batchsize, which is no flag: did you mean batch-size?"),
+        ("learning_rat = 3", "sets learning-rat, which is no flag: did you mean learning-rate?"),
+        ("help = true", "sets help, which is no flag: did you mean "),
+        ("batch-size = 0", "sets batch-size to 0: expected a whole number above 0 instead of 0."),
+        ("batch-size = true", "sets batch-size to True: expected a number or a text."),
+        ("batch-size = [1]", "sets batch-size to [1]: expected a number or a text."),
+        ("hardest = 1", "sets hardest to 1: expected true or false."),
+        ('method = "prefix"', "sets method to 'prefix': expected one of adapter, lora."),
+        ('output-dir = ""', "sets output-dir to '': expected a path instead of nothing."),
+        ("batch-size 3", "mine.toml is no TOML ("),
+        (None, "mine.toml does not exist, or is no file."),
+    ],
+)
+def test_refuses_what_a_preset_may_not_say(tmp_path, capsys, content, expected) -> None:
+    if content is not None:
+        (tmp_path / "mine.toml").write_text(content)
+    with pytest.raises(SystemExit):
+        parse_preset(tmp_path / "mine.toml")
+    assert expected in capsys.readouterr().err
 
 
 # How a recipe ends
@@ -487,7 +545,7 @@ def test_an_end_is_one_line(error, expected) -> None:
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        recipe.run_recipe("recipe.py", train, lambda flags: parse(*flags), [])
+        command_line.run_recipe("recipe.py", train, lambda flags: parse(*flags), [])
     assert stopped.value.code == expected
 
 
@@ -496,13 +554,15 @@ def test_what_is_a_mistake_of_ours_keeps_its_traceback() -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        recipe.run_recipe("recipe.py", train, lambda flags: parse(*flags), [])
+        command_line.run_recipe("recipe.py", train, lambda flags: parse(*flags), [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_as_an_interrupt_does(number) -> None:
     def run() -> None:
-        recipe.run_recipe("recipe.py", lambda arguments: os.kill(os.getpid(), number), lambda flags: parse(*flags), [])
+        command_line.run_recipe(
+            "recipe.py", lambda arguments: os.kill(os.getpid(), number), lambda flags: parse(*flags), []
+        )
 
     before = signal.signal(number, signal.SIG_DFL)
     try:
@@ -521,12 +581,16 @@ def test_a_signal_ends_a_run_as_an_interrupt_does(number) -> None:
 @pytest.mark.parametrize(
     ("read", "good", "bad"),
     [
-        (recipe.COUNT, ["1", "1000000000"], ["0", "-1", "1.5", "1e3", "nan", "inf", "", "9" * 5000, "1000000001"]),
-        (recipe.AMOUNT, ["0", "1e-6", "1e5"], ["-1e-9", "nan", "inf", "-inf", "1e300", "1e999", "x"]),
-        (recipe.SHARE, ["0", "1", "0.5"], ["-0.1", "1.1", "nan", "inf"]),
-        (recipe.SEED, ["0", "4294967295"], ["-1", "4294967296", "0.5"]),
-        (recipe.STEPS, ["1", "9999999"], ["0", "10000000"]),
-        (recipe.number(float, least=0, below=1), ["0", "0.999"], ["1", "-0.1", "nan"]),
+        (
+            command_line.COUNT,
+            ["1", "1000000000"],
+            ["0", "-1", "1.5", "1e3", "nan", "inf", "", "9" * 5000, "1000000001"],
+        ),
+        (command_line.AMOUNT, ["0", "1e-6", "1e5"], ["-1e-9", "nan", "inf", "-inf", "1e300", "1e999", "x"]),
+        (command_line.SHARE, ["0", "1", "0.5"], ["-0.1", "1.1", "nan", "inf"]),
+        (command_line.SEED, ["0", "4294967295"], ["-1", "4294967296", "0.5"]),
+        (command_line.STEPS, ["1", "9999999"], ["0", "10000000"]),
+        (command_line.number(float, least=0, below=1), ["0", "0.999"], ["1", "-0.1", "nan"]),
     ],
 )
 def test_numbers_have_bounds(read, good, bad) -> None:
@@ -541,7 +605,7 @@ def test_numbers_have_bounds(read, good, bad) -> None:
 @pytest.mark.parametrize("text", ["", " ", "\t"])
 def test_nothing_is_no_path(text) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected a path instead of nothing"):
-        recipe.path(text)
+        command_line.path(text)
 
 
 def test_refuses_a_folder_that_is_none_for_a_run(tmp_path) -> None:
@@ -550,18 +614,18 @@ def test_refuses_a_folder_that_is_none_for_a_run(tmp_path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "fifo", "link"):
         with pytest.raises(ValueError, match=f"{name} is a file: pass the name of a folder"):
-            recipe.check_run(parse("--output-dir", str(tmp_path / name)))
+            command_line.check_run(parse("--output-dir", str(tmp_path / name)))
     for out in ("/", "/..", "//"):
         with pytest.raises(ValueError, match="is the root of all folders"):
-            recipe.check_run(parse("--output-dir", out))
+            command_line.check_run(parse("--output-dir", out))
     for out in ("/proc/run", str(tmp_path / "file" / "run"), str(tmp_path / ("a" * 300))):
         with pytest.raises(OSError):  # noqa: PT011 (the system's words)
-            recipe.check_run(parse("--output-dir", out))
+            command_line.check_run(parse("--output-dir", out))
     for name in ("checkpoints", "last"):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / name).touch()
         with pytest.raises(ValueError, match=f"{name} is no folder, but a run saves one there"):
-            recipe.check_run(parse("--output-dir", str(tmp_path / "run")))
+            command_line.check_run(parse("--output-dir", str(tmp_path / "run")))
         shutil.rmtree(tmp_path / "run")
-    recipe.check_run(parse("--output-dir", str(tmp_path / "new" / "run")))
+    command_line.check_run(parse("--output-dir", str(tmp_path / "new" / "run")))
     assert not (tmp_path / "new").exists()

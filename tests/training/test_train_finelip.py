@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from finelip_sdxl import FineLIPConfig, FineLIPModel, load_finelip
+from finelip_sdxl import FineLIPConfig, FineLIPModel, files, load_finelip
 from finelip_sdxl.data import load_image_processor, load_tokenizer
 from finelip_sdxl.stretch import KEEP, stretch_positions
 from finelip_sdxl.text_encoders import POSITION_TABLE
-from finelip_sdxl.training import recipe
-from finelip_sdxl.training.run_folder import held
-from finelip_sdxl.training.task import LOSSES, Base, FineLIPTask
+from finelip_sdxl.training import command_line
+from finelip_sdxl.training.processes import held
+from finelip_sdxl.training.task import LOSSES, FineLIPTask, FrozenTeacher
 from tests.helpers.recipes import KillIn, Stop, die, forget_accelerator, nothing, on_two_processes, processes, refusal
 from training import train_finelip
 
@@ -94,7 +94,8 @@ def save_clip(folder: Path, width: int = 16, dropout: float = 0.0) -> Path:
 
 def parse(base: Path, out: Path, *flags: str) -> Any:
     """Six steps of all losses on 20 scenes, four batches an epoch; flags change it."""
-    common = f"--base {base} --output-dir {out} --cpu --data miniature:20 --batch-size 5 --max-steps 6 --checkpointing-steps 2"
+    common = f"--base {base} --output-dir {out} --cpu --data miniature:20 --batch-size 5 --max-steps 6"
+    common += " --checkpointing-steps 2"
     return train_finelip.parse([*common.split(), *ALL_LOSSES, "--learning-rate", "1e-3", "--warmup-steps", "2", *flags])
 
 
@@ -164,17 +165,17 @@ def test_figures_are_plain_numbers(base, tmp_path, history) -> None:
 
 
 def test_warm_up_then_half_a_cosine() -> None:
-    rates = [train_finelip.schedule(step, warmup=4, steps=10) for step in range(10)]
+    rates = [train_finelip.learning_rate_factor(step, warmup=4, steps=10) for step in range(10)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[7] == pytest.approx(0.5)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[9] < 0.1
-    assert train_finelip.schedule(0, warmup=0, steps=1) == 1
+    assert train_finelip.learning_rate_factor(0, warmup=0, steps=1) == 1
 
 
 def test_learning_rates_follow_the_schedule(base, tmp_path, history) -> None:
     train(base, tmp_path, "--max-steps", "5")
-    expected = [1e-3 * train_finelip.schedule(step, warmup=2, steps=5) for step in range(5)]
+    expected = [1e-3 * train_finelip.learning_rate_factor(step, warmup=2, steps=5) for step in range(5)]
     assert [history[step]["learning_rate"] for step in range(1, 6)] == pytest.approx(expected)
 
 
@@ -223,10 +224,10 @@ def test_phrases_are_compared_with_the_patches_of_their_boxes() -> None:
         "weight": torch.tensor([1.0, 1.0, 4.0]),
         "box": torch.tensor([[0, 0, 1 / 3, 1 / 3], [1 / 3, 0, 1, 1 / 3], [0, 1 / 3, 1, 1]]),
     }
-    seen = [images[0, 1], images[1, 2] + images[1, 3], images[1, 4:].sum(dim=0)]
-    said = [texts[0, 2], texts[1, 1], texts[1, 3]]
+    target = [images[0, 1], images[1, 2] + images[1, 3], images[1, 4:].sum(dim=0)]
+    student = [texts[0, 2], texts[1, 1], texts[1, 3]]
     scale = model.logit_scale.exp().item()
-    logits = scale * torch.stack([torch.cosine_similarity(a, torch.stack(seen), dim=-1) for a in said])
+    logits = scale * torch.stack([torch.cosine_similarity(a, torch.stack(target), dim=-1) for a in student])
     costs = [
         -logits[0, [0, 1]].log_softmax(0)[0],
         -logits[1].log_softmax(0)[1],
@@ -243,7 +244,7 @@ def test_the_pull_is_towards_what_stock_reads(base) -> None:
     model = train_finelip.load_base(str(base))
     input_ids = torch.randint(0, 800, (2, 77), generator=torch.Generator().manual_seed(0))
     input_ids[:, 40] = load_tokenizer(base).eos_token_id
-    states, embeds = Base(model).read(input_ids)
+    states, embeds = FrozenTeacher(model).encode(input_ids)
     with torch.no_grad():
         expected = stock.text_model(input_ids=input_ids, output_hidden_states=True)
         assert torch.equal(states, expected.hidden_states[-2])
@@ -375,7 +376,7 @@ def test_tensorboard_shows_every_step(base, tmp_path) -> None:
 
 def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     """Train up to the step of this number, from 0, whose learning rate is the last that is asked for."""
-    schedule = train_finelip.schedule
+    schedule = train_finelip.learning_rate_factor
 
     def interrupted(now: int, *rest: int) -> float:
         if now == step:
@@ -383,7 +384,7 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
         return schedule(now, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_finelip, "schedule", interrupted)
+        patch.setattr(train_finelip, "learning_rate_factor", interrupted)
         with pytest.raises(Stop):
             train(base, out, *flags)
 
@@ -452,7 +453,7 @@ def test_a_complete_run_trains_no_further_and_says_so(base, tmp_path, capsys, hi
 def train_until_killed(arguments: Any, log: Path, kill: Callable[[], None]) -> None:
     """Of a process: train, and write down which images each step sees; `kill` prepares its end."""
     torch.set_num_threads(1)
-    schedule, to_device = train_finelip.schedule, train_finelip.to_device
+    schedule, to_device = train_finelip.learning_rate_factor, train_finelip.send_to_device
     steps: list[int] = []
 
     def logged_schedule(step: int, *rest: int) -> float:
@@ -465,7 +466,7 @@ def train_until_killed(arguments: Any, log: Path, kill: Callable[[], None]) -> N
                 file.write(json.dumps([steps[-1], batch["ids"].tolist()]) + "\n")
         return to_device(batch, device)
 
-    train_finelip.schedule, train_finelip.to_device = logged_schedule, logged_to_device
+    train_finelip.learning_rate_factor, train_finelip.send_to_device = logged_schedule, logged_to_device
     kill()
     train_finelip.train(arguments)
 
@@ -478,14 +479,14 @@ class KillAfter:
         self.steps, self.seconds = rng.randint(1, 3), rng.uniform(0, 0.05)
 
     def __call__(self) -> None:
-        schedule, steps = train_finelip.schedule, itertools.count(1)
+        schedule, steps = train_finelip.learning_rate_factor, itertools.count(1)
 
         def started(*inputs: int) -> float:
             if next(steps) == self.steps:
                 threading.Timer(self.seconds, die).start()
             return schedule(*inputs)
 
-        train_finelip.schedule = started
+        train_finelip.learning_rate_factor = started
 
 
 @pytest.mark.slow
@@ -494,9 +495,9 @@ class KillAfter:
     [
         [KillAfter(seed) for seed in range(4)],
         [
-            KillIn(torch, "save", "step-0000003.tmp/optimizer.bin", half=b"half of it"),
-            KillIn(os, "replace", "best.tmp"),  # the best model of before has been moved away already
-            KillIn(os, "replace", "step-0000003.tmp"),
+            KillIn(torch, "save", "optimizer.bin", half=b"half of it"),  # of step 3
+            KillIn(files, "_exchange", "best"),  # where the best model of before makes room
+            KillIn(os, "rename", "step-0000003"),
             KillIn(shutil, "rmtree", "step-0000003"),  # which is the oldest of three
         ],
     ],
@@ -541,8 +542,8 @@ def test_a_kill_costs_at_most_an_interval_and_nothing_of_the_result(base, tmp_pa
 
 def test_what_is_not_whole_is_never_gone_on_from(base, tmp_path, monkeypatch, history) -> None:
     stop_before_step(3, base, tmp_path, monkeypatch)
-    half = tmp_path / "checkpoints" / "step-0000004.tmp"
-    half.mkdir()
+    half = tmp_path / "checkpoints" / ".finelip-sdxl-0123456789abcdef" / "new"
+    half.mkdir(parents=True)
     (half / "progress.json").write_text(json.dumps({"step": 4, "best": None, "skipped": 0}))
     history.clear()
     train(base, tmp_path)
@@ -598,7 +599,7 @@ def test_two_runs_do_not_write_to_one_folder(base, tmp_path, capsys) -> None:
     flags = f"--base {base} --data miniature:20 --batch-size 5 --cpu --output-dir {tmp_path}"
     with held(tmp_path, "taken"):
         message = refusal(train_finelip, capsys, *flags.split())
-    assert message == f"Another run is writing to {tmp_path}: wait for its end, or pass another --output-dir."
+    assert message == f"Another run is writing to {tmp_path}: wait for its end, or pass another folder."
 
 
 def test_a_signal_saves_nothing_half_and_the_run_goes_on(base, tmp_path, capsys, monkeypatch) -> None:
@@ -606,7 +607,7 @@ def test_a_signal_saves_nothing_half_and_the_run_goes_on(base, tmp_path, capsys,
     save = torch.save
 
     def interrupted(content: Any, file: Any) -> None:
-        if "step-0000004" in str(file):
+        if (tmp_path / "stopped" / "checkpoints" / "step-0000002").exists():
             os.kill(os.getpid(), signal.SIGTERM)
         save(content, file)
 
@@ -655,8 +656,8 @@ def make_batch() -> dict[str, Any]:
         "input_ids": input_ids[0],
         "short_input_ids": input_ids[1],
         "short_mask": torch.arange(12) <= torch.tensor([11, 5, 7, 11, 9, 3])[:, None],
-        "base_states": noise(6, 12, 16),
-        "base_embeds": noise(6, 10),
+        "teacher_states": noise(6, 12, 16),
+        "teacher_embeds": noise(6, 10),
     }
 
 
@@ -713,14 +714,14 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
 
 def work_on_a_run(process: int, arguments: Any, figures: Path, stop: int | None) -> None:
     logged = record_figures(setattr)
-    schedule = train_finelip.schedule
+    schedule = train_finelip.learning_rate_factor
 
     def interrupted(step: int, *rest: int) -> float:
         if step == stop:
             raise Stop
         return schedule(step, *rest)
 
-    train_finelip.schedule = interrupted
+    train_finelip.learning_rate_factor = interrupted
     if stop is None:
         train_finelip.train(arguments)
     else:
@@ -854,7 +855,7 @@ def test_refuses_the_tokenizer_of_a_larger_model(base, tmp_path, capsys) -> None
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_refuses_a_tracker_that_is_not_installed(monkeypatch, capsys, tracker) -> None:
-    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None)
     message = refusal(train_finelip, capsys, "--report-to", tracker)
     assert message == f"--report-to {tracker} needs a package that is not installed: pip install {tracker}."
 
@@ -872,11 +873,11 @@ def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, c
     capsys.readouterr()
     message = refusal(train_finelip, capsys, "--base", str(base), *flags, "--seed", "1", "--margin", "0.3")
     assert message.endswith(
-        "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another --output-dir."
+        "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another folder."
     )
     wider = save_clip(tmp_path / "clip", width=32)
     message = refusal(train_finelip, capsys, "--base", str(wider), *flags)
-    assert message.endswith("step-0000001 is a checkpoint of another model: pass another --output-dir.")
+    assert message.endswith("step-0000001 is a checkpoint of another model: pass another folder.")
     train_finelip.main(
         ["--base", str(base), *flags, "--max-steps", "2", "--checkpointing-steps", "7", "--dataloader-num-workers", "1"]
     )
@@ -884,8 +885,11 @@ def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, c
 
 def test_refuses_images_none_of_which_can_be_read_also_from_workers(base, tmp_path, capsys) -> None:
     data = write_csv(tmp_path / "data", broken=tuple(range(10)))
-    flags = f"--base {base} --data csv:{data} --batch-size 5 --dataloader-num-workers 1 --cpu --output-dir {tmp_path / 'run'}"
-    assert refusal(train_finelip, capsys, *flags.split()).startswith("10 images in a row cannot be read")
+    flags = f"--base {base} --data csv:{data} --batch-size 5 --dataloader-num-workers 1 --cpu"
+    flags += f" --output-dir {tmp_path / 'run'}"
+    message = refusal(train_finelip, capsys, *flags.split())
+    assert message.startswith("10 images in a row cannot be read")
+    assert message.endswith("Where images are missing on purpose, pass --skip-missing-images.")
 
 
 def test_the_script_exits_with_an_error(tmp_path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from train_unet import NOISE_SCHEDULE
 from transformers import CLIPModel
 
+from finelip_sdxl.files import written_folder
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder
@@ -45,12 +46,12 @@ def main() -> None:
         scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
         add_watermarker=False,
     )
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
-    pipe.save_pretrained(arguments.output_dir)
-    # Without dtype= a text encoder takes its dtype from its config, and everything else loads as float32.
-    for name in ("text_encoder", "text_encoder_2"):
-        path = arguments.output_dir / name / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    with written_folder(arguments.output_dir, replaced=os.listdir) as new:
+        pipe.save_pretrained(new)
+        # Without dtype= a text encoder takes its dtype from its config, and everything else loads as float32.
+        for name in ("text_encoder", "text_encoder_2"):
+            path = new / name / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
     rest = arguments.output_dir.parent / "clips"
     rest.mkdir(exist_ok=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 from pathlib import Path
 
 from finelip_sdxl import ConditioningAdapter, miniature_path
+from finelip_sdxl.files import written_folder
 
 
 def main() -> None:
@@ -16,11 +17,11 @@ def main() -> None:
     flags.add_argument("--output-dir", type=Path, default=miniature_path().parent, help="folder that gets it")
     arguments = flags.parse_args()
     folder = arguments.output_dir / "conditioning_adapter"
-    shutil.rmtree(folder, ignore_errors=True)
-    ConditioningAdapter.from_pretrained(arguments.runs / "adapter" / "last").half().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    del config["_name_or_path"]  # where it was trained
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with written_folder(folder, replaced=os.listdir) as new:
+        ConditioningAdapter.from_pretrained(arguments.runs / "adapter" / "last").half().save_pretrained(new)
+        config = json.loads((new / "config.json").read_text())
+        del config["_name_or_path"]  # where it was trained
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     size = (folder / "diffusion_pytorch_model.safetensors").stat().st_size
     print(f"{folder}: {size / 2**20:.1f} MiB")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 from pathlib import Path
 
 from finelip_sdxl import load_finelip, miniature_path
+from finelip_sdxl.files import written_folder
 
 
 def main() -> None:
@@ -19,12 +20,13 @@ def main() -> None:
     arguments = flags.parse_args()
     for pair in (1, 2):
         folder = arguments.output_dir / f"finelip_{pair}"
-        shutil.rmtree(folder, ignore_errors=True)
-        load_finelip(arguments.runs / f"finelip_{pair}" / "last").half().save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        for part in (config, config["text_config"], config["vision_config"]):
-            part["dtype"] = "float32"  # of a model that is loaded without saying which
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with written_folder(folder, replaced=os.listdir) as new:
+            load_finelip(arguments.runs / f"finelip_{pair}" / "last").half().save_pretrained(new)
+            config = json.loads((new / "config.json").read_text())
+            for part in (config, config["text_config"], config["vision_config"]):
+                part["dtype"] = "float32"  # the default for who loads it without a dtype
+                part.pop("made_from", None)
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         print(f"{folder}: {(folder / 'model.safetensors').stat().st_size / 2**20:.1f} MiB")
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature.world import Scene, make_scene
 
 
@@ -85,16 +85,9 @@ def train(
             print(f"step={step}", line, file=log, flush=True)
         if (step + 1) % arguments.checkpointing_steps == 0 or step + 1 == arguments.steps:
             state = {key: part.state_dict() for key, part in saved.items()}
-            save_atomically({**state, "step": step + 1}, path)
+            with written_whole(path) as temporary:
+                torch.save({**state, "step": step + 1}, temporary)
     modules.eval()
-
-
-def save_atomically(state: dict, path: Path) -> None:
-    """Writes to a temporary name and moves it, so that a kill never leaves half a file under ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 def training_scenes(step: int, count: int) -> list[Scene]:

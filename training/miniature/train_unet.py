@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import parser, save_atomically, train
+from common import parser, train
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from train_clip import training_captions
 from transformers import CLIPModel
 
+from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_batch
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import make_scene
@@ -77,7 +78,8 @@ def latents_of_scenes(vae: AutoencoderKL, path: Path, count: int) -> tuple[torch
                 ids[10 + k, 2:4] = torch.tensor([top, left])
             latents.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
             time_ids.append(ids)
-        save_atomically({"latents": torch.cat(latents), "time_ids": torch.cat(time_ids)}, path)
+        with written_whole(path) as temporary:
+            torch.save({"latents": torch.cat(latents), "time_ids": torch.cat(time_ids)}, temporary)
     cached = torch.load(path, weights_only=True)
     return cached["latents"], cached["time_ids"]
 

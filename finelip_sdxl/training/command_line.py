@@ -1,0 +1,365 @@
+"""The command line of a recipe: flags that recipes share, presets in TOML files, checks, and a program that ends well.
+
+This is the one module of `finelip_sdxl.training` that knows flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import math
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
+from transformers.utils import logging as transformers_logging
+
+from finelip_sdxl.files import check_writable, stopped_by_signals
+from finelip_sdxl.texts import read_text
+from finelip_sdxl.training.run_folder import MODELS
+
+PRESETS = Path(__file__).parent / "presets"
+MOST = 10**9  # the highest number where a flag has no bound of its own
+MOST_STEPS = 9_999_999  # the names of checkpoints have room for no more
+# Errors of the library name its arguments; a recipe's user has flags.
+FLAG_OF_ARGUMENT = {"skip_missing=True": "--skip-missing-images"}
+# Flags of every recipe that may change when a run goes on: a batch teaches the same with any of them.
+FREE_RUN_FLAGS = {
+    "config",
+    "output_dir",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "gradient_checkpointing",
+    "cpu",
+    "report_to",
+}
+
+
+class FlagGroup(Protocol):
+    """A parser, or a group of its flags."""
+
+    def add_argument(self, name: str, /, **options: Any) -> argparse.Action: ...
+
+
+# Types of flags
+
+
+def number(
+    kind: type[int] | type[float],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float = MOST,
+    below: float | None = None,
+) -> Callable[[str], float]:
+    """Returns a flag's type: a number within bounds.
+
+    Args:
+        kind: int or float.
+        least: the lowest number that is allowed.
+        above: in place of `least`, a bound that is not allowed itself.
+        most: the highest number that is allowed.
+        below: in place of `most`, a bound that is not allowed itself.
+
+    Example:
+        >>> number(int, above=0)("8")
+        8
+        >>> number(float, least=0, below=1)("1")
+        Traceback (most recent call last):
+        argparse.ArgumentTypeError: expected a number below 1 instead of 1
+    """
+    name = "whole number" if kind is int else "number"
+
+    def parse(text: str) -> float:
+        value = math.nan
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+        bounds = {
+            f"above {above}": above is None or value > above,
+            f"of at least {least}": least is None or value >= least,
+            f"below {below}": below is None or value < below,
+            f"of at most {most:,}": value <= most,
+        }
+        for bound, is_met in bounds.items():
+            if not is_met:
+                raise argparse.ArgumentTypeError(f"expected a {name} {bound} instead of {text:.60}")
+        return value
+
+    return parse
+
+
+def path(text: str) -> Path:
+    """A flag's type: a file or folder. An empty text is refused, since it would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path instead of nothing")
+    return Path(text)
+
+
+COUNT, AMOUNT, SHARE = number(int, above=0), number(float, least=0), number(float, least=0, most=1)
+BATCH = number(int, above=0, most=65_536)
+STEPS, STEPS_OR_NONE = number(int, above=0, most=MOST_STEPS), number(int, least=0, most=MOST_STEPS)
+SEED = number(int, least=0, most=2**32 - 1)  # NumPy takes no other
+KEEP = number(int, above=0, most=10_000)
+
+
+# Flags of every recipe
+
+
+def add_config_flag(group: FlagGroup, presets: Sequence[Path]) -> None:
+    """Adds the flag for a file of other flags' values, which `parse_flags` reads."""
+    shipped = " or ".join(preset.name for preset in presets)
+    group.add_argument("--config", type=path, metavar="FILE", help="TOML file with values of flags, such as a copy of "
+        f"a preset; flags override it (presets: {shipped} in {presets[0].parent})")  # fmt: skip
+
+
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str) -> FlagGroup:
+    """Adds the group "the run", for a `RunFolder`, and returns it for flags of the recipe's own.
+
+    Args:
+        parser: the recipe's.
+        output_dir: the default folder.
+        models: what the run writes there beside its checkpoints.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> add_accelerator_flags(add_run_flags(parser, Path("runs/new"), models="last/ model"))
+        >>> parser.parse_args(["--checkpoints-total-limit", "3"])  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
+        Namespace(output_dir=...Path('runs/new'), checkpointing_steps=100, checkpoints_total_limit=3,
+            mixed_precision='no', gradient_checkpointing=False, cpu=False, report_to='none')
+    """
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: "
+        "a run that finds some goes on (default: %(default)s)")  # fmt: skip
+    add("--checkpointing-steps", type=STEPS, default=100, metavar="STEPS", help="steps between checkpoints (default: "
+        "%(default)s)")  # fmt: skip
+    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="checkpoints that are kept (default: "
+        "%(default)s)")  # fmt: skip
+    return group
+
+
+def add_accelerator_flags(group: FlagGroup) -> None:
+    """Adds the flags of `build_accelerator`, and gradient checkpointing, to the group from `add_run_flags`."""
+    add = group.add_argument
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
+    add("--cpu", action="store_true", help="use no GPU")
+    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="(default: %(default)s)")
+
+
+# Presets
+
+
+def preset_path(recipe: str, name: str) -> Path:
+    """Returns the file of a preset that ships.
+
+    Example:
+        >>> preset_path("train_finelip", "paper").name
+        'paper.toml'
+    """
+    return PRESETS / recipe / f"{name}.toml"
+
+
+def read_preset(file: Path) -> dict[str, Any]:
+    """Reads a TOML file of flags' values, by the name of the option.
+
+    Raises:
+        ValueError: if it is no TOML.
+        OSError: if it cannot be read.
+
+    Example:
+        >>> read_preset(preset_path("align_adapter", "sdxl"))["text_steps"]
+        1000
+    """
+    try:
+        values = tomllib.loads(read_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is no TOML ({error}).") from error
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def add_preset_flag(
+    group: FlagGroup, name: str, kind: Callable[[str], Any], metavar: str, text: str, presets: Sequence[Path]
+) -> None:
+    """Adds a flag whose default depends on the preset; its help shows the value of each.
+
+    Example:
+        >>> parser = argparse.ArgumentParser()
+        >>> presets = [preset_path("train_finelip", name) for name in ("paper", "miniature")]
+        >>> add_preset_flag(parser, "--batch-size", int, "PAIRS", "pairs in a batch", presets)
+        >>> parser.format_help().splitlines()[-1].strip()
+        '--batch-size PAIRS  pairs in a batch (64 / 40)'
+    """
+    option = name.removeprefix("--").replace("-", "_")
+    defaults = " / ".join(f"{read_preset(preset)[option]:g}" for preset in presets)
+    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} ({defaults})")
+
+
+def parse_flags(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    choose_preset: Callable[[argparse.Namespace], Sequence[Path]],
+) -> argparse.Namespace:
+    """Parses a recipe's flags. What is not given comes from the file of `--config`, and then from presets.
+
+    Args:
+        parser: has `--config`.
+        arguments: of the command line, or None to take them from there.
+        choose_preset: returns the presets for the flags that were given; the first that has a value counts.
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config")
+    file = first.parse_known_args(arguments)[0].config
+    try:
+        if file is not None:
+            parser.set_defaults(**_checked_values(parser, path(file)))
+        options = parser.parse_args(arguments)
+        for preset in choose_preset(options):
+            for name, value in _checked_values(parser, preset).items():
+                if getattr(options, name) is None:
+                    setattr(options, name, value)
+    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    return options
+
+
+def _checked_values(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
+    """The values of a preset, checked as those of flags are."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    values = {}
+    for name, value in read_preset(file).items():
+        flag = name.replace("_", "-")
+        if name not in actions:
+            near = difflib.get_close_matches(name, actions, n=1, cutoff=0.0)
+            raise ValueError(f"{file} sets {flag}, which is no flag: did you mean {near[0].replace('_', '-')}?")
+        try:
+            values[name] = _checked_value(actions[name], value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{file} sets {flag} to {value!r:.60}: {error}.") from error
+    return values
+
+
+def _checked_value(action: argparse.Action, value: Any) -> Any:
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError("expected true or false")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise argparse.ArgumentTypeError("expected a number or a text")
+    if action.choices is not None and value not in action.choices:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, action.choices))}")
+    return action.type(str(value)) if callable(action.type) else str(value)
+
+
+# Before the first step
+
+
+def check_run(arguments: argparse.Namespace) -> None:
+    """Checks a run's flags, before anything is loaded.
+
+    Raises:
+        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or the folder is none for a run.
+        OSError: if the folder cannot be written to.
+    """
+    # Accelerate takes it, and trains nothing.
+    if arguments.mixed_precision == "fp16" and uses_cpu(arguments):
+        raise ValueError("--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no.")
+    tracker = arguments.report_to
+    if tracker != "none" and find_spec(tracker) is None:
+        raise ValueError(f"--report-to {tracker} needs a package that is not installed: pip install {tracker}.")
+    folder: Path = arguments.output_dir
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"--output-dir {folder} is a file: pass the name of a folder.")
+    if folder.resolve().parent == folder.resolve():
+        raise ValueError(f"--output-dir {folder} is the root of all folders: pass one of the run's own.")
+    for place in (folder / "checkpoints", *(folder / name for name in MODELS)):
+        if os.path.lexists(place) and (not place.is_dir() or (place.is_symlink() and place.name in MODELS)):
+            raise ValueError(f"{place} is no folder, but a run saves one there: move it, or pass another --output-dir.")
+    check_writable(folder)
+
+
+def uses_cpu(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.cpu) or not torch.accelerator.is_available()
+
+
+def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHandler] = ()) -> Accelerator:
+    """Builds the accelerator that the flags ask for."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # the others wait while one process evaluates
+    return Accelerator(
+        cpu=uses_cpu(arguments),
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        log_with=None if arguments.report_to == "none" else arguments.report_to,
+        project_dir=str(arguments.output_dir),
+        kwargs_handlers=[*handlers, patience],
+    )
+
+
+def fixed_settings(arguments: argparse.Namespace, free: Collection[str], processes: int) -> dict[str, Any]:
+    """Returns the settings that must stay as they are when a run goes on. A path is its last part: folders may move.
+
+    Args:
+        arguments: the flags of the run.
+        free: flags of the recipe's own that may change, beside `FREE_RUN_FLAGS`.
+        processes: the number of processes.
+
+    Example:
+        >>> arguments = argparse.Namespace(base="models/clip", seed=0, epochs=6, output_dir=Path("runs/clip"))
+        >>> fixed_settings(arguments, free={"epochs"}, processes=1)
+        {'base': 'clip', 'seed': 0, 'processes': 1}
+    """
+    free = FREE_RUN_FLAGS.union(free)
+    fixed = {name: value for name, value in vars(arguments).items() if name not in free and value is not None}
+    fixed["processes"] = processes
+    return {name: Path(value).name if isinstance(value, str | Path) else value for name, value in fixed.items()}
+
+
+# The program
+
+
+def run_recipe(
+    script: str,
+    train: Callable[[argparse.Namespace], Any],
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    arguments: Sequence[str] | None,
+) -> None:
+    """Runs a recipe as a program: libraries are quiet, and wrong input, or a signal, ends it with one line.
+
+    Args:
+        script: its file name, with which such a line begins.
+        train: the recipe.
+        parse: parses its flags.
+        arguments: of the command line, or None to take them from there.
+    """
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with stopped_by_signals():
+            train(parse(arguments))
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: stopped; the same command goes on from the last checkpoint")
+    except (ValueError, OSError, ImportError) as error:
+        message = str(error).strip()
+        if "Original Traceback" in message:  # from a process that prepares data; the error itself is the last line
+            message = message.splitlines()[-1].partition(": ")[2]
+        for argument, flag in FLAG_OF_ARGUMENT.items():
+            message = message.replace(argument, flag)
+        sys.exit(f"{script}: error: {' '.join(message.split())}")
+
+
+def end_run(accelerator: Accelerator, progress: Mapping[str, Any]) -> None:
+    """Prints the progress of a run of which nothing else is held any more, and leaves the other processes."""
+    accelerator.print(json.dumps(progress))
+    # Where the model is the last that holds Gloo's group, both wait for each other without end.
+    accelerator.free_memory()
+    accelerator.end_training()

@@ -1,0 +1,50 @@
+"""When things happen in a run: the learning rate of each step, and the batches of each epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+
+def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
+    """Returns the share of the peak learning rate at a step: a linear warm-up, then half a cosine to 0.
+
+    Example:
+        >>> [round(learning_rate_factor(step, warmup=2, steps=6), 3) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+class Epoch(Protocol):
+    """The batches of one epoch, of known number."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+def endless(batches: Epoch, set_epoch: Callable[[int, int], None], first: int) -> Iterator[Any]:
+    """Yields batches without end, epoch after epoch, from number `first` on.
+
+    Args:
+        batches: one epoch; its length is that of a whole one.
+        set_epoch: is called before each epoch with its number and its first batch, which is not 0 where a run goes on.
+        first: the number of the first batch, over all epochs.
+
+    Example:
+        >>> from itertools import islice
+        >>> from finelip_sdxl.data import ResumableBatchSampler
+        >>> order = ResumableBatchSampler(size=6, group_size=1, batch_size=2, seed=0)
+        >>> whole = list(islice(endless(order, order.set_epoch, first=0), 8))
+        >>> whole[4:] == list(islice(endless(order, order.set_epoch, first=4), 4))
+        True
+    """
+    epoch, done = divmod(first, len(batches))
+    while True:
+        set_epoch(epoch, done)
+        yield from batches
+        epoch, done = epoch + 1, 0
