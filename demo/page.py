@@ -151,7 +151,7 @@ class _Page:
                     list(HIDDEN_STATES),
                     value=self.comparison.pipe.hidden_states,
                     label="Hidden states",
-                    info="Of FineLIP-SDXL's column" + ("; published switches the adapter off" if has_adapter else ""),
+                    info="Of FineLIP-SDXL's column" + ("; last switches the adapter off" if has_adapter else ""),
                     elem_id="hidden-states",
                 )
             upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
