@@ -50,7 +50,7 @@ def to_image(pixels: Any) -> Image.Image:
         height, width = pixels.shape[-2:]
         raise ValueError(
             f"{lost:,} of the picture's {height * width:,} pixels are not a number (NaN): numbers grew too large, or"
-            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (--dtype): SDXL's VAE"
+            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (`dtype`): SDXL's VAE"
             " overflows in float16 unless its config has `force_upcast`. If not, lower the guidance scale and the"
             " weights in the prompt, or load the model again."
         )

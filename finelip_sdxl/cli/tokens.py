@@ -1,9 +1,17 @@
-"""The command `tokens`."""
+"""The command `tokens`: which tokens of a prompt each text encoder gets."""
 
 import argparse
 from typing import Any
 
-from finelip_sdxl.cli.options import chosen_prompt, config_source, loading_arguments
+from finelip_sdxl.cli.options import (
+    add_base,
+    add_command,
+    add_encoding,
+    add_prompt,
+    chosen_prompt,
+    config_source,
+    loading_arguments,
+)
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import (
     LENGTH_BUCKETS,
@@ -18,19 +26,26 @@ from finelip_sdxl.options import (
 from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
 
 
+def add_parser(commands: Any) -> None:
+    command = add_command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
+    add_prompt(command)
+    add_base(command)
+    add_encoding(command, hidden_states=False)
+
+
 def tokens(options: argparse.Namespace) -> None:
-    """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
+    """Print what each text encoder reads of a prompt. Loads tokenizers and configs, no weights."""
     prompt = check_texts("prompt", chosen_prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
     described = config_source(options)
     if described is None:
         raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
-    readers, saved = _encoder_specs(described)
+    specs, saved = _encoder_specs(described)
     chosen = {**saved, **loading_arguments(options)}
     report = plan_prompts(
-        readers,
-        [prompt] * len(readers),
-        None if negative is None else [negative] * len(readers),
+        specs,
+        [prompt] * len(specs),
+        None if negative is None else [negative] * len(specs),
         short_prompt_encoder=check_choice(
             "short_prompt_encoder", chosen.get("short_prompt_encoder", SHORT_PROMPT_ENCODER[0]), SHORT_PROMPT_ENCODER
         ),
@@ -50,14 +65,14 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
     from finelip_sdxl.stretch import FACTOR, KEEP
 
     index = DiffusionPipeline.load_config(base)
-    readers = []
+    specs = []
     for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if not (index.get(encoder) or [None])[0]:
             continue
         config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
         positions = config.max_position_embeddings
         is_stock = positions <= STOCK_POSITIONS or getattr(config, "stretched_from", None) == STOCK_POSITIONS
-        readers.append(
+        specs.append(
             EncoderSpec(
                 encoder,
                 CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
@@ -65,6 +80,6 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
                 has_stock=is_stock or f"stock_{encoder}" in index,
             )
         )
-    if not readers or "text_encoder_2" not in index:
+    if not specs or "text_encoder_2" not in index:
         raise ValueError(f"{base} has not the CLIP text encoders of an SDXL: pass another base.")
-    return readers, index
+    return specs, index

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, miniature_path
-from finelip_sdxl.cli import compare, convert, export
+from finelip_sdxl.cli import convert, export
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import open_device
 from finelip_sdxl.comparison import comparison
@@ -231,8 +231,10 @@ def test_compare_draws_with_the_miniature(picture, capsys) -> None:
     assert (found["columns"], found["seeds"], found["width"]) == (["stock", "compel", "finelip"], [0], 96)
 
 
-def test_compare_offers_the_columns_that_there_are() -> None:
-    assert tuple(comparison.COLUMNS) == compare.COLUMNS
+def test_compare_offers_the_columns_that_there_are(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert f"--columns {{{','.join(comparison.COLUMNS)}}}" in capsys.readouterr().out
 
 
 def test_convert_writes_what_stock_and_ours_open(stock_folder, tmp_path, capsys) -> None:
