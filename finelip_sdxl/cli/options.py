@@ -185,7 +185,8 @@ def open_device(name: str | None) -> Any:
 
 
 def chosen_prompt(options: argparse.Namespace) -> str:
-    given = [text for text in (options.text, options.prompt) if text is not None]
+    """The one prompt that was given, whichever way."""
+    given: list[str] = [text for text in (options.text, options.prompt) if text is not None]
     if options.prompt_file is not None:
         given.append(_read_prompt(options.prompt_file))
     if len(given) != 1:

@@ -92,6 +92,8 @@ class Settings:
         names = {field.name for field in fields(cls)}
         # The command line writes null where nothing was given.
         known = {name: value for name, value in parameters.items() if name in names and value is not None}
+        if known.get("hidden_states") == "published":  # the name of the last ones in the first pictures
+            known["hidden_states"] = "last"
         return cls(**known)
 
 

@@ -41,7 +41,7 @@ def picture(tmp_path) -> str:
 
 
 def parameters(file: str) -> dict:
-    return json.loads(Image.open(file).text["parameters"])
+    return json.loads(Image.open(file).text["finelip_sdxl"])
 
 
 def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, picture, capsys) -> None:
