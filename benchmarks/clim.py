@@ -12,16 +12,12 @@ inputs. Exits with an error if the loss or the gradients of the two differ.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
-import shlex
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +27,7 @@ import torch
 from torch import Tensor
 
 from finelip_sdxl import TokenRefinement, late_interaction, triplet_margin_loss
+from finelip_sdxl.report import command_line, report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -178,10 +175,8 @@ def main() -> None:
         parser.error("--device cuda: this machine has no CUDA device, use --device cpu")
 
     device = torch.cuda.get_device_name() if flags.device == "cuda" else f"{flags.threads} threads"
-    print(
-        f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {device}, torch {torch.__version__}:", end=" "
-    )
-    print(f"`{shlex.join(['python', 'benchmarks/clim.py', *sys.argv[1:]])}`\n")
+    command = command_line("python benchmarks/clim.py", sys.argv[1:])
+    print(f"{report_header(device=device)}: `{command}`\n")
     try:
         compare(flags)
     except ValueError as error:

@@ -11,10 +11,7 @@ is built and its encoders are swapped, but nothing runs, and its memory is never
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 from collections.abc import Callable, Collection, Iterable
-from datetime import date
 from functools import partial
 from typing import Any
 
@@ -25,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.report import report_header
 
 GIB = 2**30
 # As in the configs of stabilityai/stable-diffusion-xl-base-1.0.
@@ -225,9 +223,9 @@ def main() -> None:
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     arguments = flags.parse_args()
     is_measured = arguments.device == "cuda"
-    machine = torch.cuda.get_device_name() if is_measured else f"{os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if is_measured else None
     what = "measured, activations included" if is_measured else "weights alone, counted"
-    print(f"{date.today()}, {platform.machine()}, {machine}, torch {torch.__version__}; bfloat16, GiB, {what}\n")
+    print(f"{report_header(device=device)}; bfloat16, GiB, {what}\n")
     print("| pipeline | offload | weights in all |", " | ".join(PHASES), "|\n|---|---|---|---|---|---|")
     rows = [(name, "none") for name in contents()] + [(FULLEST, how) for how in OFFLOADS[1:]]
     for name, how in rows:

@@ -20,12 +20,9 @@ scenes). All rows draw from the same noise; all but the first read short caption
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 TRAINING = Path(__file__).parent.parent / "training" / "miniature"
@@ -33,7 +30,6 @@ sys.path.append(str(TRAINING))
 from new_color import NEW_COLOR, make_new_scene  # isort: skip
 
 import numpy as np
-import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 
@@ -41,6 +37,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.report import report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -124,9 +121,8 @@ def main() -> None:
     fine_tune = fine_tune_in(arguments.runs, arguments.train_flags)
     logging.set_verbosity_error()  # stock would repeat all that it cuts
     samples = {kind: make_samples(arguments.scenes, kind) for kind in KINDS}
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     setting = f"{arguments.scenes} scenes, {arguments.steps} steps, guidance {arguments.guidance_scale}"
-    print(f"{date.today().isoformat()}, {machine}; {setting}", end="\n\n")
+    print(f"{report_header()}; {setting}", end="\n\n")
     print("| read by |", " | ".join(COLUMNS), "|")
     print("|---" * (len(COLUMNS) + 1) + "|", flush=True)
     for name, open_reading in readings(fine_tune).items():

@@ -10,10 +10,7 @@ about objects, in short captions.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
-from datetime import date
 
 import numpy as np
 import torch
@@ -25,6 +22,7 @@ from finelip_sdxl.miniature.captions import short_caption
 from finelip_sdxl.miniature.drawing import draw_batch, draw_scene
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.world import ATTRIBUTES, Scene, make_scene
+from finelip_sdxl.report import report_header
 
 ANSWERS = {name: ATTRIBUTES[name] for name in ("place", "shape", "color")}  # the size is not always said
 
@@ -116,8 +114,7 @@ def main() -> None:
     flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
     arguments = flags.parse_args()
     pipe = StableDiffusionXLPipeline.from_pretrained(miniature_path())
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
-    print(f"{arguments.scenes} scenes")
+    print(f"{report_header()}; {arguments.scenes} scenes")
     with torch.no_grad():
         score_renderings(pipe, [make_scene(f"unseen-{k}") for k in range(arguments.scenes)])
         probe_encoders(pipe, arguments.scenes)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -34,6 +32,7 @@ from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import Scene, make_scene
 from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.report import report_header
 
 BATCH_SIZE = 25
 COLUMNS = (
@@ -303,9 +302,8 @@ def circumstances(results: Results, readings: list[Reading]) -> str:
     entries = [results.find(reading, kind) for reading in readings for kind in reading.kinds]
     days = sorted({date.fromtimestamp(entry["time"]).isoformat() for entry in entries if entry is not None})
     drawn = " to ".join(dict.fromkeys((days[0], days[-1])))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     seconds = sum(entry["seconds"] for entry in entries if entry is not None)
-    return f"{drawn}, {machine}; {results.setting}; drawn in {seconds} s"
+    return f"{report_header(drawn)}; {results.setting}; drawn in {seconds} s"
 
 
 # Arguments

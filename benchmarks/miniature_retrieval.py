@@ -12,12 +12,9 @@ before; and short captions' states are held against stock's.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.world import COLORS
 from finelip_sdxl.model import end_positions
 from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.report import report_header
 from finelip_sdxl.text_encoders import num_positions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
@@ -149,8 +147,7 @@ def main() -> None:
     flags.add_argument("--train-flags", default="", metavar="FLAGS", help="further ones for each training")
     flags.add_argument("--only", nargs="*", default=[], help="names of the rows to print (default all)")
     arguments = flags.parse_args()
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__};", end=" ")
-    print(f"{arguments.scenes} unseen scenes, {arguments.seeds} seeds\n")
+    print(f"{report_header()}; {arguments.scenes} unseen scenes, {arguments.seeds} seeds\n")
 
     columns = [f"{name}, {way}" for name in ("global", "fine", "fused") for way in ("image to text", "text to image")]
     columns += ["linked colors", "short captions' states"]

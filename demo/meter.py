@@ -1,62 +1,19 @@
 """The prompt meter: how much of a prompt each column of the demo reads, as HTML in the colors of the Gradio page.
 
-`render_meter` gives the HTML and `STYLE` the CSS, both with classes that begin with `meter-`.
+`render_meter` fills `templates/meter.html`; `styles/meter.css` is its CSS. Their classes begin with `meter-`.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from html import escape
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from demo.rendering import render
 from finelip_sdxl.prompts.plan import EncoderPlan
 
 STOCK = "stock"
 MARKERS = 2  # start and end token
 
 HINT = "Write a prompt, and see here how much of it is read."
-
-# Gradio wraps rules in selectors of its own and drops @container and nested rules on the way: plain rules only.
-STYLE = """
-:root { --stock: #c02626; --compel: #966500; --finelip: #0b7285; --meter-on-color: #ffffff; }
-.dark { --stock: #ff8f87; --compel: #f5b041; --finelip: #4fc3d9; --meter-on-color: #18181b; }
-
-.meter-stock { --meter-color: var(--stock); }
-.meter-compel { --meter-color: var(--compel); }
-.meter-finelip { --meter-color: var(--finelip); }
-
-.meter {
-  --meter-muted: color-mix(in srgb, var(--body-text-color) 68%, var(--background-fill-secondary));
-  display: flex; flex-direction: column; gap: 12px;
-  color: var(--body-text-color); font-size: 14px; line-height: 1.4;
-}
-.meter-line { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 4px 12px; }
-.meter-title, .meter-loses { font-weight: 600; color: var(--meter-color); }
-.meter-bar { display: flex; flex: 0 0 100%; gap: 3px; height: 10px; }
-.meter-read, .meter-dropped { flex-basis: 0; min-width: 2px; border-radius: 3px; }
-.meter-read { background: var(--meter-color); }
-.meter-dropped {
-  border: 1px solid var(--meter-color); opacity: 0.55;
-  background: repeating-linear-gradient(135deg, var(--meter-color) 0 1px, transparent 1px 6px);
-}
-.meter-legend { display: flex; flex-wrap: wrap; gap: 4px 20px; font-size: 13px; }
-.meter-text {
-  max-height: 26em; overflow-y: auto; padding: 12px 14px;
-  border: 1px solid var(--border-color-primary); border-radius: 8px;
-  background: var(--background-fill-secondary);
-  line-height: 1.75; white-space: pre-line; overflow-wrap: anywhere;
-}
-.meter-cut {
-  color: var(--meter-muted);
-  text-decoration: line-through; text-decoration-color: var(--meter-color); text-decoration-thickness: 1px;
-}
-.meter-mark {
-  display: inline-block; margin: 0 4px 0 1px; padding: 0 5px; border-radius: 4px;
-  background: var(--meter-color); color: var(--meter-on-color);
-  font-size: 11px; font-weight: 700; line-height: 16px; white-space: nowrap; vertical-align: 1px; user-select: none;
-}
-.meter-good { font-weight: 600; color: var(--finelip); }
-.meter-hint { color: var(--meter-muted); }
-@media (max-width: 480px) { .meter-title { flex-basis: 100%; } }
-"""
 
 
 def render_meter(
@@ -76,7 +33,7 @@ def render_meter(
         pending: columns whose plan follows.
 
     Returns:
-        HTML for `STYLE`; text that came in is escaped. Where a column's windows do not join to the prompt (compel's
+        HTML; text that came in is escaped. Where a column's windows do not join to the prompt (compel's
         syntax of weights is taken out before it reads), they are counted but not marked in the text.
 
     Example:
@@ -88,37 +45,46 @@ def render_meter(
         (True, True)
     """
     if not prompt.strip():
-        return f'<div class="meter"><div class="meter-hint">{HINT}</div></div>'
-    names = {column: escape(titles[column]) for column in plans}
-    lines = "".join(
-        _line(column, names[column], plans[column]) if column in plans else _pending(column, escape(title))
-        for column, title in titles.items()
-        if column in plans or column in pending
+        return render("no_prompt", sentence=HINT)
+    kept, cut = _text(prompt, plans)
+    return render(
+        "meter",
+        titles=titles,
+        lines=[_line(column, plans.get(column)) for column in titles if column in plans or column in pending],
+        praise=_praise(plans, titles),
+        legend=list(_legend(prompt, plans)),
+        kept=kept,
+        cut=cut,
+        stock=STOCK,
     )
-    legend = "".join(f"<span>{item}</span>" for item in _legend(prompt, plans, names))
-    legend = f'<div class="meter-legend">{legend}</div>' if legend else ""
-    return f'<div class="meter">{lines}{_praise(plans, names)}{legend}{_text(prompt, plans, names)}</div>'
 
 
-def _line(column: str, name: str, plan: EncoderPlan) -> str:
+@dataclass(frozen=True)
+class _Line:
+    """A column's line: a sentence, and a bar whose parts are as long as their tokens are many."""
+
+    column: str
+    sentence: str
+    parts: tuple[tuple[str, int], ...] = ()
+    loses: bool = False
+    is_pending: bool = False
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the prompt, with the columns and numbers of the windows that begin before it."""
+
+    text: str
+    windows: tuple[tuple[str, int], ...] = ()
+
+
+def _line(column: str, plan: EncoderPlan | None) -> _Line:
+    if plan is None:
+        return _Line(column, "is still reading", is_pending=True)
     parts = [("read", len(window.token_ids)) for window in plan.windows]
-    loses = ""
     if plan.cut_tokens:
         parts.append(("dropped", plan.cut_tokens))
-        loses = ' class="meter-loses"'
-    bar = "".join(f'<span class="meter-{kind}" style="flex-grow: {tokens}"></span>' for kind, tokens in parts)
-    return (
-        f'<div class="meter-line meter-{column}"><span class="meter-title">{name}</span>'
-        f"<span{loses}>{_sentence(plan)}</span>"
-        f'<span class="meter-bar" aria-hidden="true">{bar}</span></div>'
-    )
-
-
-def _pending(column: str, name: str) -> str:
-    return (
-        f'<div class="meter-line meter-pending meter-{column}"><span class="meter-title">{name}</span>'
-        '<span>is still reading</span><span class="meter-bar" aria-hidden="true"></span></div>'
-    )
+    return _Line(column, _sentence(plan), tuple(parts), loses=bool(plan.cut_tokens))
 
 
 def _sentence(plan: EncoderPlan) -> str:
@@ -131,29 +97,30 @@ def _sentence(plan: EncoderPlan) -> str:
     return f"reads all {read:,} tokens in {len(plan.windows)} windows of {plan.positions}"
 
 
-def _praise(plans: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
+def _praise(plans: Mapping[str, EncoderPlan], titles: Mapping[str, str]) -> str:
     if not plans or any(plan.cut_tokens for plan in plans.values()):
         return ""
     short = all(len(plan.windows) == 1 for plan in plans.values())
-    who = {1: "{} reads".format(*names.values()), 2: "both read", 3: "all three read"}[len(names)]
-    return f'<div class="meter-good">{"Short enough" if short else "Nothing is lost"}: {who} the whole prompt.</div>'
+    first = titles[next(iter(plans))]
+    who = {1: f"{first} reads", 2: "both read", 3: "all three read"}[len(plans)]
+    return f"{'Short enough' if short else 'Nothing is lost'}: {who} the whole prompt."
 
 
-def _legend(prompt: str, plans: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> Iterator[str]:
-    """What the marks in the text mean, and whose are missing."""
+def _legend(prompt: str, plans: Mapping[str, EncoderPlan]) -> Iterator[tuple[str, str]]:
+    """Columns, and what their marks in the text mean, or why they have none."""
     for column, plan in plans.items():
         parted = len(plan.windows) > 1 or plan.cut_tokens
         if parted and not _joins(prompt, plan):
-            yield f"{names[column]} reads a rewritten prompt, so its windows are not marked"
+            yield column, "rewritten"
         elif column == STOCK and plan.cut_tokens:
-            yield f'<del class="meter-cut meter-{column}">struck out</del>: {names[column]} never sees it'
+            yield column, "struck out"
         elif len(plan.windows) > 1:
-            yield f"{_mark(column, '2')} a new window of {names[column]} begins"
+            yield column, "window"
 
 
-def _text(prompt: str, plans: Mapping[str, EncoderPlan], names: Mapping[str, str]) -> str:
-    """The prompt, with a mark where a window begins, and struck out from where stock stops."""
-    marks: dict[int, str] = {}  # by the character before which they stand
+def _text(prompt: str, plans: Mapping[str, EncoderPlan]) -> tuple[list[_Piece], list[_Piece]]:
+    """The prompt up to where stock stops, and the rest, both in pieces that begin where a window does."""
+    windows: dict[int, tuple[tuple[str, int], ...]] = {}  # by the character before which they begin
     stop = len(prompt)
     for column, plan in plans.items():
         if not _joins(prompt, plan):
@@ -162,23 +129,13 @@ def _text(prompt: str, plans: Mapping[str, EncoderPlan], names: Mapping[str, str
             stop -= len(plan.cut_text)
         starts = accumulate(len(window.text) for window in plan.windows[:-1])
         for number, start in enumerate(starts, start=2):
-            marks[start] = marks.get(start, "") + _mark(column, str(number), f"{names[column]}: window {number}")
+            windows[start] = (*windows.get(start, ()), (column, number))
 
-    def marked(first: int, last: int) -> str:
-        borders = sorted({first, last, *(place for place in marks if first < place < last)})
-        return "".join(marks.get(left, "") + escape(prompt[left:right]) for left, right in pairwise(borders))
+    def pieces(first: int, last: int) -> list[_Piece]:
+        borders = sorted({first, last, *(place for place in windows if first < place < last)})
+        return [_Piece(prompt[left:right], windows.get(left, ())) for left, right in pairwise(borders)]
 
-    html = marked(0, stop)
-    if stop < len(prompt):
-        html += _mark(STOCK, f"{names[STOCK]} stops here")
-        html += f'<del class="meter-cut meter-{STOCK}">{marked(stop, len(prompt))}</del>'
-    return f'<div class="meter-text" dir="auto">{html}</div>'
-
-
-def _mark(column: str, text: str, label: str = "") -> str:
-    """A small colored mark; `label` says what a bare number means."""
-    spoken = f' role="img" aria-label="{label}" title="{label}"' if label else ""
-    return f'<span class="meter-mark meter-{column}"{spoken}>{text}</span>'
+    return pieces(0, stop), pieces(stop, len(prompt))
 
 
 def _joins(prompt: str, plan: EncoderPlan) -> bool:

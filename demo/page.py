@@ -18,6 +18,7 @@ import gradio as gr
 
 from demo import meter, scoring_view
 from demo.progress import Progress, Stopped, Visitors, follow
+from demo.rendering import render
 from demo.theme import ABOUT_MINIATURE, INTRO, heading, sources_line, status_line
 from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture, label_pictures
 from finelip_sdxl.comparison.settings import COLUMNS, MAX_SEED, MIN_SIDE, Settings
@@ -151,7 +152,7 @@ class _Page:
                     list(HIDDEN_STATES),
                     value=self.comparison.pipe.hidden_states,
                     label="Hidden states",
-                    info="Of FineLIP-SDXL's column" + ("; published switches the adapter off" if has_adapter else ""),
+                    info="Of FineLIP-SDXL's column" + ("; last switches the adapter off" if has_adapter else ""),
                     elem_id="hidden-states",
                 )
             upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
@@ -514,7 +515,7 @@ def _too_long(text: str) -> str:
 
 
 def _hint(sentence: str) -> str:
-    return f'<div class="meter-hint">{escape(sentence)}</div>'
+    return render("hint", sentence=sentence)
 
 
 def _with_seed(values: list[Any], is_random: bool) -> tuple[Any, ...]:

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from PIL import Image
 
+from demo.rendering import render
 from finelip_sdxl.miniature.marking import mark_objects
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import ObjectScore, score_objects
-
-STYLE = """
-.verdict { --right: #1a7f37; --wrong: #c02626; color: var(--body-text-color); font-size: 14px; line-height: 1.35; }
-.dark .verdict { --right: #56d364; --wrong: #ff8f87; }
-.verdict-list { margin: 0; padding: 0; list-style: none; }
-.verdict-list li { display: flex; gap: 6px; margin: 0; padding: 2px 0; }
-.verdict-number { flex: 0 0 1.4em; text-align: right; color: var(--muted); }
-.verdict-right { color: var(--right); font-weight: 700; }
-.verdict-wrong { color: var(--wrong); font-weight: 700; }
-.verdict-why { color: var(--muted); }
-"""
-
-
-NOTHING_DESCRIBED = "The miniature knows no object of this prompt, so there is nothing to judge: click on an example."
 
 
 def judge(image: Image.Image, described: tuple[DescribedObject, ...] | None) -> tuple[Image.Image, str, str]:
@@ -34,30 +19,28 @@ def judge(image: Image.Image, described: tuple[DescribedObject, ...] | None) -> 
             known.
 
     Returns:
-        The picture enlarged and marked, how many objects are right, and a list of them as HTML for `STYLE`; for another
+        The picture enlarged and marked, how many objects are right, and a list of them as HTML; for another
         model the picture as it is and two empty texts.
     """
     if described is None:
         return image, "", ""
     if not described:
-        return mark_objects(image, (), ()), "", f'<div class="verdict">{NOTHING_DESCRIBED}</div>'
+        return mark_objects(image, (), ()), "", render("verdict", entries=[])
     scores = score_objects(image, described)
     share = f"{sum(score.right for score in scores)} of {len(described)} right"
-    entries = "".join(map(_entry, range(1, len(described) + 1), described, scores))
-    details = f'<div class="verdict"><ol class="verdict-list">{entries}</ol></div>'
+    details = render("verdict", entries=list(map(_entry, described, scores)))
     return mark_objects(image, described, scores), share, details
 
 
-def _entry(number: int, thing: DescribedObject, score: ObjectScore) -> str:
-    sign, kind = ("✓", "right") if score.right else ("✗", "wrong")
+def _entry(thing: DescribedObject, score: ObjectScore) -> dict[str, str]:
     link = ", color by link" if thing.linked else ""
-    what = escape(f"{thing.color} {thing.shape}, {thing.place}{link}")
-    why = "" if score.right else f' <span class="verdict-why">({_what_is_wrong(score)})</span>'
-    mark = f'<span class="verdict-{kind}" aria-label="{kind}">{sign}</span>'
-    return f'<li><span class="verdict-number">{number}</span>{mark}<span>{what}{why}</span></li>'
+    return {"thing": f"{thing.color} {thing.shape}, {thing.place}{link}", "fault": _fault(score)}
 
 
-def _what_is_wrong(score: ObjectScore) -> str:
+def _fault(score: ObjectScore) -> str:
+    """What is wrong with an object; nothing for one that is right."""
+    if score.right:
+        return ""
     if not score.shape:
         return "not there"
     return "another color" if not score.color else "another place"

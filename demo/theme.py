@@ -7,7 +7,7 @@ from html import escape
 
 import gradio as gr
 
-from demo import meter, scoring_view
+from demo.rendering import read_style, render
 from finelip_sdxl.comparison.settings import COLUMNS
 
 INTRO = """<h1>FineLIP-SDXL</h1>
@@ -77,44 +77,12 @@ THEME = gr.themes.Soft(
 )
 
 
-STYLE = (
-    meter.STYLE
-    + scoring_view.STYLE
-    + """
-.gradio-container {
-  --muted: color-mix(in srgb, var(--body-text-color) 72%, var(--body-background-fill));
-  --color-accent: var(--finelip);
-  width: 100%; max-width: 1180px !important; margin: 0 auto;
-}
-.intro h1 { margin: 0 0 4px; font-size: 26px; }
-.intro p { margin: 0; max-width: 62em; color: var(--muted); font-size: 15px; }
-#examples .label { color: var(--body-text-color); }
-#examples button { border-color: var(--input-border-color); }
-input[type=range]::-webkit-slider-thumb { box-shadow: 0 0 0 1px var(--neutral-500); }
-input[type=range]::-moz-range-thumb { box-shadow: 0 0 0 1px var(--neutral-500); }
-.picture { border: 1px solid var(--input-border-color) !important; }
-#sources { color: var(--muted); }
-.gradio-container footer { gap: 16px; }
-.gradio-container footer .divider { display: none; }
-.column { gap: 8px !important; }
-.heading { padding: 2px 0 2px 10px; border-left: 4px solid var(--meter-color); }
-.heading-line { display: flex; justify-content: space-between; gap: 8px; font-size: 18px; font-weight: 700; }
-.heading-title { color: var(--meter-color); }
-.heading-share { color: var(--body-text-color); }
-.heading-about { font-size: 13px; color: var(--muted); }
-.status { min-height: 30px; font-size: 13px; color: var(--muted); }
-.status-bar { height: 6px; margin-bottom: 4px; border-radius: 3px; background: var(--border-color-primary); }
-.status-done { height: 6px; border-radius: 3px; background: var(--meter-color); }
-"""
-)
+STYLE = "\n".join(map(read_style, ("meter", "verdict", "page")))
 
 
 def heading(column: str, share: str = "") -> str:
     """A column's title, what it does and, once it is drawn, how much is right."""
-    return (
-        f'<div class="heading"><div class="heading-line"><span class="heading-title">{COLUMNS[column]}</span>'
-        f'<span class="heading-share">{share}</span></div><div class="heading-about">{ABOUT[column]}</div></div>'
-    )
+    return render("heading", title=COLUMNS[column], share=share, about=ABOUT[column])
 
 
 def sources_line(sources: Mapping[str, str]) -> str:
@@ -130,9 +98,4 @@ def sources_line(sources: Mapping[str, str]) -> str:
 
 def status_line(text: str, done: float | None = None) -> str:
     """What a column is at, with a bar if it is under way; `done` is a share."""
-    bar = (
-        ""
-        if done is None
-        else f'<div class="status-bar"><div class="status-done" style="width:{done:.0%}"></div></div>'
-    )
-    return f'<div class="status">{bar}{escape(text)}</div>'
+    return render("status", text=text, percent=None if done is None else f"{100 * done:.0f}")

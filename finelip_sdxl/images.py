@@ -20,6 +20,9 @@ from finelip_sdxl.files import written_whole
 MAX_BYTES, MAX_CHUNKS = 64 * 2**20, 20_000  # of a PNG whose parameters are read; a chunk of pixels has 8 KiB or more
 
 
+INFOTEXT_KEY, OWN_KEY = "parameters", "finelip_sdxl"  # of the texts in a PNG
+
+
 MIN_SIDE = 256  # of a picture in a grid: smaller ones leave no room for labels
 
 
@@ -50,7 +53,7 @@ def to_image(pixels: Any) -> Image.Image:
         height, width = pixels.shape[-2:]
         raise ValueError(
             f"{lost:,} of the picture's {height * width:,} pixels are not a number (NaN): numbers grew too large, or"
-            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (--dtype): SDXL's VAE"
+            " the weights are damaged. If this was half precision, draw in float32 or bfloat16 (`dtype`): SDXL's VAE"
             " overflows in float16 unless its config has `force_upcast`. If not, lower the guidance scale and the"
             " weights in the prompt, or load the model again."
         )
@@ -58,7 +61,10 @@ def to_image(pixels: Any) -> Image.Image:
 
 
 def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, Any]) -> None:
-    """Write a PNG that says how it was made: the prompt as text, and all parameters as JSON.
+    """Write a PNG that says how it was made.
+
+    Its texts are the prompt under `prompt`, the main parameters in the words of A1111 under `parameters`, as other
+    programs read them, and all parameters as JSON under `finelip_sdxl`.
 
     Args:
         image: the picture.
@@ -76,10 +82,40 @@ def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, 
         {'prompt': 'a red star', 'steps': 20}
     """
     info = PngInfo()
-    info.add_itxt("prompt", parameters["prompt"].replace("\0", "\N{REPLACEMENT CHARACTER}"))  # ends a text in a PNG
-    info.add_itxt("parameters", json.dumps(parameters))
+    texts = {"prompt": parameters["prompt"], INFOTEXT_KEY: infotext(parameters), OWN_KEY: json.dumps(parameters)}
+    for key, text in texts.items():
+        info.add_itxt(key, text.replace("\0", "\N{REPLACEMENT CHARACTER}"))  # a null byte ends a text in a PNG
     with written_whole(Path(file)) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
+
+
+def infotext(parameters: dict[str, Any]) -> str:
+    """Parameters in the words of A1111: the prompt, the negative prompt, and a line of what else is known.
+
+    Args:
+        parameters: as for `save_png`.
+
+    Example:
+        >>> print(infotext({"prompt": "a red star", "negative_prompt": "text", "steps": 20, "seed": 7}))
+        a red star
+        Negative prompt: text
+        Steps: 20, Sampler: Euler, Seed: 7, Version: finelip-sdxl
+    """
+    size = [parameters.get(side) for side in ("width", "height")]
+    named = {
+        "Steps": parameters.get("steps"),
+        "Sampler": parameters.get("sampler", "Euler"),
+        "CFG scale": parameters.get("guidance_scale"),
+        "Seed": parameters.get("seed"),
+        "Size": "x".join(map(str, size)) if all(size) else None,
+        "Model": parameters.get("base"),
+        "Version": f"finelip-sdxl {parameters.get('finelip_sdxl', '')}".strip(),
+    }
+    lines = [parameters["prompt"]]
+    if parameters.get("negative_prompt"):
+        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {_infotext_value(value)}" for name, value in named.items() if value is not None))
+    return "\n".join(lines)
 
 
 def read_parameters(file: str | os.PathLike) -> dict[str, Any]:
@@ -89,7 +125,7 @@ def read_parameters(file: str | os.PathLike) -> dict[str, Any]:
         file: a PNG of up to 64 MiB.
 
     Returns:
-        What was passed to `save_png`. The file may have been edited since: check values before using them.
+        The parameters that were passed to `save_png`. The file may have been edited since: check values before use.
 
     Raises:
         ValueError: no such file, one that is too large or of too many chunks, no PNG, a damaged one, or one without
@@ -103,7 +139,8 @@ def read_parameters(file: str | os.PathLike) -> dict[str, Any]:
             f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read: pass a PNG as FineLIP-SDXL"
             " wrote it."
         )
-    text = _png_texts(path).get("parameters")
+    texts = _png_texts(path)
+    text = texts.get(OWN_KEY, texts.get(INFOTEXT_KEY))  # the first pictures have the JSON under the latter
     if text is None:
         raise ValueError(
             f"{path.name} holds no parameters: it was not written by FineLIP-SDXL, or another program removed them."
@@ -183,6 +220,14 @@ def label_grid(
         for x, text in zip(lefts, texts, strict=False):  # no texts without captions
             text.draw(pen, x + width // 2, y + height + gap // 3, "m")
     return grid
+
+
+def _infotext_value(value: Any) -> str:
+    """A value that other programs find the end of: quoted where it holds what separates one from the next."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
 
 
 def _png_texts(file: Path) -> dict[str, str]:

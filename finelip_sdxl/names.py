@@ -1,4 +1,4 @@
-"""From a name to files: a file, a folder, a hub id, or a name of what ships with the package."""
+"""From a name to files: a file, a folder, a hub id, or a name of weights that ship with the package.
 
 Everywhere that a model is named, `resolve` says where its files are, and in the same words why they are nowhere.
 """

@@ -100,3 +100,7 @@ def check_config(base: str, config: str | None) -> None:
     """Refuse a config for a base that is no single file, and so has configs of its own."""
     if config is not None and not Path(base).is_file():
         raise ValueError(f"The config {config} goes with a single file, but {base} is none: leave it out.")
+
+
+# The columns of a comparison by their keys, with their titles.
+COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}

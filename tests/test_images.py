@@ -1,6 +1,7 @@
 """PNGs that say how they were made, and grids with labels."""
 
 import io
+import json
 import zlib
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo, PngStream, putchunk
 
 from finelip_sdxl import images
 from finelip_sdxl.cli.main import main
+from finelip_sdxl.comparison import Settings
 from finelip_sdxl.images import label_grid, read_parameters, save_png, to_image
 
 PARAMETERS = {"prompt": "a red fox, 狐\0, " * 40, "seed": 2**32 - 1, "guidance_scale": 3.5, "width": None}
@@ -41,6 +43,27 @@ def test_a_picture_keeps_its_pixels_and_its_parameters(file) -> None:
     assert read_parameters(file) == PARAMETERS
     assert Image.open(file).tobytes() == image.tobytes()
     assert Image.open(file).text["prompt"] == PARAMETERS["prompt"].replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def test_a_picture_tells_other_programs_its_parameters_in_their_words(file) -> None:
+    more = {"negative_prompt": "blurry, dark", "steps": 20, "width": 96, "height": 96, "base": "C: a, b"}
+    save_png(plain(), file, {**PARAMETERS, **more, "guidance_scale": 5.0, "finelip_sdxl": "0.1.0"})
+    *prompt, negative, settings = Image.open(file).text["parameters"].splitlines()
+    assert "\n".join(prompt) == PARAMETERS["prompt"].replace("\0", "\N{REPLACEMENT CHARACTER}")
+    assert negative == "Negative prompt: blurry, dark"
+    assert settings == (
+        'Steps: 20, Sampler: Euler, CFG scale: 5, Seed: 4294967295, Size: 96x96, Model: "C: a, b",'
+        " Version: finelip-sdxl 0.1.0"
+    )
+
+
+def test_a_picture_of_the_first_version_is_read(file) -> None:
+    info = PngInfo()
+    info.add_itxt("prompt", "a fox")
+    info.add_itxt("parameters", json.dumps({"prompt": "a fox", "seed": 7, "hidden_states": "published"}))
+    plain().save(file, pnginfo=info)
+    assert read_parameters(file) == {"prompt": "a fox", "seed": 7, "hidden_states": "published"}
+    assert Settings.from_parameters(read_parameters(file)) == Settings("a fox", seed=7, hidden_states="last")
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(file, tmp_path) -> None:

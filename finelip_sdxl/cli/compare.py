@@ -1,17 +1,45 @@
-"""The command `compare`."""
+"""The command `compare`: a prompt drawn in several ways, to one PNG file with labels."""
 
 import argparse
+from functools import partial
+from typing import Any
 
-from finelip_sdxl.cli.options import chosen_prompt, device_and_dtype, loading_arguments, settings_by_seed
+from finelip_sdxl.cli.options import (
+    MAX_PICTURES,
+    add_command,
+    add_drawing,
+    add_encoding,
+    add_prompt,
+    add_refiner,
+    chosen_prompt,
+    count,
+    device_and_dtype,
+    loading_arguments,
+    settings_by_seed,
+)
 from finelip_sdxl.cli.output import image_files, picture_parameters
 from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan
 
-COLUMNS = ("stock", "compel", "finelip")  # the keys of finelip_sdxl.comparison.settings.COLUMNS, whose import is heavy
+
+def add_parser(commands: Any) -> None:
+    text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL read it, side by side"
+    command = add_command(commands, "compare", compare, text)
+    add_prompt(command)
+    command.add_argument("--out", default="comparison.png", metavar="PNG", help="file to write (default: %(default)s)")
+    text = "what to draw, side by side (default: all)"
+    command.add_argument("--columns", nargs="+", choices=tuple(COLUMNS), default=tuple(COLUMNS), help=text)
+    text = "how many seeds to draw, a row each (default: %(default)s)"
+    pictures = partial(count, most=MAX_PICTURES)
+    command.add_argument("--seeds", type=pictures, default=1, metavar="N", help=text)
+    add_drawing(command)
+    add_refiner(command)
+    add_encoding(command)
 
 
 def compare(options: argparse.Namespace) -> None:
-    """A prompt, read in several ways and drawn from one or more seeds, to one picture with labels."""
+    """Print how many tokens each column reads, draw all of them from every seed, and write one PNG file."""
     prompt, (file,) = chosen_prompt(options), image_files(options.out, 1)
     columns = [column for column in COLUMNS if column in options.columns]
 
@@ -33,14 +61,14 @@ def compare(options: argparse.Namespace) -> None:
     )
     opened.read(options.negative_prompt or "", columns)  # what compel cannot parse is refused before anything is drawn
     for column, plan in opened.read(prompt, columns).items():
-        print(f"{comparison.COLUMNS[column]} reads {_outline(plan)}")
+        print(f"{COLUMNS[column]} reads {_outline(plan)}")
 
     pictures = []
     for settings in rows:
         for column in columns:
             pictures.append(opened.draw(column, settings))
             seconds = f"{pictures[-1].seconds:.1f} s"
-            print(f"{comparison.COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
+            print(f"{COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
         **picture_parameters(options, prompt, dtype, opened.pipe),

@@ -1,16 +1,35 @@
-"""The command `convert`, and how a base is opened to be converted or exported."""
+"""The command `convert`: an SDXL to a folder with long text encoders; and how a base is opened for that."""
 
 import argparse
 from typing import Any
 
-from finelip_sdxl.cli.options import config_source, loading_arguments
+from finelip_sdxl.cli.options import (
+    add_adapter,
+    add_command,
+    add_config,
+    add_encoding,
+    add_loading,
+    config_source,
+    loading_arguments,
+)
 from finelip_sdxl.cli.output import free_folder, parts
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_folder
 
 
+def add_parser(commands: Any) -> None:
+    command = add_command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
+    command.add_argument("base", help="hub id, directory or single file of an SDXL, or miniature")
+    add_config(command)
+    command.add_argument("out", help="directory to write")
+    command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
+    add_loading(command, dtype="float32", dtype_help="%(default)s")
+    add_adapter(command)
+    add_encoding(command)
+
+
 def convert(options: argparse.Namespace) -> None:
-    """An SDXL, with or without a FineLIP, to a directory that this package and stock Diffusers open."""
+    """Write a folder that this package and stock Diffusers open, and print its name."""
     out = free_folder(options)
     pipe = open_base(options, options.dtype)
     with written_folder(out, parts if options.overwrite else None) as folder:

@@ -1,27 +1,65 @@
-"""The command `evaluate`."""
+"""The command `evaluate retrieval`: how well texts find their images, and images their texts."""
 
 import argparse
 import json
-import os
-import platform
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
-from finelip_sdxl.cli.options import DTYPES, count, open_device
+from finelip_sdxl.cli.options import DTYPES, add_command, count, open_device
 from finelip_sdxl.cli.output import output_file
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.report import report_entries
 
 MAX_BATCH = 4096
-
-
 NAMED = 5  # images that cannot be read and are named on the screen
 
 
+def add_parser(commands: Any) -> None:
+    group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
+    subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval")
+    text = "measure how well texts find their images, and images their texts"
+    command = add_command(subjects, "retrieval", evaluate_retrieval, text)
+    command.add_argument(
+        "--data",
+        default="miniature",
+        metavar="KIND:PATH",
+        help="images with captions: urban1k, docci, coco, flickr30k, sharegpt4v, csv or jsonl with a path, or "
+        "miniature with a number of scenes, such as miniature:500 (default: %(default)s)",
+    )
+    text = "where the images are, unless beside their captions (default: as the data set is laid out)"
+    command.add_argument("--images", metavar="DIR", help=text)
+    command.add_argument("--split", default="test", metavar="NAME", help="part of the data (default: %(default)s)")
+    command.add_argument(
+        "--model",
+        default="miniature-finelip-1",
+        metavar="CLIP",
+        help="checkpoint, directory or hub id of a FineLIP, Long-CLIP or CLIP, or miniature-clip-1 "
+        "(default: %(default)s, the small one that comes with the package)",
+    )
+    command.add_argument("--tokenizer", metavar="NAME", help="directory or hub id (default: the model's)")
+    command.add_argument(
+        "--no-stretch",
+        dest="stretch",
+        action="store_false",
+        help="read a CLIP of 77 positions as it is, and texts up to there (default: stretch it to 248)",
+    )
+    text = "cut texts, start and end token included (default: at the model's positions)"
+    command.add_argument("--max-tokens", type=count, metavar="N", help=text)
+    text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
+    command.add_argument("--fusion-sweep", action="store_true", help=text)
+    text = "images or texts to encode at a time (default: %(default)s)"
+    command.add_argument("--batch-size", type=partial(count, most=MAX_BATCH), default=64, metavar="N", help=text)
+    text = "such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
+    command.add_argument("--device", metavar="NAME", help=text)
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="type of all weights (default: %(default)s)"
+    )
+    command.add_argument("--json", metavar="FILE", help="also write the figures, shares from 0 to 1, to a file")
+
+
 def evaluate_retrieval(options: argparse.Namespace) -> None:
-    """Recall of texts by images and of images by texts, as a table and a JSON file."""
+    """Print recall in both directions as a table, and write it to a JSON file if one is named."""
     json_file = None if options.json is None else output_file("--json", options.json)
     quiet_transformers()
     import torch
@@ -60,66 +98,10 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
     if json_file is not None:
         asked = ("model", "tokenizer", "data", "images", "split", "stretch", "dtype", "batch_size")
         figures = {
-            "command": options.command_line,
-            **_circumstances(device),
+            **report_entries(options.command_line, device),
             "options": {name: getattr(options, name) for name in asked} | {"max_tokens": tokens},
             **result.to_dict(),
         }
         with written_whole(json_file) as temporary:
             temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         print(json_file)
-
-
-def _circumstances(device: Any) -> dict[str, Any]:
-    """When and where figures were found, and by which versions."""
-    import torch
-
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    packages = ("finelip-sdxl", "torch", "transformers")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "architecture": platform.machine(),
-            "cpu_cores": os.cpu_count(),
-            "device": str(device),
-            "accelerator": accelerator,
-        },
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
-    }
-
-
-def add_retrieval(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--data",
-        default="miniature",
-        metavar="KIND:PATH",
-        help="images with captions: urban1k, docci, coco, flickr30k, sharegpt4v, csv or jsonl with a path, or "
-        "miniature with a number of scenes, such as miniature:500 (default: %(default)s)",
-    )
-    text = "where the images are, unless beside their captions (default: as the data set is laid out)"
-    command.add_argument("--images", metavar="DIR", help=text)
-    command.add_argument("--split", default="test", metavar="NAME", help="part of the data (default: %(default)s)")
-    command.add_argument(
-        "--model",
-        default="miniature-finelip-1",
-        metavar="CLIP",
-        help="checkpoint, directory or hub id of a FineLIP, Long-CLIP or CLIP, or miniature-clip-1 "
-        "(default: %(default)s, the small one that comes with the package)",
-    )
-    command.add_argument("--tokenizer", metavar="NAME", help="directory or hub id (default: the model's)")
-    command.add_argument(
-        "--no-stretch",
-        dest="stretch",
-        action="store_false",
-        help="read a CLIP of 77 positions as it is, and texts up to there (default: stretch it to 248)",
-    )
-    text = "cut texts, start and end token included (default: at the model's positions)"
-    command.add_argument("--max-tokens", type=count, metavar="N", help=text)
-    text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
-    command.add_argument("--fusion-sweep", action="store_true", help=text)
-    text = "images or texts to encode at a time (default: %(default)s)"
-    command.add_argument("--batch-size", type=partial(count, most=MAX_BATCH), default=64, metavar="N", help=text)
-    text = "such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
-    command.add_argument("--device", metavar="NAME", help=text)
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")
-    command.add_argument("--json", metavar="FILE", help="also write the figures, shares from 0 to 1, to a file")

@@ -1,9 +1,11 @@
-"""The command `export`."""
+"""The command `export`: an SDXL to files for programs that do not know this package."""
 
 import argparse
 import os
+from typing import Any
 
 from finelip_sdxl.cli.convert import open_base
+from finelip_sdxl.cli.options import add_base, add_command, add_loading
 from finelip_sdxl.cli.output import folder, free_folder, parts
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import check_file, check_writable, written_folder
@@ -11,8 +13,19 @@ from finelip_sdxl.files import check_file, check_writable, written_folder
 FORMATS = ("diffusers", "comfyui")
 
 
+def add_parser(commands: Any) -> None:
+    text = "save an SDXL with text encoders of 248 positions for programs that do not know this package"
+    command = add_command(commands, "export", export, text)
+    command.add_argument("out", help="directory to write")
+    add_base(command)
+    text = "a repository for stock Diffusers, or clip_l.safetensors and clip_g.safetensors (default: %(default)s)"
+    command.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
+    command.add_argument("--overwrite", action="store_true", help="replace what is there under the same names")
+    add_loading(command, dtype=None, dtype_help="float32, or float16 for comfyui")
+
+
 def export(options: argparse.Namespace) -> None:
-    """An SDXL, with or without a FineLIP, to files that hold nothing of this package and are opened without it."""
+    """Write files that hold nothing of this package and are opened without it, and print their names."""
     if options.format == "comfyui":
         _export_comfyui(options)
     else:

@@ -1,16 +1,39 @@
-"""The command `generate`."""
+"""The command `generate`: a prompt to PNG files."""
 
 import argparse
+from functools import partial
+from typing import Any
 
-from finelip_sdxl.cli.options import chosen_prompt, device_and_dtype, loading_arguments, settings_by_seed
+from finelip_sdxl.cli.options import (
+    MAX_PICTURES,
+    add_command,
+    add_drawing,
+    add_encoding,
+    add_prompt,
+    chosen_prompt,
+    count,
+    device_and_dtype,
+    loading_arguments,
+    settings_by_seed,
+)
 from finelip_sdxl.cli.output import image_files, picture_parameters
 from finelip_sdxl.console import quiet_transformers
 
-# Commands
+
+def add_parser(commands: Any) -> None:
+    command = add_command(commands, "generate", generate, "draw a prompt")
+    add_prompt(command)
+    text = "file to write (default: %(default)s)"
+    command.add_argument("--out", default="finelip-sdxl.png", metavar="PNG", help=text)
+    text = "images to draw (default: %(default)s)"
+    pictures = partial(count, most=MAX_PICTURES)
+    command.add_argument("--num-images", type=pictures, default=1, metavar="N", help=text)
+    add_drawing(command)
+    add_encoding(command)
 
 
 def generate(options: argparse.Namespace) -> None:
-    """A prompt to one or more PNG files."""
+    """Print how the prompt is encoded, draw it, and write one or more PNG files."""
     prompt, files = chosen_prompt(options), image_files(options.out, options.num_images)
     quiet_transformers()
     import torch

@@ -1,4 +1,4 @@
-"""What the command line and the demo share: the flags that say what is loaded and where it runs, and what they mean.
+"""Flags that several commands and the demo share, and the values that they stand for.
 
 Nothing heavy is imported before a function needs it, so that `--help` answers at once.
 """
@@ -6,16 +6,81 @@ Nothing heavy is imported before a function needs it, so that `--help` answers a
 import argparse
 import random
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import ENCODING, FINELIP_MERGE, LOADED, MAX_CHARACTERS, check_config
+from finelip_sdxl.options import (
+    ENCODING,
+    FINELIP_MERGE,
+    HIDDEN_STATES,
+    LOADED,
+    MAX_CHARACTERS,
+    OVERFLOW,
+    SHORT_PROMPT_ENCODER,
+    WEIGHTING,
+    check_config,
+)
 
-MAX_COUNT = 10**9  # what is larger is refused by its flag; most have a smaller limit
-
-
+MAX_COUNT = 10**9  # larger numbers are refused by their flag; most flags have a smaller limit
+MAX_PICTURES = 100  # of one command
 DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    """Add a command.
+
+    Args:
+        commands: the subparsers that it goes to.
+        name: the word that a user types.
+        run: the function that is called with the parsed options.
+        text: what the command does, as the list of commands says it.
+    """
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run, prog=command.prog)
+    return command
+
+
+def add_prompt(command: argparse.ArgumentParser) -> None:
+    """Add a prompt, as text or from a file, and the negative prompt."""
+    command.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt, of any length")
+    command.add_argument("--prompt", metavar="TEXT", help="the prompt, in place of the argument")
+    command.add_argument("--prompt-file", metavar="FILE", help="a text file that holds the prompt")
+    text = "what the picture should not show (default: nothing)"
+    command.add_argument("--negative-prompt", metavar="TEXT", help=text)
+
+
+def add_drawing(command: argparse.ArgumentParser) -> None:
+    """Add steps, guidance, seed and size, and the pipeline that draws."""
+    command.add_argument("--steps", type=count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
+    text = "classifier-free guidance, off up to 1 (default: %(default)s)"
+    command.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help=text)
+    text = "seed of the noise, plus one for each further image (default: random)"
+    command.add_argument("--seed", type=int, metavar="N", help=text)
+    command.add_argument("--width", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    command.add_argument("--height", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add_pipeline(command)
+    text = "how much of the conditioning adapter counts, from 0 to 1 (default: %(default)s)"
+    command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
+
+
+def add_encoding(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
+    """Add the options of the pipeline that say how it encodes a prompt."""
+    text = "text encoder for prompts of up to 77 tokens: the original one, as in stock SDXL, or the long one"
+    command.add_argument(
+        "--short-prompt-encoder", choices=SHORT_PROMPT_ENCODER, help=f"{text} (default: as saved, or original)"
+    )
+    text = "what to do past 248 tokens (default: as saved, or window)"
+    command.add_argument("--overflow", choices=OVERFLOW, help=text)
+    text = (
+        "syntax of weights in the prompt: compel's (word)1.3 and word++, or a1111's (word:1.3), ((word)), [word] and"
+        " BREAK (default: as saved, or none)"
+    )
+    command.add_argument("--weighting", choices=("none", *WEIGHTING[1:]), help=text)
+    if hidden_states:
+        text = "hidden states of the text encoders that the UNet gets (default: as saved, or penultimate)"
+        command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)
 
 
 def add_pipeline(command: argparse.ArgumentParser) -> None:
@@ -51,9 +116,9 @@ def add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help:
     command.add_argument("--finelip-merge", choices=FINELIP_MERGE, help=f"{text} (default: replace)")
     text = "for delta: hub id or directory of the SDXL that they were trained from (the miniature's need none)"
     command.add_argument("--finelip-base", metavar="SDXL", help=text)
-    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"of all weights (default: {dtype_help})")
+    command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type of all weights (default: {dtype_help})")
     command.add_argument(
-        "--variant", metavar="NAME", help="of the files of weights, such as fp16 (default: the plain ones)"
+        "--variant", metavar="NAME", help="variant of the weights' files, such as fp16 (default: the plain ones)"
     )
 
 
@@ -116,14 +181,12 @@ def open_device(name: str | None) -> Any:
     return device
 
 
-MAX_PICTURES = 100
-
-
 # Parts of commands
 
 
 def chosen_prompt(options: argparse.Namespace) -> str:
-    given = [text for text in (options.text, options.prompt) if text is not None]
+    """The one prompt that was given, whichever way."""
+    given: list[str] = [text for text in (options.text, options.prompt) if text is not None]
     if options.prompt_file is not None:
         given.append(_read_prompt(options.prompt_file))
     if len(given) != 1:

@@ -1,9 +1,17 @@
-"""The command `tokens`."""
+"""The command `tokens`: which tokens of a prompt each text encoder gets."""
 
 import argparse
 from typing import Any
 
-from finelip_sdxl.cli.options import chosen_prompt, config_source, loading_arguments
+from finelip_sdxl.cli.options import (
+    add_base,
+    add_command,
+    add_encoding,
+    add_prompt,
+    chosen_prompt,
+    config_source,
+    loading_arguments,
+)
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import (
     LENGTH_BUCKETS,
@@ -18,8 +26,15 @@ from finelip_sdxl.options import (
 from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
 
 
+def add_parser(commands: Any) -> None:
+    command = add_command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
+    add_prompt(command)
+    add_base(command)
+    add_encoding(command, hidden_states=False)
+
+
 def tokens(options: argparse.Namespace) -> None:
-    """What each encoder reads of a prompt. Loads tokenizers and configs, no weights."""
+    """Print what each text encoder reads of a prompt. Loads tokenizers and configs, no weights."""
     prompt = check_texts("prompt", chosen_prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
     described = config_source(options)

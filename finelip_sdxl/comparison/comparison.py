@@ -162,7 +162,7 @@ class Comparison:
         refining = None
         if refiner is not None:
             if Path(refiner).is_file():
-                raise ValueError(f"--refiner {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
+                raise ValueError(f"`refiner` {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
             # It reads as the base does, by the second encoder.
             same = {name: getattr(pipe, name) for name in ("short_prompt_encoder", "overflow", "weighting")}
             if loading.get("finelip_2") is not None:
@@ -396,8 +396,8 @@ def raise_out_of_memory(width: int, height: int, pictures: int = 1) -> NoReturn:
         torch.cuda.empty_cache()
     what, less = "a picture", "a smaller one"
     if pictures > 1:
-        what, less = f"{pictures} pictures", "fewer at a time (--num-images), smaller ones"
+        what, less = f"{pictures} pictures", "fewer at a time, smaller ones"
     raise MemoryError(
         f"The memory did not suffice for {what} of {width} × {height} pixels: try {less}, half precision"
-        " (--dtype float16) or --offload, and close what else uses the device."
+        " (`dtype`: float16) or offloading (`offload`), and close what else uses the device."
     )

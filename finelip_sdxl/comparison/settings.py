@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from finelip_sdxl.options import HIDDEN_STATES, check_choice, check_texts
-
-# The ways of reading, and their titles.
-COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
-
+from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, check_choice, check_texts
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
 
@@ -96,6 +92,8 @@ class Settings:
         names = {field.name for field in fields(cls)}
         # The command line writes null where nothing was given.
         known = {name: value for name, value in parameters.items() if name in names and value is not None}
+        if known.get("hidden_states") == "published":  # the name of the last ones in the first pictures
+            known["hidden_states"] = "last"
         return cls(**known)
 
 

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, miniature_path
-from finelip_sdxl.cli import main as cli
+from finelip_sdxl.cli import convert, export
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import open_device
 from finelip_sdxl.comparison import comparison
@@ -41,7 +41,7 @@ def picture(tmp_path) -> str:
 
 
 def parameters(file: str) -> dict:
-    return json.loads(Image.open(file).text["parameters"])
+    return json.loads(Image.open(file).text["finelip_sdxl"])
 
 
 def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, picture, capsys) -> None:
@@ -72,7 +72,7 @@ def test_generate_takes_options_and_a_prompt_from_a_file(stock_folder, picture, 
     first, second = (parameters(picture.replace(".png", f"-{number}.png")) for number in (1, 2))
     assert second["seed"] == first["seed"] + 1
     assert (first["width"], first["height"], first["dtype"]) == (72, 16, "bfloat16")
-    assert (first["overflow"], first["hidden_states"]) == ("truncate", "published")
+    assert (first["overflow"], first["hidden_states"]) == ("truncate", "last")
 
 
 def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path, capsys) -> None:
@@ -168,7 +168,7 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     found = read_parameters(picture)
     assert (found["prompt"], found["columns"], found["seeds"]) == (LONG, ["stock", "finelip"], [7, 8])
     assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
-    assert (found["short_prompt_encoder"], found["overflow"], found["weighting"]) == ("stock", "window", "a1111")
+    assert (found["short_prompt_encoder"], found["overflow"], found["weighting"]) == ("original", "window", "a1111")
     assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="last")
 
 
@@ -231,8 +231,10 @@ def test_compare_draws_with_the_miniature(picture, capsys) -> None:
     assert (found["columns"], found["seeds"], found["width"]) == (["stock", "compel", "finelip"], [0], 96)
 
 
-def test_compare_offers_the_columns_that_there_are() -> None:
-    assert tuple(comparison.COLUMNS) == cli.COLUMNS
+def test_compare_offers_the_columns_that_there_are(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert f"--columns {{{','.join(comparison.COLUMNS)}}}" in capsys.readouterr().out
 
 
 def test_convert_writes_what_stock_and_ours_open(stock_folder, tmp_path, capsys) -> None:
@@ -389,7 +391,8 @@ def make_place(kind: str, path: Path) -> str:
 def test_what_is_no_place_for_a_pipeline_is_refused_before_anything_is_loaded(
     tmp_path, monkeypatch, capsys, command, kind, message
 ) -> None:
-    monkeypatch.setattr(cli, "_open", lambda *arguments, **options: pytest.fail("loaded"))
+    for module in (convert, export):
+        monkeypatch.setattr(module, "open_base", lambda *arguments, **options: pytest.fail("loaded"))
     out = make_place(kind, tmp_path / "out")
     before = sorted(tmp_path.iterdir())
     assert main([*command, out, "--overwrite"]) == 2
@@ -463,6 +466,7 @@ def test_a_picture_does_not_say_where_it_was_made(fake, stock_folder, tmp_path, 
     (home / "loras").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     (home / "a.txt").write_text("a fox")
+    (home / "fine.safetensors").touch()
     arguments = ["--base", f"{home}/fine.safetensors", "--finelip", f"{home}/loras", "--finelip-2", "C:\\Users\\me\\b"]
     arguments += ["--config", "~/sdxl", "--conditioning-adapter", f"{home}/gone/adapter", "--refiner", "../me/refiner"]
     arguments += ["--finelip-base", "stabilityai/stable-diffusion-xl-base-1.0", "--finelip-merge", "delta"]
@@ -617,7 +621,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
             for more, message in (
                 (["--base", "{sd}"], "is a StableDiffusionPipeline; expected an SDXL"),
                 (["--base", "{one}"], "has not SDXL's two text encoders"),
-                (["--base", "{cut}"], "a file is damaged or cut short"),
+                (["--base", "{cut}"], "is not a whole safetensors file ("),
                 (["--base", "{stock}", "--variant", "fp8"], "has no weights of variant fp8"),
                 (["--base", "{stock}", "--finelip", "{stock}"], "pass an encoder in it, such as {stock}/text_encoder"),
                 (["--base", "{stock}", "--finelip-2", "{stock}/text_encoder"], "has no text projection"),
@@ -885,7 +889,7 @@ def make_odd(name: str, stock_folder: str, tmp_path) -> str:
         (["evaluate"], "required"),
         (["evaluate", "taste"], "invalid choice"),
         (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
-        (["generate", "a", "--short-prompt-encoder", "long"], "invalid choice"),
+        (["generate", "a", "--short-prompt-encoder", "stretched"], "invalid choice"),
         (["compare", "a", "--columns", "midjourney"], "invalid choice: 'midjourney'"),
         (["generate", "a", "--num-images", "100000000000"], "and at most 100"),
         (["generate", "a", "--num-images", "101"], "and at most 100"),

@@ -170,8 +170,8 @@ def test_encoders_that_were_only_stretched_take_no_memory_twice(comparison) -> N
 
 def test_hidden_states_are_chosen_for_one_picture_alone(comparison) -> None:
     usual = comparison.draw("finelip", SETTINGS).image
-    published = comparison.draw("finelip", Settings(LONG, steps=2, seed=3, hidden_states="last")).image
-    assert difference(usual, published) > 1
+    last = comparison.draw("finelip", Settings(LONG, steps=2, seed=3, hidden_states="last")).image
+    assert difference(usual, last) > 1
     assert difference(comparison.draw("finelip", SETTINGS).image, usual) <= 1
 
 
@@ -264,7 +264,7 @@ def test_a_picture_that_is_no_number_is_told_in_a_sentence_and_the_next_one_work
 def test_drawings_of_several_threads_are_those_of_one(comparison) -> None:
     settings = [
         Settings(LONG, "a fox", steps=3, seed=seed, hidden_states=states)
-        for seed, states in enumerate(("published", "penultimate", "published", None))
+        for seed, states in enumerate(("last", "penultimate", "last", None))
     ]
     jobs = [(column, each) for each in settings for column in COLUMNS]
     expected = [comparison.draw(*job).image for job in jobs]
@@ -404,7 +404,7 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
     found, expected = refining.text_encoder_2.state_dict(), base.text_encoder_2.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # These are what an adapter or a FineLIP of the base was trained for.
-    assert (base.hidden_states, refining.hidden_states) == ("published", "penultimate")
+    assert (base.hidden_states, refining.hidden_states) == ("last", "penultimate")
     spied = []
     refining.encode_prompt = lambda *_, **__: spied.append(refining.hidden_states) or 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -531,7 +531,7 @@ def test_what_is_no_text_is_not_read(comparison, prompt) -> None:
         ("width", 100, "`width` is 100; expected a multiple of 8, such as 96"),
         ("height", 8, "`height` is 8; expected a whole number from 64 to 2048"),
         ("conditioning_adapter_scale", 1.5, "`conditioning_adapter_scale` is 1.5; expected a number from 0 to 1"),
-        ("hidden_states", "last", "`hidden_states` must be one of 'penultimate', 'published', but is 'last'"),
+        ("hidden_states", "first", "`hidden_states` must be one of 'penultimate', 'last', but is 'first'"),
         ("prompt", "a fox " * 5000, "`prompt` has 30,000 characters"),
     ],
 )

@@ -517,8 +517,8 @@ def test_steps_begin_where_a_refiner_can_draw(demo, monkeypatch, tmp_path) -> No
     assert component(build_page(demo.comparison, tmp_path, 1536), "steps").minimum == MIN_REFINED_STEPS
 
 
-def test_hidden_states_say_that_published_ones_leave_the_adapter_out(demo, monkeypatch, tmp_path) -> None:
-    assert "published switches the adapter off" in component(demo.blocks, "hidden-states").info
+def test_hidden_states_say_that_last_ones_leave_the_adapter_out(demo, monkeypatch, tmp_path) -> None:
+    assert "last switches the adapter off" in component(demo.blocks, "hidden-states").info
     monkeypatch.setattr(demo.comparison.pipe, "conditioning_adapter", None)
     page = build_page(demo.comparison, tmp_path, 1536)
     assert "adapter" not in component(page, "hidden-states").info
@@ -629,7 +629,7 @@ def test_errors_of_the_machine_name_none_of_its_files(demo, monkeypatch) -> None
         raise OSError(28, "No space left on device", "/home/somebody/secret.png")
 
     monkeypatch.setattr(demo.comparison, "draw", fail_at("none", ValueError()))
-    monkeypatch.setattr("page.save_png", fail)
+    monkeypatch.setattr("demo.page.save_png", fail)
     with pytest.raises(gr.Error, match="No space left on device") as raised:
         list(demo.page.compare("a star", Visitor(), ["stock"], steps=1))
     assert "secret" not in raised.value.message

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.meter import HINT, STYLE, render_meter
+from demo.meter import HINT, render_meter
+from demo.rendering import read_style
 from finelip_sdxl.miniature.captions import count_words
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, Window, plan_prompts
@@ -250,14 +251,14 @@ def test_every_class_is_the_meters_own_and_has_a_style() -> None:
     prompt = FOX * 50
     html = render_meter(prompt, plans_of(prompt), TITLES) + render_meter(FOX, plans_of(FOX), TITLES)
     classes = Page(html + render_meter("", {}, TITLES)).classes
-    assert classes == set(re.findall(r"\.(meter[\w-]*)", STYLE))
+    assert classes == set(re.findall(r"\.(meter[\w-]*)", read_style("meter")))
 
 
 @pytest.mark.parametrize(
     ("selector", "grounds"), [(":root", ("#ffffff", "#fafafa")), (".dark", ("#0f0f11", "#27272a"))]
 )
 def test_colors_of_the_columns_are_readable(selector, grounds) -> None:
-    (rule,) = re.findall(rf"{re.escape(selector)} {{(.*)}}", STYLE)
+    (rule,) = re.findall(rf"{re.escape(selector)} {{(.*)}}", read_style("meter"))
     colors = dict(re.findall(r"--([\w-]+): (#\w+)", rule))
     on_color = colors.pop("meter-on-color")
     assert set(colors) == set(TITLES)

@@ -1,0 +1,43 @@
+"""HTML from the templates in `templates/`, which escape every value that they show, and CSS from `styles/`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.ext import Extension
+
+
+class _OneLine(Extension):
+    """Takes out the line breaks and indents of a template, which would show where white space does."""
+
+    def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
+        return re.sub(r"\n\s*", "", source)
+
+
+_HERE = Path(__file__).parent
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(_HERE / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    extensions=[_OneLine],
+)
+
+
+def render(name: str, **values: Any) -> str:
+    """Fill a template.
+
+    Args:
+        name: its file in `templates/`, without `.html`.
+        **values: its variables.
+
+    Example:
+        >>> render("hint", sentence="a < b")
+        '<div class="meter-hint">a &lt; b</div>'
+    """
+    return _TEMPLATES.get_template(f"{name}.html").render(values)
+
+
+def read_style(name: str) -> str:
+    """The CSS in a file of `styles/`, named without `.css`."""
+    return (_HERE / "styles" / f"{name}.css").read_text(encoding="utf-8")
