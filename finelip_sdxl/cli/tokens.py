@@ -6,6 +6,7 @@ from typing import Any
 from finelip_sdxl.cli.options import chosen_prompt, config_source, loading_arguments
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import (
+    ENCODERS,
     LENGTH_BUCKETS,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
@@ -53,7 +54,7 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
 
     index = with_new_names(DiffusionPipeline.load_config(base))
     readers = []
-    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+    for encoder, tokenizer in ENCODERS.items():
         if not (index.get(encoder) or [None])[0]:
             continue
         config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
