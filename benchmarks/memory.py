@@ -2,17 +2,29 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --device cuda
+    python benchmarks/memory.py --only swaps
 
 On a GPU, each row is measured: the most that is allocated, activations included, while a prompt of two windows is
 encoded, while one step is denoised, and while a picture is decoded. Without one, weights are counted: a real pipeline
 is built and its encoders are swapped, but nothing runs, and its memory is never written.
+
+A second table holds what a swap costs on the CPU: checkpoints of full size are read from files and take the place of
+text encoders. Each row is measured in a process of its own: by how much the process grew at most, mapped files
+included, and how long `swap_text_encoders` took.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,49 +32,30 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
+from finelip_sdxl import ConditioningAdapter, FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.report import report_header
+from finelip_sdxl.options import ENCODERS
+from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET, VAE
 
 GIB = 2**30
-# As in the configs of stabilityai/stable-diffusion-xl-base-1.0.
-UNET = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
 ADAPTER: dict[str, Any] = {}  # its defaults are SDXL's widths
 
-ENCODERS = ("text_encoder", "text_encoder_2")
 PHASES = ("encoding", "denoising", "decoding")
 OFFLOADS = ("none", "model", "group, by blocks", "group, by layers", "sequential")
-OVERFLOW = "a red star above a blue ring. " * 60
-FULLEST = 'both replaced, `"stock"`, adapter'
+PROMPT = "a red star above a blue ring. " * 60
+VIT_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+SWAPS = {
+    "CLIP-L, from a whole FineLIP": ("text_encoder",),
+    "bigG, from a text tower": ("text_encoder_2",),
+    "both": tuple(ENCODERS),
+}
+FULLEST = 'both replaced, `"original"`, adapter'
 
 
 def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
@@ -70,10 +63,10 @@ def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
     return {
         "stock SDXL": build_pipeline,
         "both encoders stretched": build_swapped,
-        'CLIP-L replaced, `short_prompt_encoder="original"`': partial(build_swapped, replaced=ENCODERS[:1]),
-        'CLIP-L replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS[:1], short_prompt_encoder="long"),
-        'both replaced, `"stock"`': partial(build_swapped, replaced=ENCODERS),
-        'both replaced, `"stretched"`': partial(build_swapped, replaced=ENCODERS, short_prompt_encoder="long"),
+        'CLIP-L replaced, `short_prompt_encoder="original"`': partial(build_swapped, replaced=("text_encoder",)),
+        'CLIP-L replaced, `"long"`': partial(build_swapped, replaced=("text_encoder",), short_prompt_encoder="long"),
+        'both replaced, `"original"`': partial(build_swapped, replaced=ENCODERS),
+        'both replaced, `"long"`': partial(build_swapped, replaced=ENCODERS, short_prompt_encoder="long"),
         FULLEST: partial(build_swapped, replaced=ENCODERS, has_adapter=True),
     }
 
@@ -83,7 +76,7 @@ def build_pipeline(filled: bool, short_prompt_encoder: str = "original") -> Fine
     tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
     special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
     with torch.device("meta"):
-        parts = {
+        parts: dict[str, Any] = {
             "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L, **special)),
             "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G, **special)),
             "unet": UNet2DConditionModel(**UNET),
@@ -107,7 +100,10 @@ def build_swapped(
     for name in ENCODERS:
         stock = getattr(pipe, name)
         with torch.device("meta"):
-            finelip = type(stock)(CLIPTextConfig(**{**stock.config.to_dict(), "max_position_embeddings": 248}))
+            text_config = {**stock.config.to_dict(), "max_position_embeddings": 248}
+            has_projection = isinstance(stock, CLIPTextModelWithProjection)
+            dim = stock.config.projection_dim if has_projection else None
+            finelip = FineLIPModel(FineLIPConfig(text_config=text_config, projection_dim=dim))
         finelips.append(materialize(finelip, filled) if name in replaced else None)
     pipe.swap_text_encoders(*finelips)
     if has_adapter:
@@ -192,6 +188,54 @@ def _largest_layer(module: nn.Module) -> int:
     )
 
 
+# Measuring the swap
+
+
+def write_checkpoints(folder: Path) -> None:
+    """Write two FineLIPs of random weights: CLIP-L with image tower and refinement, and bigG's text tower alone."""
+    with torch.device("meta"):
+        whole = FineLIPConfig(
+            text_config={**CLIP_L, "max_position_embeddings": 248},
+            vision_config=VIT_L,
+            projection_dim=768,
+            refined_image_tokens=51,
+            refined_text_tokens=51,
+        )
+        tower = FineLIPConfig(
+            text_config={**BIG_G, "max_position_embeddings": 248}, projection_dim=BIG_G["projection_dim"]
+        )
+        models = {"text_encoder": FineLIPModel(whole), "text_encoder_2": FineLIPModel(tower)}
+    for name, model in models.items():
+        materialize(model, filled=True)
+        model.save_pretrained(folder / name)
+
+
+def measured_swap(folder: Path, replaced: Collection[str]) -> tuple[float, float]:
+    """Bytes that the process grew at most, and seconds, of a swap of these encoders."""
+    pipe = build_pipeline(filled=False)
+    before, started = _most_memory(), time.perf_counter()
+    pipe.swap_text_encoders(*(folder / name if name in replaced else None for name in ENCODERS))
+    return _most_memory() - before, time.perf_counter() - started
+
+
+def _most_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+
+
+def print_swaps() -> None:
+    """The table of swaps."""
+    print("\n| swap, bfloat16, on the CPU | files | most memory | seconds |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            process.submit(write_checkpoints, folder).result()  # a process begins with its parent's peak
+        for what, replaced in SWAPS.items():
+            size = sum(file.stat().st_size for part in replaced for file in (folder / part).iterdir())
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                grown, seconds = process.submit(measured_swap, folder, replaced).result()
+            print(f"| {what} | {size / GIB:.2f} | {grown / GIB:.2f} | {seconds:.1f} |", flush=True)
+
+
 # Measuring
 
 
@@ -210,32 +254,44 @@ def measured(pipe: FineLIPSDXLPipeline, how: str, device: str, resolution: int) 
         return result
 
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    read = dict(zip(names, run(lambda: pipe.encode_prompt(OVERFLOW)), strict=True))
+    read = dict(zip(names, run(lambda: pipe.encode_prompt(PROMPT)), strict=True))
     size = {"width": resolution, "height": resolution}
     latents = run(lambda: pipe(**read, **size, num_inference_steps=1, output_type="latent").images)
     run(lambda: pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor))
     return peaks
 
 
-def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--resolution", type=int, default=1024, help="of pictures, in pixels (default %(default)s)")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    arguments = flags.parse_args()
-    is_measured = arguments.device == "cuda"
-    device = torch.cuda.get_device_name() if is_measured else None
+def print_pipelines(device: str, resolution: int) -> None:
+    """The table of pipelines."""
+    is_measured = device == "cuda"
     what = "measured, activations included" if is_measured else "weights alone, counted"
-    print(f"{report_header(device=device)}; bfloat16, GiB, {what}\n")
-    print("| pipeline | offload | weights in all |", " | ".join(PHASES), "|\n|---|---|---|---|---|---|")
+    print(
+        f"\n| pipeline, bfloat16, {what} | offload | weights in all |",
+        " | ".join(PHASES),
+        "|\n|---|---|---|---|---|---|",
+    )
     rows = [(name, "none") for name in contents()] + [(FULLEST, how) for how in OFFLOADS[1:]]
     for name, how in rows:
         pipe = contents()[name](is_measured)
         weights = total(pipe)
-        size = arguments.resolution
-        peaks = measured(pipe, how, arguments.device, size) if is_measured else counted(pipe, how)
+        peaks = measured(pipe, how, device, resolution) if is_measured else counted(pipe, how)
         cells = [f"{count / GIB:.2f}" for count in (weights, *peaks)]
         print(f"| {name} | {how} |", " | ".join(cells), "|", flush=True)
         del pipe
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", choices=("pipelines", "swaps"), help="print one table (default: both)")
+    flags.add_argument("--resolution", type=int, default=1024, help="of pictures, in pixels (default %(default)s)")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    arguments = flags.parse_args()
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+    print(f"{report_header(device=device)}; GiB")
+    if arguments.only != "swaps":
+        print_pipelines(arguments.device, arguments.resolution)
+    if arguments.only != "pipelines":
+        print_swaps()
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 
 class ConditioningAdapter(ModelMixin, ConfigMixin):
-    """Brings replaced text encoders back into the space that SDXL's UNet was trained on.
+    """Small networks that bring replaced text encoders back into the space that SDXL's UNet was trained on.
 
     Each text encoder's penultimate states, token by token, and the pooled vector get a residual of their own,
     LayerNorm → Linear → GELU → Linear. The last layer starts at zero, so a new adapter is exactly the identity.
@@ -47,7 +47,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
     def forward(
         self, states: Sequence[Tensor | None], pooled: Tensor | None, scale: float = 1.0
     ) -> tuple[list[Tensor | None], Tensor | None]:
-        """Adapt what the text encoders give.
+        """Adapt the states and the pooled vector of the text encoders.
 
         Args:
             states: of each text encoder, (batch, tokens, dim); None for one whose states are left as they are.
@@ -74,7 +74,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
 
     @property
     def widths(self) -> list[int]:
-        """Those of each text encoder's states, and last that of the pooled vector."""
+        """The width of each text encoder's states, and last the width of the pooled vector."""
         return [*self.config["state_dims"], self.config["pooled_dim"]]
 
     def mismatch(self, found: str) -> ValueError:

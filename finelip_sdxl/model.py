@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from finelip_sdxl.interaction import late_interaction
 from finelip_sdxl.losses import triplet_margin_loss
@@ -195,7 +195,8 @@ class FineLIPModel(CLIPPreTrainedModel):
                     init.normal_(projection.weight, std=projection.in_features**-0.5 * self.config.initializer_factor)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.text_model.embeddings.token_embedding
+        table: nn.Module = self.text_model.embeddings.token_embedding
+        return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.embeddings.token_embedding = value

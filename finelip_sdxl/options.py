@@ -25,6 +25,12 @@ STOCK_POSITIONS = 77
 """Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
 
 
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+"""SDXL's text encoders, each with its tokenizer, by the names of a pipeline's components."""
+
+
 SHORT_PROMPT_ENCODER = ("original", "long")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from diffusers import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,7 +29,7 @@ _ADDRESS = re.compile(r"(https?://)(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
 class Provenance:
     """Where the weights of a text encoder came from, as its config records it.
 
-    A config from elsewhere may hold anything under these keys: `check_rows` and `public_name` are for those.
+    A config from elsewhere may hold anything under these keys: `check_rows` and `public_name` are for such values.
 
     Attributes:
         stretched_from: the positions of the table before its stretch. The weights are exactly the original's then. None
@@ -131,7 +131,7 @@ def base_of(config: Mapping[str, Any]) -> Any:
     return config.get(_BASE)
 
 
-def record_base(pipe: ConfigMixin, name: str) -> None:
+def record_base(pipe: Any, name: str) -> None:
     """Record in the config of a pipeline the name of the SDXL that it was made from."""
     pipe.register_to_config(**{_BASE: name})
 
@@ -165,8 +165,9 @@ def without_paths(pipe: Any) -> None:
     for part in (pipe, *pipe.components.values()):
         for module in part.modules() if isinstance(part, nn.Module) else (part,):
             if isinstance(module, ConfigMixin):
-                config = module.config
-                module.register_to_config(**{key: public_name(config[key]) for key in _SOURCES if config.get(key)})
+                own: Any = module
+                names = {key: public_name(own.config[key]) for key in _SOURCES if own.config.get(key)}
+                own.register_to_config(**names)
             elif isinstance(module, PreTrainedModel):
                 config = vars(module.config)
                 config.update({key: public_name(config[key]) for key in _SOURCES if config.get(key)})

@@ -43,7 +43,8 @@ def num_positions(encoder: TextEncoder) -> int:
         77
     """
     tower: Any = getattr(encoder, "text_model", encoder)
-    return tower.embeddings.position_embedding.weight.shape[0]
+    rows: int = tower.embeddings.position_embedding.weight.shape[0]
+    return rows
 
 
 def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = FACTOR) -> TextEncoder:
@@ -233,8 +234,9 @@ def fill_model(
     """As `build_model`, for weights that `check_shapes` has seen."""
     sample = next(iter(tensors.values()))
     with _without_progress_bar(), config_errors(_config_of(model_class, name)):
-        model = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
-    return model.to(sample.device)  # type: ignore[arg-type]
+        model: Any = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
+    filled: ModelT = model.to(sample.device)
+    return filled
 
 
 def check_shapes(model_class: type, config: PreTrainedConfig, shapes: Shapes, name: str | None = None) -> None:

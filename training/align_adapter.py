@@ -52,7 +52,7 @@ from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
 from finelip_sdxl.pipelines.encoder_swap import loading_errors, single_file_errors
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
@@ -88,7 +88,6 @@ from finelip_sdxl.training.schedule import endless, learning_rate_factor
 SDXL, MINIATURE = preset_path("align_adapter", "sdxl"), preset_path("align_adapter", "miniature")
 # Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "precomputed", "validate_every", "validation_prompts", "guidance_scale"}
-ENCODERS = ("text_encoder", "text_encoder_2")
 TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
 # Linear layers of a CLIP text encoder.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

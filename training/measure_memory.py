@@ -31,38 +31,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import open_dataset
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
+from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
 from finelip_sdxl.training.command_line import read_preset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from training.align_adapter import ENCODERS, SDXL, Adapter, Lora, num_long, save_memory
+from training.align_adapter import SDXL, Adapter, Lora, num_long, save_memory
 
 GIB = 2**30
-# As in the configs of stabilityai/stable-diffusion-xl-base-1.0.
-UNET = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
 
 
 def build_pipeline(stage: str, method: str, device: str) -> StableDiffusionXLPipeline:

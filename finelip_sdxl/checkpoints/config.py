@@ -18,7 +18,7 @@ from finelip_sdxl.text_encoders import (
     tower_sizes,
 )
 
-# What its authors' models need: heads are 64 wide, save in the image towers of open_clip's H, g and bigG.
+# The head widths of the authors' models: heads are 64 wide, save in the image towers of open_clip's H, g and bigG.
 _HEAD_WIDTH = 64
 
 
@@ -52,7 +52,7 @@ def derive_config(
     return config
 
 
-# What a config may say, and which class of transformers knows its fields.
+# The model types that a config may have, and the class of transformers that knows their fields.
 _CONFIG_CLASSES = {
     FineLIPConfig.model_type: FineLIPConfig,
     CLIPConfig.model_type: CLIPConfig,

@@ -194,7 +194,7 @@ def convert_weights(
     activation: str | None = None,
     name: str = "The state dict",
 ) -> tuple[FineLIPConfig, dict[str, Tensor]]:
-    """What `load_finelip` makes of a state dict, before a model is built: also for tensors on the meta device.
+    """Convert a state dict to the config and weights of a `FineLIPModel`; also one of tensors on the meta device.
 
     Args:
         tensors: of any layout that `load_finelip` takes; emptied on the way, so that fused weights and their parts are
@@ -273,7 +273,7 @@ def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: 
     return rows if is_stock else None
 
 
-# What an encoder computes with, and its file without a config leaves to be inferred.
+# The fields that an encoder computes with, and that are inferred for a file without a config.
 _INFERRED = {
     "text_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "max_position_embeddings", "eos_token_id"),
     "vision_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size"),

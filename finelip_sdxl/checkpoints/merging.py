@@ -1,4 +1,4 @@
-"""A fine-tune's text encoder and a FineLIP in one: what either has learned since the CLIP that both began as."""
+"""The delta merge: what a FineLIP has learned, added to a fine-tune's text encoder."""
 
 import copy
 
@@ -14,8 +14,8 @@ def add_difference(own: TextEncoder, finelip: TextEncoder, base: TextEncoder) ->
     All three read equally many positions: stretch those of 77 first, as FineLIP's training did.
 
     Args:
-        own: what was fine-tuned from `base`.
-        finelip: what was trained from `base` on long texts.
+        own: the text encoder that was fine-tuned from `base`.
+        finelip: the text encoder that was trained from `base` on long texts.
         base: the CLIP text encoder that both began as. With another one, the sum means nothing.
 
     Raises:

@@ -14,6 +14,7 @@ from finelip_sdxl.cli.options import (
 )
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import (
+    ENCODERS,
     LENGTH_BUCKETS,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
@@ -68,7 +69,7 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
 
     index = with_new_names(DiffusionPipeline.load_config(base))
     specs = []
-    for encoder, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+    for encoder, tokenizer in ENCODERS.items():
         if not (index.get(encoder) or [None])[0]:
             continue
         config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)

@@ -1,4 +1,4 @@
-"""What is wrong with the folder or file of an SDXL: seen before anything is built of it, or said after it failed."""
+"""Checks of the folder or file of an SDXL before anything is built of it, and clear errors where loading fails."""
 
 import json
 import os
@@ -50,12 +50,12 @@ _TABLES = {
 _MOST_WEIGHTS = 10_000  # of a file that is elsewhere; an SDXL has about 2,500
 
 
-# What a folder tells of its parts without their weights; the patterns by which Diffusers fetches configs.
+# The files of a folder that are no weights, by the patterns with which Diffusers fetches configs.
 _CONFIG_FILES = ["**/*.json", "*.json", "**/*.txt", "*.txt", "**/*.model"]
 
 
-def check_folder(folder: str | os.PathLike, leave_out: Mapping[str, Any] | None = None) -> None:
-    """That the configs in the folder of an SDXL can be read, and ask for no more than the weights beside them fill.
+def check_folder(folder: str | os.PathLike[str], leave_out: Mapping[str, Any] | None = None) -> None:
+    """Check that the configs of an SDXL can be read, and ask for no larger models than the weights beside them fill.
 
     Args:
         folder: holds a `model_index.json`.
@@ -121,8 +121,8 @@ def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def loading_errors(source: str | os.PathLike, variant: str | None = None) -> Iterator[None]:
-    """What Diffusers cannot load of a directory or hub repository, in a sentence that says what to do."""
+def loading_errors(source: str | os.PathLike[str], variant: str | None = None) -> Iterator[None]:
+    """Turn the errors of Diffusers on a directory or hub repository into one sentence that says what to do."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -153,7 +153,7 @@ def loading_errors(source: str | os.PathLike, variant: str | None = None) -> Ite
 
 @contextmanager
 def single_file_errors(file: Any, config: Any) -> Iterator[None]:
-    """What Diffusers cannot load of a single file, in a sentence that says what to do."""
+    """Turn the errors of Diffusers on a single file into one sentence that says what to do."""
     name = os.fspath(file)
     if not os.path.isfile(name) and not name.startswith(("http://", "https://", "hf.co/")):
         raise FileNotFoundError(f"{name} does not exist, or is no file: pass a .safetensors or .ckpt file.")
@@ -193,11 +193,13 @@ def single_file_errors(file: Any, config: Any) -> Iterator[None]:
         ) from error
 
 
-def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Path, **hub_arguments: Any) -> None:
+def write_configs(
+    file: str | os.PathLike[str], config: str | os.PathLike[str], folder: Path, **hub_arguments: Any
+) -> None:
     """Copy the configs of an SDXL for a single file that is to be loaded with them.
 
-    What a pipeline of this package saves says more than stock's: of text encoders of 248 positions, which a single
-    file has not, and of parts that are in none.
+    The configs that a pipeline of this package saves say more than stock's: they describe text encoders of 248
+    positions and parts that no single file has.
 
     Args:
         file: in the original project's layout. Its text encoders are taken for those of 77 positions unless it is here
@@ -238,7 +240,7 @@ def write_configs(file: str | os.PathLike, config: str | os.PathLike, folder: Pa
             (folder / part / "config.json").write_text(json.dumps({**kept, "max_position_embeddings": rows}))
 
 
-def _place(source: str | os.PathLike, error: BaseException) -> str:
+def _place(source: str | os.PathLike[str], error: BaseException) -> str:
     part = _component(error)
     return str(source) if part is None else os.path.join(source, part)
 

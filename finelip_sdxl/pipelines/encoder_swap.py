@@ -1,4 +1,4 @@
-"""How the pipelines are loaded, given encoders of 248 positions, and saved."""
+"""Loading and saving of the pipelines, and the swap that gives their text encoders 248 positions."""
 
 import inspect
 import logging
@@ -22,6 +22,7 @@ from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
 from finelip_sdxl.options import (
+    ENCODERS,
     FINELIP_MERGE,
     HIDDEN_STATES,
     OVERFLOW,
@@ -40,7 +41,7 @@ from finelip_sdxl.pipelines.checking import (
 )
 from finelip_sdxl.pipelines.model_card import model_card
 from finelip_sdxl.pipelines.old_names import with_new_names
-from finelip_sdxl.pipelines.prompt_encoding import ENCODERS, PromptEncodingMixin
+from finelip_sdxl.pipelines.prompt_encoding import PromptEncodingMixin
 from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
 from finelip_sdxl.text_encoders import (
     build_text_encoder,
@@ -73,23 +74,23 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-_BESIDE = ("controlnet", "adapter")  # what some pipelines need beside an SDXL
+_BESIDE = ("controlnet", "adapter")  # components that some pipelines need beside an SDXL
 
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
 
 class EncoderSwapMixin(PromptEncodingMixin):
-    """The part of `LongPromptMixin` that loads and saves what reads prompts."""
+    """The part of `LongPromptMixin` that loads, swaps and saves text encoders."""
 
     @classmethod
     def from_pretrained(
         cls,
-        base: str | os.PathLike,
+        base: str | os.PathLike[str],
         finelip: Any = None,
         finelip_2: Any = None,
         finelip_merge: str = "replace",
-        finelip_base: str | os.PathLike | None = None,
+        finelip_base: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load an SDXL pipeline and give its text encoders 248 positions.
@@ -118,9 +119,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
             directly with 77 and saved so by this class: what was saved comes back.
 
         Raises:
-            ValueError: what is no SDXL, a config or a file of weights that is damaged, weights that are not finite, a
-                tokenizer without its words, a FineLIP or an adapter whose widths are
-                not the encoders', one to add without a base, or an unknown option.
+            ValueError: `base` is no SDXL, a config or a file of weights is damaged, weights are not finite, a tokenizer
+                lacks its words, a FineLIP or an adapter has other widths than the encoders, a FineLIP to add has no
+                base, or an option is unknown.
             OSError: `base` or a checkpoint is not there.
 
         Example:
@@ -170,11 +171,11 @@ class EncoderSwapMixin(PromptEncodingMixin):
     @classmethod
     def from_single_file(
         cls,
-        file: str | os.PathLike,
+        file: str | os.PathLike[str],
         finelip: Any = None,
         finelip_2: Any = None,
         finelip_merge: str = "replace",
-        finelip_base: str | os.PathLike | None = None,
+        finelip_base: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
@@ -249,7 +250,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         finelip: Any = None,
         finelip_2: Any = None,
         finelip_merge: str = "replace",
-        finelip_base: str | os.PathLike | None = None,
+        finelip_base: str | os.PathLike[str] | None = None,
     ) -> None:
         """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
 
@@ -300,7 +301,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 " and ".join(bare),
             )
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`.
 
         Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
@@ -310,9 +311,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
         """
         if self.conditioning_adapter is not None:
             logger.warning(
-                "Stock Diffusers opens what is saved here without its conditioning adapter, which FineLIP-SDXL's"
-                " pipelines load. For an alignment inside the text encoders, train with `--method lora`, and use"
-                " `finelip-sdxl export`."
+                "Stock Diffusers opens this folder without its conditioning adapter, which FineLIP-SDXL's pipelines"
+                " load. For an alignment inside the text encoders, train a LoRA with training/align_adapter.py, and"
+                " use `finelip-sdxl export`."
             )
         without_paths(self)
         with _plain_parts(self):
@@ -353,7 +354,11 @@ def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: 
 
 
 def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Arguments for loading, checked before gigabytes are loaded: both FineLIPs, and keyword arguments with a dtype."""
+    """Check the arguments for loading before gigabytes of the base are loaded.
+
+    Returns:
+        Both FineLIPs, read and not yet built, and the keyword arguments with a dtype.
+    """
     # Without a dtype every library falls back on its own, and half-precision repositories end in two.
     torch_dtype = kwargs.pop("torch_dtype", None)
     kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch_dtype or torch.float32}
@@ -376,11 +381,11 @@ def _load_index(base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
     return with_new_names(read_json(file))
 
 
-def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAdapter:
+def _open_adapter(source: str | os.PathLike[str], **arguments: Any) -> ConditioningAdapter:
     source = os.fspath(source)
     if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
         last = os.path.join(source, "last")
-        hint = f"pass {last}" if os.path.isdir(last) else "pass what training/align_adapter.py writes to OUT/last"
+        hint = f"pass {last}" if os.path.isdir(last) else "pass the folder `last` of a run of training/align_adapter.py"
         raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
     if os.path.isdir(source):
         config: Any = read_json(Path(source, "config.json"))
@@ -388,26 +393,30 @@ def _open_adapter(source: str | os.PathLike, **arguments: Any) -> ConditioningAd
         config = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
     if config.get("_class_name") != ConditioningAdapter.__name__:
         raise ValueError(
-            f"{source} is no conditioning adapter: pass what training/align_adapter.py writes to OUT/last (what"
-            " --method lora writes goes to finelip= and finelip_2=)."
+            f"{source} is no conditioning adapter: pass the folder `last` of a run of training/align_adapter.py that"
+            " trained one. Text encoders, which a run with a LoRA writes there, go to finelip= and finelip_2=."
         )
     with loading_errors(source):
         check_component(Path(source))
-        return ConditioningAdapter.from_pretrained(source, **arguments)
+        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(source, **arguments)
+        return adapter
 
 
 def _own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
-    """That of a saved pipeline: of the variant if it was saved as one, as components are, or else plain."""
+    """The adapter in a saved pipeline: in the variant if it was saved in one, as components are, or else plain."""
+    adapter: ConditioningAdapter
     if variant is not None:
         try:
-            return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, variant=variant, **arguments)
+            adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, variant=variant, **arguments)
+            return adapter
         except OSError:
             pass
-    return ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, **arguments)
+    adapter = ConditioningAdapter.from_pretrained(base, subfolder=ADAPTER, **arguments)
+    return adapter
 
 
 def _check_parts(pipe: Any, source: str) -> None:
-    """That what reads prompts can: tokenizers know words, weights are numbers, and the adapter fits."""
+    """Check that tokenizers know words, that weights are numbers, and that the adapter fits."""
     for name in ENCODERS.values():
         if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
             check_tokenizer(tokenizer, f"{source}: {name}")
@@ -419,7 +428,7 @@ def _check_parts(pipe: Any, source: str) -> None:
 
 
 def _check_adapter(pipe: Any) -> None:
-    """That the conditioning adapter's widths are those of this SDXL."""
+    """Check that the conditioning adapter has the widths of this SDXL."""
     adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
     if adapter is None or encoder_2 is None:
         return
@@ -459,7 +468,7 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
 
 
 def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -> Any:
-    """What `_replacement` gave, added to the encoder that reads short prompts as stock does."""
+    """A FineLIP's text encoder, added to the encoder that encodes short prompts as stock does."""
     if stock is None:
         raise ValueError(
             f"`{name}` was trained or replaced at 248 positions, and finelip_merge='delta' adds to encoders of 77: load"
@@ -476,8 +485,10 @@ def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -
 
 @contextmanager
 def _plain_parts(pipe: Any) -> Iterator[None]:
-    """While saving, puts encoders in place whose files begin their keys with `text_model.`, and tokenizers that do not
-    remember how they were last called.
+    """Put plain parts in place while a pipeline is saved.
+
+    The files of these encoders begin their keys with `text_model.`, and these tokenizers do not remember how they were
+    last called.
 
     Recent `transformers` write other keys for a `CLIPTextModel` that was not loaded from such a file, and older ones
     load those as random weights.

@@ -1,4 +1,4 @@
-"""Long-prompt SDXLs for programs that do not know this package: stock Diffusers and ComfyUI."""
+"""Export of long-prompt SDXLs to programs that do not know this package: stock Diffusers and ComfyUI."""
 
 import inspect
 import logging
@@ -130,7 +130,7 @@ def _say_what_is_lost(pipe: Any) -> None:
     if pipe.conditioning_adapter is not None:
         logger.warning(
             "conditioning_adapter is left out: it works between the text encoders and the UNet and cannot be merged"
-            " into either. `training/align_adapter.py --method lora` makes an alignment that merges into the encoders."
+            " into either. A LoRA that training/align_adapter.py trains is an alignment that merges into the encoders."
         )
     if pipe.hidden_states != "penultimate":
         logger.warning(

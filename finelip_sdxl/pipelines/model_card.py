@@ -9,14 +9,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from finelip_sdxl.names import bundled_model, bundled_sdxl
+from finelip_sdxl.options import ENCODERS
 from finelip_sdxl.provenance import HUB_ID, Provenance, base_of, public_name
 from finelip_sdxl.text_encoders import num_positions
 
 # Of bases whose license is known here; what else is in a pipeline has its own.
 _LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
-
-
-_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def model_card(pipe: Any, repo_id: str) -> ModelCard:
@@ -63,7 +61,7 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
 
 def _origins(pipe: Any) -> list[str]:
     """What replaced or was merged into text encoders."""
-    records = [Provenance.of(getattr(pipe, name).config) for name in _ENCODERS if getattr(pipe, name) is not None]
+    records = [Provenance.of(getattr(pipe, name).config) for name in ENCODERS if getattr(pipe, name) is not None]
     origins = [_public(source) for record in records for source in (record.made_from, record.merged_with)]
     return list(dict.fromkeys(name for name in origins if name is not None))
 
@@ -115,10 +113,10 @@ What the weights were made from has licenses that hold here: {origins}.
 
 def _parts(pipe: Any, base: str | None) -> list[tuple[str, str]]:
     rows = []
-    for name in _ENCODERS:
+    for name in ENCODERS:
         if (encoder := getattr(pipe, name)) is not None:
             rows.append((f"`{name}`", f"{_encoder(encoder)}; reads {num_positions(encoder)} tokens"))
-    for name in _ENCODERS:
+    for name in ENCODERS:
         if getattr(pipe, f"stock_{name}") is not None:
             rows.append((f"`stock_{name}`", "the base's own; reads prompts of up to 77 tokens as the base does"))
     if pipe.conditioning_adapter is not None:

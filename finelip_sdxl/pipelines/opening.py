@@ -1,4 +1,4 @@
-"""Open an SDXL by one name, whatever it is: a hub id, a directory, a single file or the miniature."""
+"""Open an SDXL by name: a hub id, a directory, a single file, or one that ships with the package."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from finelip_sdxl.options import check_config
 
 
 def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **arguments: Any) -> Any:
-    """A pipeline of this class, with encoders of 248 positions.
+    """Open a pipeline of this class, with text encoders of 248 positions.
 
     Args:
         pipeline_class: one of this package's.
@@ -16,7 +16,7 @@ def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **a
         **arguments: of `from_pretrained` or `from_single_file`.
 
     Raises:
-        ValueError: a config for what is no single file; and what these raise.
+        ValueError: a config is passed with a base that is no single file; or see these methods.
     """
     if Path(base).is_file():
         given = {name: value for name, value in arguments.items() if name != "variant"}
@@ -31,8 +31,8 @@ def open_text_to_image(base: str, **arguments: Any) -> Any:
     """`open_pipeline` for an SDXL that draws from a prompt alone.
 
     Raises:
-        ValueError: a refiner, which has one text encoder and draws on; a UNet that wants more than noise, as those for
-            inpainting do; and what `open_pipeline` raises.
+        ValueError: the base is a refiner, which has one text encoder and continues pictures; its UNet takes more than
+            noise, as one for inpainting does; or see `open_pipeline`.
     """
     from finelip_sdxl.pipelines import FineLIPSDXLPipeline
 

@@ -18,7 +18,7 @@ import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from finelip_sdxl.options import STOCK_POSITIONS, check_texts
+from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS, check_texts
 from finelip_sdxl.prompts.plan import (
     NEGATIVE_PROMPT,
     PROMPT,
@@ -36,9 +36,6 @@ from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import num_positions
 
 logger = logging.getLogger(__name__)
-
-
-ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

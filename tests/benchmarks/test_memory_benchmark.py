@@ -123,12 +123,21 @@ def test_offloads_keep_less_and_less(tiny) -> None:
 
 
 def test_the_table_is_printed(tiny, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["memory.py", "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["memory.py", "--device", "cpu", "--only", "pipelines"])
     memory.main()
-    head, _, title, line, *rows = capsys.readouterr().out.splitlines()
-    assert "weights alone, counted" in head
+    _, _, title, line, *rows = capsys.readouterr().out.splitlines()
+    assert "weights alone, counted" in title
     assert len(rows) == 11
     assert {row.count("|") for row in (title, line, *rows)} == {7}
+
+
+def test_the_swap_is_measured(tiny, monkeypatch, tmp_path) -> None:
+    image = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    monkeypatch.setattr(memory, "VIT_L", {**image, "patch_size": 32})
+    memory.write_checkpoints(tmp_path)
+    grown, seconds = memory.measured_swap(tmp_path, tuple(memory.ENCODERS))
+    assert grown >= 0
+    assert seconds > 0
 
 
 @pytest.mark.gpu
