@@ -35,6 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from finelip_sdxl import ConditioningAdapter, FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import ENCODERS
+from finelip_sdxl.report import report_header
 from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET, VAE
 
 GIB = 2**30
