@@ -1,4 +1,4 @@
-"""Pictures as files and on sheets: PNGs that say how they were made, and grids of pictures with labels."""
+"""PNG files that say how they were made, and grids of pictures with labels."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _INK, _GRAY = (24, 24, 27), (95, 95, 102)
 
 
 def to_image(pixels: Any) -> Image.Image:
-    """A picture of the numbers that a pipeline gives, as Diffusers makes it, which shows NaN as black.
+    """A picture from the pixels that a pipeline returns, as Diffusers makes it, but never from NaN.
 
     Args:
-        pixels: (3, height, width) from 0 to 1, of `output_type="pt"`.
+        pixels: (3, height, width) from 0 to 1, as `output_type="pt"` returns them.
 
     Raises:
         ValueError: some are NaN.
@@ -69,7 +69,7 @@ def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, 
     Args:
         image: the picture.
         file: to write, whole or not at all.
-        parameters: what it was made from, as JSON knows it, with the prompt as `"prompt"`.
+        parameters: parameters that it was made with, of the types of JSON, with the prompt as `"prompt"`.
 
     Raises:
         OSError: the file cannot be written.
@@ -90,7 +90,7 @@ def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, 
 
 
 def infotext(parameters: dict[str, Any]) -> str:
-    """Parameters in the words of A1111: the prompt, the negative prompt, and a line of what else is known.
+    """Parameters in the words of A1111: the prompt, the negative prompt, and a line of further settings.
 
     Args:
         parameters: as for `save_png`.

@@ -1,7 +1,7 @@
-"""One prompt, read in three ways and drawn from the same noise: what a long prompt gains.
+"""The comparison: one prompt, encoded in three ways and drawn from the same noise.
 
-All columns share one UNet and one VAE, and differ in the states that these get. So one pipeline draws them all, from
-embeddings where others than its own encoders have read the prompt.
+All columns share one UNet and one VAE, and differ in the embeddings that the UNet gets. So one pipeline draws them all:
+it encodes the prompt itself for FineLIP-SDXL, and takes embeddings for the other columns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, wi
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
 
 
-# Called after each step with its number and how many there are; what it raises ends the drawing.
+# Called after each step with its number and the number of all steps. An error that it raises ends the drawing.
 OnStep = Callable[[int, int], None]
 
 
@@ -57,7 +57,7 @@ class Picture:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What the picture was drawn from, to be written into its file."""
+        """The parameters that are written into the picture's file."""
         size = {"width": self.image.width, "height": self.image.height}
         about = {"column": self.column, "finelip_sdxl": version("finelip-sdxl")}
         return {**asdict(self.settings), **size, **self.sources, **about}
@@ -148,7 +148,7 @@ class Comparison:
                 `finelip`, `conditioning_adapter` and `config`.
 
         Raises:
-            ValueError, OSError: what `from_pretrained` raises.
+            ValueError, OSError: the base or another part cannot be loaded, as `from_pretrained` says.
 
         Example:
             >>> comparison = Comparison.load("miniature")
@@ -189,8 +189,12 @@ class Comparison:
         return self._base.pipe
 
     def read(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
-        """What columns read of a prompt, by their keys: windows, and what is cut. Runs no encoder, and may be called
-        while another thread draws. compel takes seconds for long texts.
+        """Plan a prompt for each column: its windows, and the text that is cut.
+
+        Runs no encoder, and may be called while another thread draws. compel takes seconds for long texts.
+
+        Returns:
+            The plans by the columns' keys.
 
         Raises:
             TypeError: a prompt that is no text, or columns that are none.
@@ -216,7 +220,8 @@ class Comparison:
         Args:
             column: a key of `COLUMNS`.
             settings: what to draw.
-            on_step: called after each step with its number and how many there are. What it raises ends the drawing.
+            on_step: called after each step with its number and the number of all steps. An error that it raises ends
+                the drawing.
 
         Raises:
             ValueError: an unknown column, a prompt that compel cannot parse, or numbers that are none (NaN) in place of
@@ -285,7 +290,7 @@ class _Steps:
 
 
 class _Stage:
-    """A pipeline of ours, base or refiner, with stock's and compel's readings beside its own."""
+    """A pipeline of ours, base or refiner, which also draws from the embeddings of stock and of compel."""
 
     def __init__(self, pipe: Any, device: str | torch.device, offload: bool) -> None:
         self.pipe = pipe
@@ -348,7 +353,7 @@ def _stock_encoder(pipe: Any, name: str) -> Any:
 
 @contextmanager
 def _encoding_as(pipe: Any, settings: Settings) -> Iterator[None]:
-    """With the settings' hidden states, None for the pipeline's own, and their scale of the conditioning adapter."""
+    """Encode with the settings' hidden states (None leaves the pipeline's own) and scale of the adapter."""
     states, scale = pipe.hidden_states, pipe.conditioning_adapter_scale
     pipe.hidden_states = settings.hidden_states or states
     pipe.set_conditioning_adapter_scale(settings.conditioning_adapter_scale)
@@ -361,7 +366,7 @@ def _encoding_as(pipe: Any, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Without stock's warning, for every picture again, of all that it cuts, which is what is compared here."""
+    """Silence stock's warning of the text that it cuts: the comparison shows that."""
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
@@ -385,7 +390,7 @@ def _plan_by_stock(tokenizer: Any, prompt: str) -> EncoderPlan:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that the device's memory was not enough."""
+    """Whether an error says that the device's memory was not enough."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""compel as it is by default: the windows that it cuts a prompt into, and what it encodes of them."""
+"""compel with its defaults: the windows that it cuts a prompt into, and the embeddings that it makes of them."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from pyparsing import ParseBaseException
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, Window, tokenize
 
-# Some two seconds.
+# In characters, some two seconds.
 MAX_PARSER_WORK = 6000
 
 
-# What compel's parser ends in: its own errors, and those of Python where it did not think of a text.
+# Errors of compel's parser: its own, and Python's for texts that it does not expect.
 _GIVING_UP = (
     ParseBaseException,
     PromptParser.ParsingException,
@@ -30,14 +30,14 @@ _GIVING_UP = (
 
 
 def open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
-    """What encodes a prompt and a negative prompt as compel does by default, in windows of stock's 77 tokens.
+    """Open compel with its defaults, which encodes prompts in windows of stock's 77 tokens.
 
     Args:
         stock: a stock SDXL pipeline, or its refiner.
         device: where its encoders run.
 
     Returns:
-        A function of the prompt and the negative prompt. Without one (None) it gives no negative embeddings.
+        A function of the prompt and the negative prompt. Without the latter (None) it returns no negative embeddings.
 
     Example:
         >>> from diffusers import StableDiffusionXLPipeline
@@ -70,10 +70,10 @@ def open_compel(stock: Any, device: str) -> Callable[[str, str | None], Labelled
 
 
 def plan_by_compel(tokenizer: Any, prompt: str) -> EncoderPlan:
-    """The windows that compel cuts a prompt into. Where its syntax changes the text, they are those of what is left.
+    """The windows that compel cuts a prompt into. Where its syntax changes the text, the windows hold the changed one.
 
     Args:
-        tokenizer: of SDXL's first encoder, whatever length it reads.
+        tokenizer: tokenizer of SDXL's first encoder, of any length.
         prompt: the text.
 
     Raises:
@@ -101,14 +101,14 @@ def plan_by_compel(tokenizer: Any, prompt: str) -> EncoderPlan:
 
 @contextmanager
 def parsing(*texts: str) -> Iterator[None]:
-    """Says in a sentence what compel's parser, which reads brackets, + and - as weights, cannot make sense of.
+    """Turn errors of compel's parser, which takes brackets, + and - for weights, into a sentence.
 
     Args:
-        *texts: what it is to parse. It reads everything in a bracket about four times, so that a few brackets within
+        *texts: texts for the parser. It reads everything in a bracket about four times, so that a few brackets within
             one another would keep it busy for minutes: texts that would are refused before.
 
     Raises:
-        ValueError: they nest too deep, or it gave up.
+        ValueError: brackets nest too deep, or the parser gave up.
 
     Example:
         >>> with parsing("(" * 10 + "a fox"):

@@ -1,4 +1,4 @@
-"""What a picture is drawn from, and the ranges that it may have."""
+"""Settings of a picture, with their ranges, and checks of the columns."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_ROWS = 100  # seeds of one comparison, whose pictures are held until they ar
 
 @dataclass(frozen=True)
 class Settings:
-    """What a picture is drawn from.
+    """Settings that a picture is drawn from.
 
     Attributes:
-        prompt: of any length.
-        negative_prompt: empty for none.
-        steps: of denoising, 1 to 200.
-        guidance_scale: of classifier-free guidance, 0 to 50; off up to 1.
-        seed: of the noise, which is drawn on the CPU and so is the same on every device.
-        width, height: in pixels, multiples of 8 from 64 to 2048; None for the model's own.
-        conditioning_adapter_scale: from 0 to 1, for FineLIP-SDXL's column.
-        hidden_states: `"penultimate"` or `"last"`, for the same; None for the pipeline's own.
+        prompt: text of any length.
+        negative_prompt: text; empty for none.
+        steps: denoising steps, 1 to 200.
+        guidance_scale: classifier-free guidance, 0 to 50; off up to 1.
+        seed: seed of the noise, which is drawn on the CPU and so is the same on every device.
+        width, height: pixels, multiples of 8 from 64 to 2048; None for the model's own.
+        conditioning_adapter_scale: how much of the adapter counts in FineLIP-SDXL's column, 0 to 1.
+        hidden_states: `"penultimate"` or `"last"`, in the same column; None for the pipeline's own.
 
     Raises:
         ValueError, TypeError: one of them is out of range.
@@ -68,7 +68,7 @@ class Settings:
         """These settings, and the same with each of the next seeds.
 
         Args:
-            count: of seeds in all, 1 to 100.
+            count: number of seeds in all, 1 to 100.
 
         Raises:
             ValueError: `count` is out of range, or a seed would be too large.
@@ -78,7 +78,7 @@ class Settings:
 
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any]) -> Settings:
-        """Those that were written into a picture by this package; entries of other names are left out.
+        """Settings from the parameters in a picture of this package; other entries are left out.
 
         Raises:
             ValueError, TypeError: there is no prompt among them, or one of them is out of range.
