@@ -217,7 +217,7 @@ def _spell_out_init(cls: type) -> None:
     if "__init__" not in vars(cls):
 
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            super(cls, self).__init__(*args, **kwargs)  # type: ignore[misc]
+            super(cls, self).__init__(*args, **kwargs)  # type: ignore[arg-type, misc]
 
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
         cls.__init__ = __init__  # type: ignore[misc]

@@ -5,9 +5,9 @@ it cares how long they are, so the denoising loops stay Diffusers' own.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from threading import Lock, RLock
 from types import SimpleNamespace
@@ -20,8 +20,6 @@ from diffusers.utils.torch_utils import get_module_execution_device
 
 from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS, check_texts
 from finelip_sdxl.prompts.plan import (
-    NEGATIVE_PROMPT,
-    PROMPT,
     EncoderPlan,
     EncoderSpec,
     PromptPlan,
@@ -69,6 +67,66 @@ def one_at_a_time(method: Callable) -> Callable:
     return wait
 
 
+@dataclass(frozen=True)
+class _CallEncoder:
+    """A text encoder during one call.
+
+    Attributes:
+        spec: as much of it as a plan needs.
+        model: the encoder.
+        original: the encoder that encodes short prompts as stock does, and its position ids; None if there is none.
+    """
+
+    spec: EncoderSpec
+    model: Any
+    original: tuple[Any, torch.Tensor | None] | None
+
+
+@dataclass(frozen=True)
+class _Weighting:
+    """The weights of a batch, and the states that they need.
+
+    Attributes:
+        weights: of the tokens, (batch, windows · positions).
+        empty: states of the empty prompt, (1, positions, dim).
+        weak_parts: the parts with weights below 1.
+        without: for each of these, states of its window without it, (parts, positions, dim); None if there are none.
+    """
+
+    weights: torch.Tensor
+    empty: torch.Tensor
+    weak_parts: Sequence[WeakPart]
+    without: torch.Tensor | None
+
+    def apply(self, states: torch.Tensor) -> torch.Tensor:
+        by_window = self.weights.unflatten(1, (-1, self.empty.shape[1]))
+        weighted = apply_weights(states, self.empty.repeat(1, by_window.shape[1], 1), self.weights)
+        if self.without is None:
+            return weighted
+        by_part = torch.stack([by_window[part.row, part.window] for part in self.weak_parts])
+        return blend_without(weighted, self.weak_parts, apply_weights(self.without, self.empty, by_part))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A batch behind one encoder.
+
+    Attributes:
+        states: (batch, windows · positions, dim).
+        as_stock: whether they are those of stock SDXL.
+        pooled: (batch, pooled dim); None from an encoder that has no projection.
+        weighting: None if all weights are 1.
+    """
+
+    states: torch.Tensor
+    as_stock: bool
+    pooled: torch.Tensor | None
+    weighting: _Weighting | None
+
+    def weighted(self) -> torch.Tensor:
+        return self.states if self.weighting is None else self.weighting.apply(self.states)
+
+
 class PromptEncodingMixin(_Parent):
     """The part of `LongPromptMixin` that reads prompts."""
 
@@ -90,11 +148,12 @@ class PromptEncodingMixin(_Parent):
         Example:
             >>> print(pipe.describe_prompt("a red square above a blue ring"))  # doctest: +SKIP
         """
-        if not self._encoders():
+        specs = [encoder.spec for encoder in self._call_encoders()]
+        if not specs:
             raise ValueError("This pipeline has no text encoders, so there is nothing that reads a prompt.")
         prompts = self._prompt_batches(prompt, prompt_2)
         negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
-        return self._read(prompts, negatives)
+        return self._plan(specs, prompts, negatives)
 
     @one_at_a_time
     def encode_prompt(
@@ -140,33 +199,37 @@ class PromptEncodingMixin(_Parent):
         images = num_images_per_prompt
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
             raise ValueError(f"`num_images_per_prompt` is {images!r:.60}; expected a whole number of at least 1.")
+        encoders = self._call_encoders()
+        specs = [encoder.spec for encoder in encoders]
         if prompt_embeds is None:
-            self._check_weighting()
+            self._check_weighting(specs)
             self._check_clip_skip(clip_skip)
-        if self._has_long_encoders():
+        if _any_long(specs):
             prompts, negatives, shape = None, None, None
             if prompt_embeds is None:
                 prompts = self._prompt_batches(prompt, prompt_2)
                 if do_classifier_free_guidance:
-                    shape = self._shape_of("negative_prompt_embeds", negative_prompt_embeds)
+                    shape = _shape_of("negative_prompt_embeds", negative_prompt_embeds, specs)
                 if any(not "".join(texts).strip() for texts in zip(*prompts, strict=True)):
                     logger.warning("`prompt` is empty, so no text guides the picture.")
             if do_classifier_free_guidance and negative_prompt_embeds is None:
                 batch_size = len(prompts[0] if prompts else prompt_embeds)  # type: ignore[arg-type]
                 negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size)
-                shape = None if negatives is None else self._shape_of("prompt_embeds", prompt_embeds)
+                shape = None if negatives is None else _shape_of("prompt_embeds", prompt_embeds, specs)
 
             if prompts or negatives:
-                report = self._read(prompts, negatives, shape)
-                if report.cut:
-                    lost = dict.fromkeys(f"{plan.role}: {plan.cut_text}" for plan in report.cut)
+                plan = self._plan(specs, prompts, negatives, shape)
+                if plan.cut:
+                    lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
                     logger.warning("Cut and not read, %s", "; ".join(lost))
                 with self._scaled_lora(lora_scale):
                     if prompts:
-                        prompt_embeds, pooled = self._encode(report, PROMPT, clip_skip)
+                        prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)
                         pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
                     if negatives:  # stock does not apply clip_skip to them
-                        negative_prompt_embeds, pooled = self._encode(report, NEGATIVE_PROMPT, None)
+                        negative_prompt_embeds, pooled = self._encode(
+                            encoders, plan.negative_prompts, plan.windows, clip_skip=None
+                        )
                         if negative_pooled_prompt_embeds is None:
                             negative_pooled_prompt_embeds = pooled
                 prompt = prompt_2 = lora_scale = None
@@ -202,25 +265,28 @@ class PromptEncodingMixin(_Parent):
             (name, tokenizer) for name, tokenizer in pairs if tokenizer is not None and getattr(self, name) is not None
         ]
 
-    def _encoder_specs(self) -> list[EncoderSpec]:
-        return [
-            EncoderSpec(
+    def _call_encoders(self) -> list[_CallEncoder]:
+        """The text encoders as they are at the start of a call, in the order of `_encoders`."""
+        encoders = []
+        for name, tokenizer in self._encoders():
+            model, original = getattr(self, name), self._original_encoder(name)
+            spec = EncoderSpec(
                 name,
                 tokenizer,
-                positions=min(num_positions(getattr(self, name)), tokenizer.model_max_length),
-                has_stock=self._original_encoder(name) is not None,
+                positions=min(num_positions(model), tokenizer.model_max_length),
+                has_stock=original is not None,
                 expand=partial(self.maybe_convert_prompt, tokenizer=_without_state(tokenizer))
                 if _has_added_tokens(tokenizer)
                 else None,
             )
-            for name, tokenizer in self._encoders()
-        ]
+            encoders.append(_CallEncoder(spec, model, original))
+        return encoders
 
     def _has_long_encoders(self) -> bool:
-        return any(spec.positions > STOCK_POSITIONS for spec in self._encoder_specs())
+        return _any_long([encoder.spec for encoder in self._call_encoders()])
 
-    def _check_weighting(self) -> None:
-        if self.weighting is not None and not self._has_long_encoders():
+    def _check_weighting(self, specs: Sequence[EncoderSpec]) -> None:
+        if self.weighting is not None and not _any_long(specs):
             raise ValueError(
                 f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
             )
@@ -295,17 +361,20 @@ class PromptEncodingMixin(_Parent):
             )
         return [batch for batch, _ in zip((texts, texts_2), self._encoders(), strict=False)]
 
-    def _read(
+    # Plan, encode, adapt
+
+    def _plan(
         self,
+        specs: Sequence[EncoderSpec],
         prompts: list[list[str]] | None,
         negatives: list[list[str]] | None,
         shape: tuple[int, int] | None = None,
     ) -> PromptPlan:
-        self._check_weighting()
-        if not self._has_long_encoders():  # the parent encodes: one window, the rest cut
-            return plan_prompts(self._encoder_specs(), prompts, negatives, overflow="truncate", length_buckets=())
+        self._check_weighting(specs)
+        if not _any_long(specs):  # the parent encodes: one window, the rest cut
+            return plan_prompts(specs, prompts, negatives, overflow="truncate", length_buckets=())
         return plan_prompts(
-            self._encoder_specs(),
+            specs,
             prompts,
             negatives,
             short_prompt_encoder=self.short_prompt_encoder,
@@ -315,86 +384,85 @@ class PromptEncodingMixin(_Parent):
             shape=shape,
         )
 
-    def _shape_of(self, name: str, embeds: torch.Tensor | None) -> tuple[int, int] | None:
-        """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
-        if embeds is None:
-            return None
-        length, capacity = embeds.shape[1], min(spec.positions for spec in self._encoder_specs())
-        if length > capacity and length % capacity:
-            raise ValueError(
-                f"`{name}` are {length} positions long, but a text beside them is encoded to at most {capacity} or a"
-                " multiple of it: pass embeddings for both."
-            )
-        return (1, length) if length <= capacity else (length // capacity, capacity)
-
-    # Encoding
-
-    def _encode(self, report: PromptPlan, role: str, clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _encode(
+        self,
+        encoders: Sequence[_CallEncoder],
+        plans: Mapping[str, Sequence[EncoderPlan]],
+        windows: int,
+        clip_skip: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
-        encoded = [self._encode_by(*pair, report, role, clip_skip) for pair in self._encoders()]
+        encoded = [self._encode_by(encoder, plans[encoder.spec.encoder], windows, clip_skip) for encoder in encoders]
         pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
         if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
-            pooled = self._adapt(encoded, pooled, clip_skip)
+            encoded, pooled = self._adapt(encoded, pooled, clip_skip)
         # The adapter knows states without weights, so these come last.
         return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
 
-    def _encode_by(self, name: str, tokenizer: Any, report: PromptPlan, role: str, clip_skip: int | None) -> "_Encoded":
-        """What one encoder gives for a batch."""
-        plans = (report.prompts if role == PROMPT else report.negative_prompts)[name]
-        as_stock = plans[0].as_stock
-        stock = self._original_encoder(name) if as_stock else None
-        encoder, position_ids = stock or (getattr(self, name), None)
-        device = get_module_execution_device(encoder)
-        encode = partial(encoder, position_ids=position_ids, output_hidden_states=True)
-        token_ids = torch.tensor(padded_token_ids(plans, tokenizer, report.windows), device=device)
+    def _encode_by(
+        self, encoder: _CallEncoder, plans: Sequence[EncoderPlan], windows: int, clip_skip: int | None
+    ) -> _Encoded:
+        """What one encoder returns for a batch."""
+        tokenizer, as_stock, positions = encoder.spec.tokenizer, plans[0].as_stock, plans[0].positions
+        original = encoder.original if as_stock else None
+        model, position_ids = original or (encoder.model, None)
+        device = get_module_execution_device(model)
+        run = partial(model, position_ids=position_ids, output_hidden_states=True)
+        token_ids = torch.tensor(padded_token_ids(plans, tokenizer, windows), device=device)
         states, pooled = [], None
         for window in token_ids.unbind(dim=1):
-            with _ending_at(encoder, tokenizer.eos_token_id, plans):
-                output = encode(window)
+            with _ending_at(model, tokenizer.eos_token_id, plans):
+                output = run(window)
             states.append(self._states(output, as_stock, clip_skip))
             if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
                 pooled = output[0]
-        encoded = _Encoded(torch.cat(states, dim=1), as_stock, pooled)
 
-        rows = padded_weights(plans, report.windows)
+        weighting, rows = None, padded_weights(plans, windows)
         if rows is not None:
-            encoded.weights = torch.tensor(rows, device=device)
-            nothing = torch.tensor([empty_row(tokenizer, report.positions)], device=device)
-            encoded.empty = self._states(encode(nothing), as_stock, clip_skip)
-            encoded.weak_parts = weak_parts(rows, report.positions)
-        without = []
-        for part in encoded.weak_parts:
-            mask = torch.ones(1, report.positions, dtype=torch.long, device=device)
-            mask[:, part.first : part.stop] = 0
-            output = encode(token_ids[part.row, part.window][None], attention_mask=mask)
-            without.append(self._states(output, as_stock, clip_skip))
-        encoded.without = torch.cat(without) if without else None
-        self._free_original(encoder)
-        return encoded
+            nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
+            empty = self._states(run(nothing), as_stock, clip_skip)
+            parts, without = weak_parts(rows, positions), []
+            for part in parts:
+                mask = torch.ones(1, positions, dtype=torch.long, device=device)
+                mask[:, part.first : part.stop] = 0
+                output = run(token_ids[part.row, part.window][None], attention_mask=mask)
+                without.append(self._states(output, as_stock, clip_skip))
+            weights = torch.tensor(rows, device=device)
+            weighting = _Weighting(weights, empty, parts, torch.cat(without) if without else None)
+        self._free_original(model)
+        return _Encoded(torch.cat(states, dim=1), as_stock, pooled, weighting)
 
     def _adapt(
-        self, encoded: "list[_Encoded]", pooled: torch.Tensor | None, clip_skip: int | None
-    ) -> torch.Tensor | None:
-        """Put what the conditioning adapter makes of states in their place, and give its pooled vector; what was read
-        as stock stays."""
+        self, encoded: list[_Encoded], pooled: torch.Tensor | None, clip_skip: int | None
+    ) -> tuple[list[_Encoded], torch.Tensor | None]:
+        """States and pooled vector behind the conditioning adapter; what was encoded as stock does stays."""
         if self.hidden_states != "penultimate" or clip_skip is not None:
             self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
-            return pooled
+            return encoded, pooled
         scale = self.conditioning_adapter_scale
         if scale == 0:
-            return pooled
-        for kind in ("states", "empty", "without"):
-            given = [None if part.as_stock else getattr(part, kind) for part in encoded]
-            if all(part is None for part in given):  # nothing has weights
-                continue
-            # The pooled vector is the last encoder's.
-            has_pooled = kind == "states" and not encoded[-1].as_stock
-            adapted, adapted_pooled = self.conditioning_adapter(given, pooled if has_pooled else None, scale)
-            for part, new in zip(encoded, adapted, strict=True):
-                if new is not None:
-                    setattr(part, kind, new)
-            pooled = pooled if adapted_pooled is None else adapted_pooled
-        return pooled
+            return encoded, pooled
+
+        def adapted(states: Sequence[torch.Tensor | None]) -> Sequence[Any]:
+            return states if all(part is None for part in states) else self.conditioning_adapter(states, None, scale)[0]
+
+        # The pooled vector is the last encoder's.
+        own_pooled = None if encoded[-1].as_stock else pooled
+        states, adapted_pooled = self.conditioning_adapter(
+            [None if part.as_stock else part.states for part in encoded], own_pooled, scale
+        )
+        weightings = [None if part.as_stock else part.weighting for part in encoded]
+        empties = adapted([None if weighting is None else weighting.empty for weighting in weightings])
+        withouts = adapted([None if weighting is None else weighting.without for weighting in weightings])
+        new_weightings = [
+            None if weighting is None else replace(weighting, empty=empty, without=without)
+            for weighting, empty, without in zip(weightings, empties, withouts, strict=True)
+        ]
+        parts = [
+            part if part.as_stock else replace(part, states=new, weighting=weighting)
+            for part, new, weighting in zip(encoded, states, new_weightings, strict=True)
+        ]
+        return parts, pooled if adapted_pooled is None else adapted_pooled
 
     def _states(self, output: Any, as_stock: bool, clip_skip: int | None) -> torch.Tensor:
         if self.hidden_states == "penultimate" or as_stock:
@@ -445,38 +513,22 @@ class PromptEncodingMixin(_Parent):
                 unscale_lora_layers(encoder, scale)
 
 
-@dataclass
-class _Encoded:
-    """What an encoder gives for a batch.
+def _any_long(specs: Sequence[EncoderSpec]) -> bool:
+    """Whether one of the encoders takes more than stock's 77 positions."""
+    return any(spec.positions > STOCK_POSITIONS for spec in specs)
 
-    Attributes:
-        states: (batch, windows · positions, dim).
-        as_stock: whether they are what stock SDXL reads.
-        pooled: (batch, pooled dim); None from an encoder that has no projection.
-        weights: of the tokens, (batch, windows · positions); None if all are 1.
-        empty: where there are weights, states of the empty prompt, (1, positions, dim).
-        weak_parts: those with weights below 1.
-        without: for each of these, states of its window without it, (parts, positions, dim).
-    """
 
-    states: torch.Tensor
-    as_stock: bool
-    pooled: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-    empty: torch.Tensor | None = None
-    weak_parts: Sequence[WeakPart] = ()
-    without: torch.Tensor | None = None
-
-    def weighted(self) -> torch.Tensor:
-        if self.weights is None or self.empty is None:
-            return self.states
-        positions = self.empty.shape[1]
-        of_windows = self.weights.unflatten(1, (-1, positions))
-        states = apply_weights(self.states, self.empty.repeat(1, of_windows.shape[1], 1), self.weights)
-        if self.without is None:
-            return states
-        of_parts = torch.stack([of_windows[part.row, part.window] for part in self.weak_parts])
-        return blend_without(states, self.weak_parts, apply_weights(self.without, self.empty, of_parts))
+def _shape_of(name: str, embeds: torch.Tensor | None, specs: Sequence[EncoderSpec]) -> tuple[int, int] | None:
+    """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
+    if embeds is None:
+        return None
+    length, capacity = embeds.shape[1], min(spec.positions for spec in specs)
+    if length > capacity and length % capacity:
+        raise ValueError(
+            f"`{name}` are {length} positions long, but a text beside them is encoded to at most {capacity} or a"
+            " multiple of it: pass embeddings for both."
+        )
+    return (1, length) if length <= capacity else (length // capacity, capacity)
 
 
 def _is_stock(encoder: Any) -> bool:
