@@ -93,8 +93,16 @@ def load_finelip(
         >>> model.config.text_config.max_position_embeddings, model.config.text_config.stretched_from
         (248, 77)
     """
-    arguments = {"keep": keep, "factor": factor, "dtype": dtype, "activation": activation}
-    return read_finelip(source, subfolder=subfolder, variant=variant, **arguments, **hub_kwargs).to_model()
+    return read_finelip(
+        source,
+        keep=keep,
+        factor=factor,
+        dtype=dtype,
+        activation=activation,
+        subfolder=subfolder,
+        variant=variant,
+        **hub_kwargs,
+    ).to_model()
 
 
 @dataclass(frozen=True)
