@@ -24,7 +24,7 @@ CAPTIONS = ("txt", "json")
 SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which comes next
 
 
-class TrainingShards(IterableDataset[dict[str, Any]]):
+class TrainingShards(IterableDataset[list[dict[str, Any]]]):
     """Whole batches of items as `ImageTextDataset` makes them, from shards one after another.
 
     For a `DataLoader(shards, batch_size=None, collate_fn=collate(tokenizer))`. Each process and each of its workers
