@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if __name__ == "__main__":  # before the imports that would speak
     from finelip_sdxl.console import quiet_imports
@@ -53,7 +53,7 @@ from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_datase
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
-from finelip_sdxl.pipelines.encoder_swap import loading_errors, single_file_errors
+from finelip_sdxl.pipelines.checking import loading_errors, single_file_errors
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.texts import lines_of, read_text
@@ -123,7 +123,10 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
 
     place(models_of(pipe, stock), ENCODERS, accelerator.device)
     rarity = word_rarity([data.captions(index)[0] for index in range(min(len(data), 1000))])
-    losses = {"text": TextAlignment(pipe, stock, rarity), "image": ImageAlignment(pipe, arguments.snr_gamma)}
+    losses: dict[str, Any] = {
+        "text": TextAlignment(pipe, stock, rarity),
+        "image": ImageAlignment(pipe, arguments.snr_gamma),
+    }
     task, optimizer = accelerator.prepare(
         Alignment(method.parameters, losses),
         torch.optim.AdamW(method.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay),
@@ -215,7 +218,7 @@ def stages_of(
         name="image",
         first=text.end,
         steps=arguments.image_steps,
-        batches=partial(image_batches, pictures, arguments, accelerator),
+        batches=partial(image_batches, cast(Precomputed, pictures), arguments, accelerator),
         models=(*trained_encoders, "unet"),
         result="last",
     )
@@ -450,7 +453,8 @@ def precomputed_folder(arguments: argparse.Namespace) -> Path:
     made_of: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
     made_of |= {"states": arguments.method == "adapter", "skip_missing_images": arguments.skip_missing_images}
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return (arguments.precomputed or arguments.output_dir / "precomputed") / digest[:16]
+    parent: Path = arguments.precomputed or arguments.output_dir / "precomputed"
+    return parent / digest[:16]
 
 
 def text_batches(
@@ -506,7 +510,8 @@ def index_batches(
 
 def num_long(arguments: argparse.Namespace) -> int:
     """Returns the number of long captions in a batch; the others are short."""
-    return min(max(1, round(arguments.batch_size * (1 - arguments.short_share))), arguments.batch_size - 1)
+    batch_size: int = arguments.batch_size
+    return min(max(1, round(batch_size * (1 - arguments.short_share))), batch_size - 1)
 
 
 def validation_prompts(arguments: argparse.Namespace, data: CaptionDataset) -> list[str]:

@@ -87,7 +87,8 @@ FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every
 
 def load_base(name: str) -> FineLIPModel:
     """Loads any CLIP, stretched if it has 77 positions, with a token refinement, in memory of its own."""
-    model: FineLIPModel = copy.deepcopy(load_finelip(name)).to(torch.float32)
+    model = copy.deepcopy(load_finelip(name))
+    model.float()  # type: ignore[no-untyped-call]
     if model.vision_model is None or model.text_projection is None:
         raise ValueError(f"--base {name} is a text encoder alone: training needs a CLIP with an image tower.")
     if model.image_refinement is None:

@@ -286,7 +286,7 @@ def retrieval_ranks(
     own = torch.cat(
         [
             similarity(image_of_text[some], some).diagonal(dim1=1, dim2=2)
-            for some in texts.split(16)  # few, since only the diagonal is used
+            for some in torch.split(texts, 16)  # few, since only the diagonal is used
         ],
         dim=1,
     ).cpu()
@@ -295,7 +295,7 @@ def retrieval_ranks(
 
     of_images = torch.zeros_like(best, dtype=torch.long)
     of_texts = torch.zeros_like(own, dtype=torch.long)
-    blocks = [(i, j) for j in texts.split(block_size) for i in images.split(block_size)]
+    blocks = [(i, j) for j in torch.split(texts, block_size) for i in torch.split(images, block_size)]
     for i, j in _bar(blocks, "comparing", progress):
         block = similarity(i, j)
         others = (image_of_text[j] != i[:, None]).to(device)

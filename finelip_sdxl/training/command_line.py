@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,10 +45,7 @@ FREE_RUN_FLAGS = {
 }
 
 
-class FlagGroup(Protocol):
-    """A parser, or a group of its flags."""
-
-    def add_argument(self, name: str, /, **options: Any) -> argparse.Action: ...
+FlagGroup = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 # Types of flags
@@ -118,11 +115,12 @@ KEEP = number(int, above=0, most=10_000)
 def add_config_flag(group: FlagGroup, presets: Sequence[Path]) -> None:
     """Adds the flag for a file of other flags' values, which `parse_flags` reads."""
     shipped = " or ".join(preset.name for preset in presets)
+    folder = str(presets[0].parent).replace("%", "%%")  # argparse formats help texts
     group.add_argument("--config", type=path, metavar="FILE", help="TOML file with values of flags, such as a copy of "
-        f"a preset; flags override it (presets: {shipped} in {presets[0].parent})")  # fmt: skip
+        f"a preset; flags override it (presets: {shipped} in {folder})")  # fmt: skip
 
 
-def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str) -> FlagGroup:
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str) -> argparse._ArgumentGroup:
     """Adds the group "the run", for a `RunFolder`, and returns it for flags of the recipe's own.
 
     Args:
