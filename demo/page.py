@@ -21,10 +21,10 @@ from demo.progress import Progress, Stopped, Visitors, follow
 from demo.rendering import render
 from demo.theme import ABOUT_MINIATURE, INTRO, heading, sources_line, status_line
 from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture, label_pictures
-from finelip_sdxl.comparison.settings import COLUMNS, MAX_SEED, MIN_SIDE, Settings
+from finelip_sdxl.comparison.settings import MAX_SEED, MIN_SIDE, Settings
 from finelip_sdxl.images import read_parameters, save_png
 from finelip_sdxl.miniature.parsing import DescribedObject, parse_description
-from finelip_sdxl.options import HIDDEN_STATES
+from finelip_sdxl.options import COLUMNS, HIDDEN_STATES
 
 EXAMPLES = Path(__file__).parent / "examples"
 # Far more than three windows of 248 tokens. compel takes seconds for texts that are much longer.

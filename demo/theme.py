@@ -8,7 +8,7 @@ from html import escape
 import gradio as gr
 
 from demo.rendering import read_style, render
-from finelip_sdxl.comparison.settings import COLUMNS
+from finelip_sdxl.options import COLUMNS
 
 INTRO = """<h1>FineLIP-SDXL</h1>
 <p>SDXL stops reading a prompt after 77 tokens. Here one prompt is read in three ways and drawn from the same noise by

@@ -21,8 +21,9 @@ def quiet_imports() -> None:
 def quiet_transformers() -> None:
     """`quiet_imports`, errors only of Transformers itself, and no bar for weights that load in milliseconds."""
     quiet_imports()
-    from transformers.utils import logging as transformers_logging
+    from transformers import utils
 
+    transformers_logging: Any = utils.logging  # has no types
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -57,10 +57,11 @@ def to_image(pixels: Any) -> Image.Image:
             " overflows in float16 unless its config has `force_upcast`. If not, lower the guidance scale and the"
             " weights in the prompt, or load the model again."
         )
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels[None]))[0]
+    images: list[Image.Image] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels[None]))
+    return images[0]
 
 
-def save_png(image: Image.Image, file: str | os.PathLike, parameters: dict[str, Any]) -> None:
+def save_png(image: Image.Image, file: str | os.PathLike[str], parameters: dict[str, Any]) -> None:
     """Write a PNG that says how it was made.
 
     Its texts are the prompt under `prompt`, the main parameters in the words of A1111 under `parameters`, as other
@@ -118,7 +119,7 @@ def infotext(parameters: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def read_parameters(file: str | os.PathLike) -> dict[str, Any]:
+def read_parameters(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The parameters in a PNG that this package wrote. Its pixels are never decoded, however many it claims to have.
 
     Args:

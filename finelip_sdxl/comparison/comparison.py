@@ -15,20 +15,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
-from finelip_sdxl.comparison.settings import COLUMNS, Settings, check_columns
+from finelip_sdxl.comparison.settings import Settings, check_columns
 from finelip_sdxl.images import label_grid, to_image
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import LOADED, STOCK_POSITIONS, check_texts
+from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
@@ -270,11 +270,12 @@ class Comparison:
         with _encoding_as(self.pipe, settings):
             drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
         if self._refiner is None:
-            return drawn[0]
+            return cast(torch.Tensor, drawn[0])
         second = _Steps(on_step, settings.steps, already=first.done)
-        return self._refiner.draw(
+        refined = self._refiner.draw(
             column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
-        )[0]
+        )
+        return cast(torch.Tensor, refined[0])
 
 
 class _Steps:

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image, ImageChops
 
 from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
+from finelip_sdxl.comparison import COLUMNS, Settings
 from finelip_sdxl.comparison.comparison import Comparison, Picture, label_pictures
-from finelip_sdxl.comparison.settings import COLUMNS, Settings
 from finelip_sdxl.miniature.parsing import parse_description
 from finelip_sdxl.text_encoders import num_positions
 from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer
