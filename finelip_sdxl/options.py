@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 MAX_CHARACTERS = 20_000
 
@@ -25,19 +25,45 @@ STOCK_POSITIONS = 77
 """Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
 
 
-SHORT_PROMPT_ENCODER = ("original", "long")
+ShortPromptEncoder = Literal["original", "long"]
 
 
-OVERFLOW = ("window", "truncate", "error")
+Overflow = Literal["window", "truncate", "error"]
 
 
-HIDDEN_STATES = ("penultimate", "last")
+HiddenStates = Literal["penultimate", "last"]
 
 
-FINELIP_MERGE = ("replace", "delta")
+FineLIPMerge = Literal["replace", "delta"]
+
+
+Weighting = Literal["compel", "a1111"]
+
+
+SHORT_PROMPT_ENCODER: tuple[str, ...] = get_args(ShortPromptEncoder)
+
+
+OVERFLOW: tuple[str, ...] = get_args(Overflow)
+
+
+HIDDEN_STATES: tuple[str, ...] = get_args(HiddenStates)
+
+
+FINELIP_MERGE: tuple[str, ...] = get_args(FineLIPMerge)
 
 
 LENGTH_BUCKETS = (77, 154)
+
+
+class _AsSaved:
+    def __repr__(self) -> str:
+        return "as saved"
+
+
+AS_SAVED: Any = _AsSaved()
+
+
+"""Default of an option that a saved pipeline may bring; where it brings none, the class's default counts."""
 
 
 def check_texts(name: str, value: Any) -> list[str]:
@@ -86,7 +112,7 @@ def _a(value: Any) -> str:
 
 
 # `None` leaves texts as they are.
-WEIGHTING = (None, "compel", "a1111")
+WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))
 
 
 # Arguments of a pipeline's loading: of what it is made, and how it reads.

@@ -5,11 +5,11 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import file_exists
@@ -23,12 +23,18 @@ from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.miniature import MODEL_NAME, miniature_path, resolve_base
 from finelip_sdxl.options import (
+    AS_SAVED,
     FINELIP_MERGE,
     HIDDEN_STATES,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
     STOCK_POSITIONS,
     WEIGHTING,
+    FineLIPMerge,
+    HiddenStates,
+    Overflow,
+    ShortPromptEncoder,
+    Weighting,
     check_choice,
     check_length_buckets,
 )
@@ -88,10 +94,16 @@ class EncoderSwapMixin(PromptEncodingMixin):
         base: str | os.PathLike,
         finelip: Any = None,
         finelip_2: Any = None,
-        finelip_merge: str = "replace",
-        finelip_base: str | os.PathLike | None = None,
+        finelip_merge: FineLIPMerge = "replace",
+        finelip_base: str | os.PathLike[str] | None = None,
+        *,
+        short_prompt_encoder: ShortPromptEncoder = AS_SAVED,
+        overflow: Overflow = AS_SAVED,
+        hidden_states: HiddenStates = AS_SAVED,
+        weighting: Weighting | None = AS_SAVED,
+        length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Load an SDXL pipeline and give its text encoders 248 positions.
 
         Args:
@@ -128,6 +140,14 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
+        options = {
+            "short_prompt_encoder": short_prompt_encoder,
+            "overflow": overflow,
+            "hidden_states": hidden_states,
+            "weighting": weighting,
+            "length_buckets": length_buckets,
+        }
+        kwargs |= {name: value for name, value in options.items() if value is not AS_SAVED}
         brings_finelip = finelip is not None or finelip_2 is not None
         if base == "miniature":
             own = [name for name in ENCODERS if name not in kwargs]
@@ -173,10 +193,16 @@ class EncoderSwapMixin(PromptEncodingMixin):
         file: str | os.PathLike,
         finelip: Any = None,
         finelip_2: Any = None,
-        finelip_merge: str = "replace",
-        finelip_base: str | os.PathLike | None = None,
+        finelip_merge: FineLIPMerge = "replace",
+        finelip_base: str | os.PathLike[str] | None = None,
+        *,
+        short_prompt_encoder: ShortPromptEncoder = AS_SAVED,
+        overflow: Overflow = AS_SAVED,
+        hidden_states: HiddenStates = AS_SAVED,
+        weighting: Weighting | None = AS_SAVED,
+        length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
         encoders 248 positions.
 
@@ -204,6 +230,14 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
         """
+        options = {
+            "short_prompt_encoder": short_prompt_encoder,
+            "overflow": overflow,
+            "hidden_states": hidden_states,
+            "weighting": weighting,
+            "length_buckets": length_buckets,
+        }
+        kwargs |= {name: value for name, value in options.items() if value is not AS_SAVED}
         if kwargs.get("config") is not None:
             kwargs["config"] = resolve_base(kwargs["config"])
         for name in _BESIDE:
@@ -248,7 +282,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         self,
         finelip: Any = None,
         finelip_2: Any = None,
-        finelip_merge: str = "replace",
+        finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike | None = None,
     ) -> None:
         """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
