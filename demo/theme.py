@@ -14,18 +14,15 @@ INTRO = """<h1>FineLIP-SDXL</h1>
 <p>SDXL stops reading a prompt after 77 tokens. Here one prompt is read in three ways and drawn from the same noise by
 the same UNet, so that whatever differs comes from what was read.</p>"""
 
-
 ABOUT_MINIATURE = """This is the *miniature*, a small SDXL that comes with FineLIP-SDXL and draws scenes of nine
 objects. It knows nothing but its own world: click on an example and change its places, shapes and colors. Because every
 object is known, each is marked right or wrong in shape, color and place. With `--base` the same page runs any SDXL."""
-
 
 ABOUT = {
     "stock": "reads 77 tokens, drops the rest",
     "compel": "reads windows of 77 tokens, each by itself",
     "finelip": "reads up to 248 tokens at once",
 }
-
 
 # What stands before the names of what draws.
 SOURCES = {
@@ -35,7 +32,6 @@ SOURCES = {
     "conditioning_adapter": "adapter ",
     "refiner": "refiner ",
 }
-
 
 THEME = gr.themes.Soft(
     primary_hue="cyan", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -75,7 +71,6 @@ THEME = gr.themes.Soft(
     button_secondary_border_color_dark="*neutral_500",
     button_secondary_background_fill_hover_dark="*neutral_700",
 )
-
 
 STYLE = "\n".join(map(read_style, ("meter", "verdict", "page")))
 

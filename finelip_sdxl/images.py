@@ -19,15 +19,11 @@ from finelip_sdxl.files import written_whole
 
 MAX_BYTES, MAX_CHUNKS = 64 * 2**20, 20_000  # of a PNG whose parameters are read; a chunk of pixels has 8 KiB or more
 
-
 INFOTEXT_KEY, OWN_KEY = "parameters", "finelip_sdxl"  # of the texts in a PNG
-
 
 MIN_SIDE = 256  # of a picture in a grid: smaller ones leave no room for labels
 
-
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
 
 _INK, _GRAY = (24, 24, 27), (95, 95, 102)
 

@@ -5,45 +5,42 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 MAX_CHARACTERS = 20_000
-
-
 """Longest text that is read, in characters. Longer ones are refused before any work is done on them."""
 
-
 MAX_POSITIONS = 100 * 248
-
-
 """Most positions that the windows of a text may have: the UNet takes in all of them at every step."""
 
-
 STOCK_POSITIONS = 77
-
-
 """Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
 
-
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
 """SDXL's text encoders, each with its tokenizer, by the names of a pipeline's components."""
 
+ShortPromptEncoder = Literal["original", "long"]
+Overflow = Literal["window", "truncate", "error"]
+HiddenStates = Literal["penultimate", "last"]
+FineLIPMerge = Literal["replace", "delta"]
+Weighting = Literal["compel", "a1111"]
 
-SHORT_PROMPT_ENCODER = ("original", "long")
-
-
-OVERFLOW = ("window", "truncate", "error")
-
-
-HIDDEN_STATES = ("penultimate", "last")
-
-
-FINELIP_MERGE = ("replace", "delta")
-
+# The values of each, for checks and flags.
+SHORT_PROMPT_ENCODER: tuple[str, ...] = get_args(ShortPromptEncoder)
+OVERFLOW: tuple[str, ...] = get_args(Overflow)
+HIDDEN_STATES: tuple[str, ...] = get_args(HiddenStates)
+FINELIP_MERGE: tuple[str, ...] = get_args(FineLIPMerge)
 
 LENGTH_BUCKETS = (77, 154)
+
+
+class _AsSaved:
+    def __repr__(self) -> str:
+        return "as saved"
+
+
+AS_SAVED: Any = _AsSaved()
+"""Default of an option that a saved pipeline may bring; where it brings none, the class's default counts."""
 
 
 def check_texts(name: str, value: Any) -> list[str]:
@@ -92,12 +89,10 @@ def _a(value: Any) -> str:
 
 
 # `None` leaves texts as they are.
-WEIGHTING = (None, "compel", "a1111")
-
+WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))
 
 # Arguments of a pipeline's loading: of what it is made, and how it reads.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
-
 
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
 

@@ -21,9 +21,7 @@ from finelip_sdxl.text_encoders import (
 # The head widths of the authors' models: heads are 64 wide, save in the image towers of open_clip's H, g and bigG.
 _HEAD_WIDTH = 64
 
-
 _VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
-
 
 # open_clip's large text towers (H, g, bigG); OpenAI's, Long-CLIP's and FineLIP's are 512 and 768 wide.
 _OPEN_CLIP_TEXT_WIDTHS = (1024, 1280)

@@ -10,25 +10,19 @@ from finelip_sdxl.text_encoders import POSITION_TABLE, TOKEN_TABLE
 
 SECOND_TABLE = "text_model.embeddings.position_embedding_res.weight"
 
-
 PATCHES = "vision_model.embeddings.patch_embedding.weight"
-
 
 # Renaming: from any layout to the keys of `FineLIPModel`.
 
 
 _NO_WEIGHTS = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 
-
 # What only training needs: SmartCLIP's networks that mask images, masks of Long-CLIP's two tables, FG-CLIP's scales.
 _TRAINING_ONLY = r"^\w*mask\w*\.|(^|\.)mask[12]$|^logit_scale_(finegraind|hardneg)$"
 
-
 _PUBLISHED_ONLY = r"position(al)?_embedding_res|^input_resolution$|^cross_net\."
 
-
 _CLIP_TEXT_KEY = r"^(?:text_model\.)*(?:embeddings\.)?token_embedding\.weight$"
-
 
 # OpenAI's names and ours, either way; ^ and $ are the ends of a key.
 _OPENAI_NAMES = (
@@ -54,16 +48,13 @@ _OPENAI_NAMES = (
     ("^cross_net.cap_aggr_net.", "^text_refinement."),
 )
 
-
 # FG-CLIP reads long texts with the parts on the left, and short ones with those on the right.
 _FOR_LONG_TEXTS = {
     "text_model.embeddings.position_embedding_ori.weight": POSITION_TABLE,
     "text_filip_projection.weight": "text_projection.weight",
 }
 
-
 _TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # OpenAI multiplies by them from the other side
-
 
 _TRANSFORMERS_PATTERNS = (
     (r"^(text_model|vision_model)\.(?:\1\.)+", r"\1."),  # wrappers that nest the tower once more
@@ -172,7 +163,6 @@ _UNSUPPORTED_CLIPS = (
     ),
     (r"^visual\.trunk\.|^transformer\.(embeddings|encoder)\.", "an open_clip with a tower of another library"),
 )
-
 
 _OTHER_WEIGHTS = (
     (r"lora_|lora\.|\.hada_|\.lokr_", "a LoRA"),

@@ -18,7 +18,6 @@ from finelip_sdxl.text_encoders import TextEncoder, text_encoder_tensors
 
 logger = logging.getLogger(__name__)
 
-
 Source = str | Path | Mapping[str, Tensor] | FineLIPModel | CLIPModel | TextEncoder
 
 Weights = tuple[dict[str, Tensor], dict[str, Any] | None]

@@ -39,7 +39,6 @@ from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, wi
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
 
-
 # Called after each step with its number and the number of all steps. An error that it raises ends the drawing.
 OnStep = Callable[[int, int], None]
 

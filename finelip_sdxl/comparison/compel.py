@@ -17,7 +17,6 @@ from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, Window, tokenize
 # In characters, some two seconds.
 MAX_PARSER_WORK = 6000
 
-
 # Errors of compel's parser: its own, and Python's for texts that it does not expect.
 _GIVING_UP = (
     ParseBaseException,

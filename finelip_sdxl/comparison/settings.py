@@ -9,7 +9,6 @@ from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, check_choice, check_tex
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
 
-
 MAX_ROWS = 100  # seeds of one comparison, whose pictures are held until they are put together
 
 

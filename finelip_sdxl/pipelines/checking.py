@@ -33,9 +33,7 @@ from finelip_sdxl.text_encoders import check_shapes, check_text_config
 # Weights of transformers' and of Diffusers' models, whatever their variant and however many files they are in.
 _WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)[.-].*(safetensors|bin)|.*\.index(\..*)?\.json")
 
-
 _TEXT_ENCODERS = {model.__name__: model for model in (CLIPTextModel, CLIPTextModelWithProjection)}
-
 
 # Positional tables of text encoders in the original project's layout: SDXL's two, and the refiner's.
 _TABLES = {
@@ -46,9 +44,7 @@ _TABLES = {
     ),
 }
 
-
 _MOST_WEIGHTS = 10_000  # of a file that is elsewhere; an SDXL has about 2,500
-
 
 # The files of a folder that are no weights, by the patterns with which Diffusers fetches configs.
 _CONFIG_FILES = ["**/*.json", "*.json", "**/*.txt", "*.txt", "**/*.model"]

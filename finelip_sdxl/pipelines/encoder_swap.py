@@ -5,12 +5,12 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import file_exists
@@ -22,6 +22,7 @@ from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
 from finelip_sdxl.options import (
+    AS_SAVED,
     ENCODERS,
     FINELIP_MERGE,
     HIDDEN_STATES,
@@ -29,6 +30,11 @@ from finelip_sdxl.options import (
     SHORT_PROMPT_ENCODER,
     STOCK_POSITIONS,
     WEIGHTING,
+    FineLIPMerge,
+    HiddenStates,
+    Overflow,
+    ShortPromptEncoder,
+    Weighting,
     check_choice,
     check_length_buckets,
 )
@@ -54,16 +60,12 @@ from finelip_sdxl.text_encoders import (
 
 logger = logging.getLogger(__name__)
 
-
 ORIGINAL_ENCODERS = ("stock_text_encoder", "stock_text_encoder_2")
-
 
 ADAPTER = "conditioning_adapter"
 
-
 # Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
 UNSWAPPED = "_finelip_sdxl_unswapped"
-
 
 OPTIONS: dict[str, Callable[[Any], Any]] = {
     "short_prompt_encoder": partial(check_choice, "short_prompt_encoder", choices=SHORT_PROMPT_ENCODER),
@@ -73,9 +75,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
 }
 
-
 _BESIDE = ("controlnet", "adapter")  # components that some pipelines need beside an SDXL
-
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
@@ -89,10 +89,16 @@ class EncoderSwapMixin(PromptEncodingMixin):
         base: str | os.PathLike[str],
         finelip: Any = None,
         finelip_2: Any = None,
-        finelip_merge: str = "replace",
+        finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
+        *,
+        short_prompt_encoder: ShortPromptEncoder = AS_SAVED,
+        overflow: Overflow = AS_SAVED,
+        hidden_states: HiddenStates = AS_SAVED,
+        weighting: Weighting | None = AS_SAVED,
+        length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Load an SDXL pipeline and give its text encoders 248 positions.
 
         Args:
@@ -129,6 +135,14 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
+        options = {
+            "short_prompt_encoder": short_prompt_encoder,
+            "overflow": overflow,
+            "hidden_states": hidden_states,
+            "weighting": weighting,
+            "length_buckets": length_buckets,
+        }
+        kwargs |= {name: value for name, value in options.items() if value is not AS_SAVED}
         brings_finelip = finelip is not None or finelip_2 is not None
         if (bundled := bundled_sdxl(base)) is not None:
             own = [name for name in ENCODERS if name not in kwargs]
@@ -174,10 +188,16 @@ class EncoderSwapMixin(PromptEncodingMixin):
         file: str | os.PathLike[str],
         finelip: Any = None,
         finelip_2: Any = None,
-        finelip_merge: str = "replace",
+        finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
+        *,
+        short_prompt_encoder: ShortPromptEncoder = AS_SAVED,
+        overflow: Overflow = AS_SAVED,
+        hidden_states: HiddenStates = AS_SAVED,
+        weighting: Weighting | None = AS_SAVED,
+        length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
         encoders 248 positions.
 
@@ -205,6 +225,14 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
         """
+        options = {
+            "short_prompt_encoder": short_prompt_encoder,
+            "overflow": overflow,
+            "hidden_states": hidden_states,
+            "weighting": weighting,
+            "length_buckets": length_buckets,
+        }
+        kwargs |= {name: value for name, value in options.items() if value is not AS_SAVED}
         if kwargs.get("config") is not None:
             kwargs["config"] = sdxl_path(kwargs["config"])
         for name in _BESIDE:
@@ -249,7 +277,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         self,
         finelip: Any = None,
         finelip_2: Any = None,
-        finelip_merge: str = "replace",
+        finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
     ) -> None:
         """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.

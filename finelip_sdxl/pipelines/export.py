@@ -16,10 +16,8 @@ from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors,
 
 logger = logging.getLogger(__name__)
 
-
 # The names that ComfyUI's users know SDXL's text encoders by.
 COMFYUI_FILES = {"text_encoder": "clip_l.safetensors", "text_encoder_2": "clip_g.safetensors"}
-
 
 # ComfyUI takes a file for bigG if it holds this (comfy/sd.py, `detect_te_model`); CLIP-L ends at layer 11.
 _LAYER_30 = "text_model.encoder.layers.30.mlp.fc1.weight"

@@ -35,15 +35,11 @@ from finelip_sdxl.text_encoders import num_positions
 
 logger = logging.getLogger(__name__)
 
-
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-
 
 _locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
 
-
 _locks_lock = Lock()
-
 
 # To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
 _Parent: Any = object

@@ -20,7 +20,6 @@ from finelip_sdxl.prompts.windows import split_windows
 
 PROMPT = "prompt"
 
-
 NEGATIVE_PROMPT = "negative prompt"
 
 

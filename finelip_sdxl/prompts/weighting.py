@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 MAX_WEIGHT, MAX_DEPTH, MAX_WEAK_PARTS = 10.0, 50, 50
 
-
 # compel's own parser takes minutes for ten open brackets, and knows no `BREAK`: hence one scan for both syntaxes.
 _SYNTAX = {
     "a1111": re.compile(
@@ -33,9 +32,7 @@ _SYNTAX = {
     ),
 }
 
-
 _BRACKETS = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
-
 
 _MORE_THAN_WEIGHTS = re.compile(r"\.(?:and|add|attend|blend|swap)\s*\(|(?:use|with)Lora\s*\(")
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 # Scripts that write no spaces: their marks end a sentence or a clause by themselves, Latin ones only before a space.
 _WIDE_SENTENCE_ENDS = ("。", "！", "？", "｡")
 
-
 _WIDE_CLAUSE_ENDS = ("，", "、", "；", "：")
-
 
 _CLOSING = "\"'”’»)]」』）"
 

@@ -19,7 +19,6 @@ RESNET = {
     "conv_shortcut": "skip_connection",
 }
 
-
 UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -32,7 +31,6 @@ UNET = {
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
 }
-
 
 VAE = {
     "conv_shortcut": "nin_shortcut",
@@ -49,7 +47,6 @@ VAE = {
     "to_out.0": "proj_out",
     ".resnets.": ".block.",
 }
-
 
 OPEN_CLIP = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",

@@ -1,0 +1,33 @@
+"""What a type checker says of a user's script."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mypy", reason="TYPES ARE NOT TESTED: mypy is not installed")
+
+SCRIPT = """from finelip_sdxl import FineLIPSDXLPipeline
+
+pipe: FineLIPSDXLPipeline = FineLIPSDXLPipeline.from_pretrained("miniature", short_prompt_encoder="long")
+pipe.set_conditioning_adapter_scale(0.5)
+print(pipe.describe_prompt("a red star").positions)
+"""
+
+
+@pytest.mark.slow
+def test_a_misspelled_option_is_an_error(tmp_path) -> None:
+    # The libraries' own code takes minutes to check, and says nothing of ours.
+    config = tmp_path / "mypy.ini"
+    config.write_text(
+        "[mypy]\nignore_missing_imports = true\n[mypy-torch.*,transformers.*,diffusers.*]\nfollow_imports = skip\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(tmp_path / "cache")]
+    root = Path(__file__).parents[2]
+    for script, errors in ((SCRIPT, 0), (SCRIPT.replace("long", "logn"), 1)):
+        (tmp_path / "script.py").write_text(script)
+        checked = subprocess.run([*command, str(tmp_path / "script.py")], cwd=root, capture_output=True, text=True)
+        said = [line for line in checked.stdout.splitlines() if "script.py" in line and "error" in line]
+        assert len(said) == errors, checked.stdout + checked.stderr
+        assert all("short_prompt_encoder" in line for line in said)
