@@ -26,6 +26,19 @@ MIN_SIDE = 256  # of a picture in a grid: smaller ones leave no room for labels
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _INK, _GRAY = (24, 24, 27), (95, 95, 102)
+# A1111's names of samplers, by the classes of Diffusers that compute the same.
+_SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "DPMSolverSinglestepScheduler": "DPM++ 2S",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "LCMScheduler": "LCM",
+    "LMSDiscreteScheduler": "LMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
 
 
 def to_image(pixels: Any) -> Image.Image:
@@ -93,15 +106,15 @@ def infotext(parameters: dict[str, Any]) -> str:
         parameters: as for `save_png`.
 
     Example:
-        >>> print(infotext({"prompt": "a red star", "negative_prompt": "text", "steps": 20, "seed": 7}))
+        >>> print(infotext({"prompt": "a red star", "negative_prompt": "text", "steps": 20, "sampler": "Euler"}))
         a red star
         Negative prompt: text
-        Steps: 20, Sampler: Euler, Seed: 7, Version: finelip-sdxl
+        Steps: 20, Sampler: Euler, Version: finelip-sdxl
     """
     size = [parameters.get(side) for side in ("width", "height")]
     named = {
         "Steps": parameters.get("steps"),
-        "Sampler": parameters.get("sampler", "Euler"),
+        "Sampler": parameters.get("sampler"),
         "CFG scale": parameters.get("guidance_scale"),
         "Seed": parameters.get("seed"),
         "Size": "x".join(map(str, size)) if all(size) else None,
@@ -113,6 +126,18 @@ def infotext(parameters: dict[str, Any]) -> str:
         lines.append(f"Negative prompt: {parameters['negative_prompt']}")
     lines.append(", ".join(f"{name}: {_infotext_value(value)}" for name, value in named.items() if value is not None))
     return "\n".join(lines)
+
+
+def sampler_name(scheduler: Any) -> str:
+    """The name of a Diffusers scheduler among A1111's samplers, or its own where A1111 has none.
+
+    Example:
+        >>> from diffusers import EulerAncestralDiscreteScheduler
+        >>> sampler_name(EulerAncestralDiscreteScheduler())
+        'Euler a'
+    """
+    name = type(scheduler).__name__
+    return _SAMPLERS.get(name, name.removesuffix("Scheduler"))
 
 
 def read_parameters(file: str | os.PathLike[str]) -> dict[str, Any]:

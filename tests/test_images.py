@@ -7,7 +7,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo, PngStream, putchunk
@@ -15,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo, PngStream, putchunk
 from finelip_sdxl import images
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.comparison import Settings
-from finelip_sdxl.images import label_grid, read_parameters, save_png, to_image
+from finelip_sdxl.images import label_grid, read_parameters, sampler_name, save_png, to_image
 
 PARAMETERS = {"prompt": "a red fox, 狐\0, " * 40, "seed": 2**32 - 1, "guidance_scale": 3.5, "width": None}
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -47,7 +53,8 @@ def test_a_picture_keeps_its_pixels_and_its_parameters(file) -> None:
 
 def test_a_picture_tells_other_programs_its_parameters_in_their_words(file) -> None:
     more = {"negative_prompt": "blurry, dark", "steps": 20, "width": 96, "height": 96, "base": "C: a, b"}
-    save_png(plain(), file, {**PARAMETERS, **more, "guidance_scale": 5.0, "finelip_sdxl": "0.1.0"})
+    more |= {"guidance_scale": 5.0, "sampler": "Euler", "finelip_sdxl": "0.1.0"}
+    save_png(plain(), file, {**PARAMETERS, **more})
     *prompt, negative, settings = Image.open(file).text["parameters"].splitlines()
     assert "\n".join(prompt) == PARAMETERS["prompt"].replace("\0", "\N{REPLACEMENT CHARACTER}")
     assert negative == "Negative prompt: blurry, dark"
@@ -87,6 +94,19 @@ def test_parameters_are_found_before_and_behind_pixels_that_are_never_decoded(fi
     with pytest.raises(Image.DecompressionBombError):
         Image.open(file)
     assert read_parameters(file) == {"prompt": "a fox"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "name"),
+    [
+        (EulerDiscreteScheduler, "Euler"),
+        (EulerAncestralDiscreteScheduler, "Euler a"),
+        (DPMSolverMultistepScheduler, "DPM++ 2M"),
+        (DDPMScheduler, "DDPM"),
+    ],
+)
+def test_a_scheduler_has_the_name_that_other_programs_know(scheduler, name) -> None:
+    assert sampler_name(scheduler()) == name
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def image_files(out: str, count: int) -> list[Path]:
 
 def picture_parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any) -> dict[str, Any]:
     """What a drawn picture says of how it was made, whatever the command, and nothing of where it was."""
+    from finelip_sdxl.images import sampler_name
     from finelip_sdxl.provenance import public_name
 
     sources = {name: getattr(options, name) for name in ("base", *LOADED)}
@@ -79,6 +80,7 @@ def picture_parameters(options: argparse.Namespace, prompt: str, dtype: Any, pip
         "prompt": prompt,
         "negative_prompt": options.negative_prompt,
         "steps": options.steps,
+        "sampler": sampler_name(pipe.scheduler),
         "guidance_scale": options.guidance_scale,
         **{name: source and public_name(source) for name, source in sources.items()},
         "conditioning_adapter_scale": options.conditioning_adapter_scale,

@@ -23,7 +23,7 @@ from PIL import Image
 
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
 from finelip_sdxl.comparison.settings import Settings, check_columns
-from finelip_sdxl.images import label_grid, to_image
+from finelip_sdxl.images import label_grid, sampler_name, to_image
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
@@ -246,7 +246,8 @@ class Comparison:
                 self._refiner.free()
         if ran_out:  # outside of the handler, where the error no longer holds on to what filled the memory
             raise_out_of_memory(settings.width or self.size[0], settings.height or self.size[1])
-        return Picture(column, image, settings, time.perf_counter() - started, self.sources)
+        about = {**self.sources, "sampler": sampler_name(self.pipe.scheduler)}
+        return Picture(column, image, settings, time.perf_counter() - started, about)
 
     def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
         """The pixels, (3, height, width)."""

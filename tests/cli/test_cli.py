@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, miniature_path
@@ -104,7 +104,13 @@ class FakeComparison:
     """Stands in for the real one: notes what it is told, and draws red."""
 
     is_miniature = False
-    pipe = SimpleNamespace(short_prompt_encoder="original", overflow="window", hidden_states="last", weighting="a1111")
+    pipe = SimpleNamespace(
+        scheduler=EulerDiscreteScheduler(),
+        short_prompt_encoder="original",
+        overflow="window",
+        hidden_states="last",
+        weighting="a1111",
+    )
     loaded: dict
     drawn: list
 
