@@ -22,8 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a scr
 
 MAX_UPLOAD = "32mb"  # more than a PNG of this page has
 
-MAX_UPLOAD = "32mb"  # more than a PNG of this page has
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)

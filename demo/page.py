@@ -396,7 +396,7 @@ class _Page:
         seed: int = 0,
     ) -> Iterator[list[gr.FileData]]:
         """PNG files of the columns in their order, each with its parameters inside; a width or height of 0 is the
-        model's own. Comes once for each step, with the files so far: between them a call can be cancelled."""
+        model's own. Comes once for each step, with the files so far: between them a call can be canceled."""
         with _answered(), self.visitors.running(_session(request)) as flag:
             own_width, own_height = self.comparison.size
             size = [

@@ -256,7 +256,7 @@ def _locked(parent: Path) -> Iterator[None]:
 
 
 def _lock(file: Path) -> Any:
-    from filelock import FileLock  # as slow to import as all else that `--help` needs
+    from filelock import FileLock  # as slow to import as all else that a command needs to start
 
     return FileLock(file)
 

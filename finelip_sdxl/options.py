@@ -1,4 +1,4 @@
-"""Options of the pipelines: their values, their limits, and their checks."""
+"""Options of pipelines and comparisons: their values, their limits, and their checks. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -30,8 +30,16 @@ SHORT_PROMPT_ENCODER: tuple[str, ...] = get_args(ShortPromptEncoder)
 OVERFLOW: tuple[str, ...] = get_args(Overflow)
 HIDDEN_STATES: tuple[str, ...] = get_args(HiddenStates)
 FINELIP_MERGE: tuple[str, ...] = get_args(FineLIPMerge)
+WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None leaves texts as they are
 
 LENGTH_BUCKETS = (77, 154)
+
+# Names of a pipeline's options: the parts that it is made of, and the ways in which it encodes prompts.
+LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
+ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
+
+# Columns of a comparison by their keys, with their titles.
+COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 
 
 class _AsSaved:
@@ -84,24 +92,11 @@ def check_length_buckets(value: Any) -> tuple[int, ...]:
     return tuple(sorted(set(buckets)))
 
 
-def _a(value: Any) -> str:
-    return f"{type(value).__name__} ({value!r:.60})" if value is not None else "None"
-
-
-# `None` leaves texts as they are.
-WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))
-
-# Arguments of a pipeline's loading: of what it is made, and how it reads.
-LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
-
-ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
-
-
 def check_config(base: str, config: str | None) -> None:
     """Refuse a config for a base that is no single file, and so has configs of its own."""
     if config is not None and not Path(base).is_file():
         raise ValueError(f"The config {config} goes with a single file, but {base} is none: leave it out.")
 
 
-# The columns of a comparison by their keys, with their titles.
-COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
+def _a(value: Any) -> str:
+    return f"{type(value).__name__} ({value!r:.60})" if value is not None else "None"

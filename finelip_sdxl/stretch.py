@@ -14,7 +14,7 @@ def stretch_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> 
     """Stretch a positional table: keep its first rows, interpolate the others.
 
     The first `keep` rows are well trained (most captions are shorter) and stay as they are. From there on, each
-    interval between two neighbours is cut into `factor` equal steps, and the last row is continued with the slope
+    interval between two neighbors is cut into `factor` equal steps, and the last row is continued with the slope
     of the last interval. Row r of the input stands unchanged, bit for bit, at `stretched_row_indices(...)[r]`.
 
     Source: Long-CLIP (arXiv 2403.15378, section 3.2), used by FineLIP (arXiv 2504.01916, section 3).

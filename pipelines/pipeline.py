@@ -1,4 +1,4 @@
-"""The entry for Diffusers' `custom_pipeline=<this directory>`; it uses the installed package, not its neighbours here.
+"""The entry for Diffusers' `custom_pipeline=<this directory>`; it uses the installed package.
 
 Example:
     >>> from diffusers import DiffusionPipeline

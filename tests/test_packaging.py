@@ -1,4 +1,4 @@
-"""What an installation puts where: `pipelines/` becomes `finelip_sdxl.pipelines`, and the miniature comes along."""
+"""What an installation puts where: one package, with pipelines and the weights of the miniature."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_an_editable_install_finds_the_pipelines(tmp_path) -> None:
         pytest.skip("the package is not installed with `pip install -e .` here")
     package, pipelines, has_weights = imported_from(tmp_path)
     assert Path(package) == REPOSITORY / "finelip_sdxl" / "__init__.py"
-    assert Path(pipelines) == REPOSITORY / "pipelines" / "__init__.py"
+    assert Path(pipelines) == REPOSITORY / "finelip_sdxl" / "pipelines" / "__init__.py"
     assert has_weights == "True"
 
 
@@ -43,8 +43,7 @@ def test_an_editable_install_finds_the_pipelines(tmp_path) -> None:
 def test_a_wheel_holds_one_package_with_pipelines_and_weights(tmp_path) -> None:
     # Building leaves files in the source folder, which would be in the next wheel as well.
     source = tmp_path / "source"
-    for name in ("finelip_sdxl", "pipelines"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "finelip_sdxl", source / "finelip_sdxl", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]

@@ -92,9 +92,9 @@ class Mention:
     """An object named in a caption.
 
     Attributes:
-        kind: ``"plain"`` or ``"linked"`` for a sentence that describes the object, ``"reference"`` for the noun by
+        kind: `"plain"` or `"linked"` for a sentence that describes the object, `"reference"` for the noun by
             which a linked sentence points back ("the star").
-        index: The object's index in ``Scene.objects``.
+        index: The object's index in `Scene.objects`.
         start, end: The mention's first and past-the-last character in the caption; a sentence ends with its period.
         candidates: How many different colors the caption has named before this mention.
         size_named: Whether the sentence says the object's size.
@@ -165,8 +165,8 @@ def count_words(text: str) -> list[str]:
 def _describe(
     scene: Scene, rng: random.Random, count: int, wordiness: float, linkage: float, first: Sequence[int] = ()
 ) -> Caption:
-    """Describes ``count`` objects, those of ``first`` before others: the wordier, the more long sentences and fillers;
-    linked where it can be, at the rate of ``linkage``."""
+    """Describes `count` objects, those of `first` before others: the wordier, the more long sentences and fillers;
+    linked where it can be, at the rate of `linkage`."""
     order = rng.sample(range(len(scene.objects)), count)
     order = [*first, *(k for k in order if k not in first)][:count]
     text, mentions, plain = "", list[Mention](), list[int]()

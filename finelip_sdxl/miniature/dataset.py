@@ -20,7 +20,7 @@ class MiniatureScenes(CaptionDataset):
     77 tokens hold about three of those: a reader of no more cannot tell the five apart.
 
     Args:
-        split: ``"train"`` or ``"test"``, whose scenes are others, or any other word for further ones.
+        split: `"train"` or `"test"`, whose scenes are others, or any other word for further ones.
         size: number of scenes.
 
     Example:

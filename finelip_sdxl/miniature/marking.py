@@ -34,8 +34,8 @@ def mark_objects(
 
     Args:
         image: A picture of the miniature world.
-        described: The objects that its prompt describes, as of ``parse_description``.
-        scores: Theirs, as of ``score_objects``.
+        described: The objects that its prompt describes, as of `parse_description`.
+        scores: Theirs, as of `score_objects`.
         scale: How many times larger the picture becomes.
 
     Raises:

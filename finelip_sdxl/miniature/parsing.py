@@ -1,4 +1,4 @@
-"""Finds the objects that a text describes, without knowing the scene: the way back from ``captions.py``.
+"""Finds the objects that a text describes, without knowing the scene: the way back from `captions.py`.
 
 A sentence is read by its words, not by its form, so that what people type is understood too.
 """
@@ -19,7 +19,7 @@ class DescribedObject:
     """An object as a text describes it.
 
     Attributes:
-        place, shape, color: As in ``SceneObject``.
+        place, shape, color: As in `SceneObject`.
         size: None if the text does not say it.
         linked: Whether the text takes the color from an object named earlier.
         start, end: First and past-the-last character of the sentence that describes the object, or of the object's
@@ -61,7 +61,7 @@ def parse_description(text: str) -> tuple[DescribedObject, ...]:
 
 
 def _read_sentence(text: str, start: int, end: int, colors: dict[str, str | None]) -> list[DescribedObject]:
-    """The objects of a sentence; ``colors`` holds the color of each shape named so far (or None) and is added to."""
+    """The objects of a sentence; `colors` holds the color of each shape named so far (or None) and is added to."""
     words = list(_WORDS.finditer(text, start, end))
     nouns = [word for word in words if word["shape"]]
     places = [word for word in words if word["place"]]

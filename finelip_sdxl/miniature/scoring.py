@@ -20,14 +20,14 @@ from .world import BACKGROUNDS, COLORS, PLACES, SIZES, Scene, SceneObject
 
 @dataclass(frozen=True)
 class PictureReading:
-    """What a picture shows: an object, or None for nothing, in each place in the order of ``PLACES``."""
+    """What a picture shows: an object, or None for nothing, in each place in the order of `PLACES`."""
 
     objects: tuple[SceneObject | None, ...]
     background: str
 
 
 class Thing(Protocol):
-    """An object to look for: a ``SceneObject``, or one that a text describes, whose size may be unknown (None)."""
+    """An object to look for: a `SceneObject`, or one that a text describes, whose size may be unknown (None)."""
 
     @property
     def place(self) -> str: ...

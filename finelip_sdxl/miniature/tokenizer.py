@@ -15,7 +15,7 @@ MERGES = Path(__file__).parent / "merges.txt"  # by training/miniature/train_tok
 
 
 def build_tokenizer(pad_token: str = _END, max_length: int = 77) -> CLIPTokenizer:
-    """A ``CLIPTokenizer`` for the miniature; SDXL's second one pads with ``"!"``, its first with the end token.
+    """A `CLIPTokenizer` for the miniature; SDXL's second one pads with `"!"`, its first with the end token.
 
     The vocabulary has CLIP's layout: 256 bytes in CLIP's order, the same at a word's end, the merges, then start and
     end token.

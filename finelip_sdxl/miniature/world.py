@@ -1,6 +1,6 @@
 """The miniature world: scenes of nine objects on a 3 × 3 grid, known exactly.
 
-A scene is drawn from a name, such as ``"unseen-17"``, and is the same on every machine.
+A scene is drawn from a name, such as `"unseen-17"`, and is the same on every machine.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine objects, one in each place in the order of ``PLACES``, no shape twice, before a background."""
+    """Nine objects, one in each place in the order of `PLACES`, no shape twice, before a background."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -96,7 +96,7 @@ def make_family(name: str, count: int, shared: int) -> tuple[list[Scene], list[i
         shared: objects that are the same in all of them.
 
     Returns:
-        The scenes, and the indices of the shared objects in ``Scene.objects``, in random order.
+        The scenes, and the indices of the shared objects in `Scene.objects`, in random order.
 
     Example:
         >>> (first, second), shared = make_family("unseen-0", count=2, shared=4)

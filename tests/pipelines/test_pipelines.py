@@ -1,4 +1,4 @@
-"""The four pipelines: each against its stock parent, and what the parents can't do."""
+"""Four of the pipelines: each against its stock parent, and what the parents can't do."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What the miniature's three training scripts share: arguments, checkpoints, a loop that resumes where it stopped.
+"""What the miniature's training scripts share: arguments, checkpoints, a loop that resumes where it stopped.
 
 Every step draws its scenes, captions and noise from its own number, so that a run that was killed and resumed
 sees exactly what an uninterrupted one would have seen.
