@@ -9,8 +9,9 @@ Stage 1 needs texts alone: states are drawn towards those of SDXL's own encoders
 sentence by sentence. Stage 2 draws pictures: the denoising loss through the UNet, which stays as it is.
 
 Two methods. An *adapter* is a small network between encoders and UNet, for `conditioning_adapter=`; it leaves the
-encoders as they are, and its scale is set by `pipe.set_conditioning_adapter_scale`. A *LoRA* changes the encoders' own weights; it is merged,
-so that the result is a pair of plain text encoders for `finelip=` and `finelip_2=`, which stock Diffusers reads too.
+encoders as they are, and its scale is set by `pipe.set_conditioning_adapter_scale`. A *LoRA* changes the encoders' own
+weights; it is merged, so that the result is a pair of plain text encoders for `finelip=` and `finelip_2=`, which stock
+Diffusers reads too.
 
 Without arguments it aligns the miniature's FineLIPs, in minutes on a CPU. A run that was stopped goes on from its last
 checkpoint with the same command. Defaults are presets, TOML files to copy and change for --config.
