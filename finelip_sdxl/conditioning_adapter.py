@@ -32,9 +32,9 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         ([torch.Size([2, 77, 8]), torch.Size([2, 77, 16])], torch.Size([2, 16]))
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # Diffusers has no types for it
     def __init__(self, state_dims: Sequence[int] = (768, 1280), pooled_dim: int = 1280, hidden_dim: int = 512) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Diffusers has no types for it
         widths = [*state_dims, pooled_dim, hidden_dim] if isinstance(state_dims, list | tuple) and state_dims else [0]
         if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 1 for width in widths):
             raise ValueError(

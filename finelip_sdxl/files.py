@@ -326,7 +326,8 @@ def _exchange(first: Path, second: Path) -> bool:
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "renameat2"):
         return False
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
-    return libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+    status: int = libc.renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+    return status == 0
 
 
 def _finish(file: Path, mode: int) -> None:

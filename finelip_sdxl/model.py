@@ -71,7 +71,7 @@ class FineLIPConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers has no types for it
         # What is neither a field nor transformers' own has become an attribute, and would be saved for ever.
         own = vars(PreTrainedConfig()).keys() | {"model_type"}
         if unknown := sorted(kwargs.keys() & vars(self).keys() - own - {field.name for field in fields(self)}):
@@ -180,12 +180,12 @@ class FineLIPModel(CLIPPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.image_refinement = _refinement(dim, config.refined_image_tokens)
         self.text_refinement = _refinement(dim, config.refined_text_tokens)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers has no types for it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Everything that is in no state dict must be set here: loading builds on the meta device.
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]  # transformers has no types for it
         if isinstance(module, TokenRefinement):
             init.ones_(module.scale)
         elif isinstance(module, FineLIPModel):

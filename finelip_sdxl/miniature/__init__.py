@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finelip_sdxl.names import BundledModel, bundled_model, bundled_sdxl
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import CLIPModel, PreTrainedConfig
 
     from finelip_sdxl.model import FineLIPModel
+    from finelip_sdxl.text_encoders import ModelT
 
 
 def miniature_path() -> Path:
@@ -70,7 +71,7 @@ def _bundled(kind: str, pair: int) -> BundledModel:
     return model
 
 
-def _build(model_class: Any, config_class: Any, bundled: BundledModel) -> Any:
+def _build(model_class: type[ModelT], config_class: type[PreTrainedConfig], bundled: BundledModel) -> ModelT:
     from finelip_sdxl.checkpoints.sources import read_bundled
     from finelip_sdxl.text_encoders import build_model
 

@@ -144,7 +144,8 @@ def _distances(cells: np.ndarray, background: str) -> np.ndarray:
     """Squared differences between cells and looks, (9, looks + 1)."""
     looks = _looks(background)
     flat = cells.reshape(len(cells), -1)
-    return np.square(flat).sum(axis=1)[:, None] - 2 * flat @ looks.T + np.square(looks).sum(axis=1)
+    distances: np.ndarray = np.square(flat).sum(axis=1)[:, None] - 2 * flat @ looks.T + np.square(looks).sum(axis=1)
+    return distances
 
 
 @cache

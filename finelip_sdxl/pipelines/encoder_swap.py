@@ -173,7 +173,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 check_folder(base, leave_out=kwargs)
             if adapter is ... and index.get(ADAPTER):
                 adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
-            pipe = super().from_pretrained(base, **kwargs, conditioning_adapter=None if adapter is ... else adapter)
+            pipe: Self = super().from_pretrained(
+                base, **kwargs, conditioning_adapter=None if adapter is ... else adapter
+            )
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
         if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
@@ -249,7 +251,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 copied = Path(folder, Path(config).name or "config")
                 write_configs(file, config, copied, **hub_arguments)
                 kwargs["config"] = str(copied)
-            pipe = super().from_single_file(file, **kwargs)
+            pipe: Self = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
         record_base(pipe, public_name(file))

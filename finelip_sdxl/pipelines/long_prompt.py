@@ -62,10 +62,11 @@ class LongPromptMixin(EncoderSwapMixin):
         stock_text_encoder: CLIPTextModel | None = None,
         stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
         conditioning_adapter: ConditioningAdapter | None = None,
+        # `str` and no literals: Diffusers reads these types as well, and knows classes only.
         short_prompt_encoder: str = "original",
         hidden_states: str = "penultimate",
         overflow: str = "window",
-        length_buckets: list | tuple | None = LENGTH_BUCKETS,
+        length_buckets: list[int] | tuple[int, ...] | None = LENGTH_BUCKETS,
         weighting: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -91,7 +92,7 @@ class LongPromptMixin(EncoderSwapMixin):
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
             cls.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
         if LongPromptMixin in cls.__bases__ or "__call__" in vars(cls):
-            cls.__call__ = _drawing(cls.__call__)  # type: ignore[attr-defined]
+            cls.__call__ = _drawing(cls.__call__)
         _spell_out_init(cls)
 
     short_prompt_encoder = _option(
@@ -136,7 +137,7 @@ class LongPromptMixin(EncoderSwapMixin):
         own = (*ORIGINAL_ENCODERS, ADAPTER)
         return {name: part for name, part in super().components.items() if name not in own or part is not None}
 
-    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write `model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
         config = json.loads(self.to_json_string())
         config["_class_name"] = self._stock_class().__name__
@@ -217,7 +218,7 @@ def _spell_out_init(cls: type) -> None:
     if "__init__" not in vars(cls):
 
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            super(cls, self).__init__(*args, **kwargs)  # type: ignore[arg-type, misc]
+            super(cls, self).__init__(*args, **kwargs)  # type: ignore[arg-type]
 
         __init__.__qualname__ = f"{cls.__qualname__}.__init__"
         cls.__init__ = __init__  # type: ignore[misc]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial, wraps
 from threading import Lock, RLock
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,15 +37,19 @@ logger = logging.getLogger(__name__)
 
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
-_locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
-
+_locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 _locks_lock = Lock()
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # To the type checker the parent is an SDXL pipeline, of which it knows too little to help.
 _Parent: Any = object
 
 
-def one_at_a_time(method: Callable) -> Callable:
+def one_at_a_time(
+    method: Callable[Concatenate[Any, Arguments], Result],
+) -> Callable[Concatenate[Any, Arguments], Result]:
     """Makes a method of a pipeline wait while another thread is in one.
 
     Diffusers keeps what belongs to a call on the pipeline (guidance, steps), its scheduler (the step that it is at) and
@@ -54,7 +58,7 @@ def one_at_a_time(method: Callable) -> Callable:
     """
 
     @wraps(method)
-    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wait(self: Any, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with _locks_lock:
             lock = _locks.setdefault(self if self.scheduler is None else self.scheduler, RLock())
         with lock:
@@ -123,7 +127,7 @@ class _Encoded:
         return self.states if self.weighting is None else self.weighting.apply(self.states)
 
 
-class PromptEncodingMixin(_Parent):
+class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
     """The part of `LongPromptMixin` that reads prompts."""
 
     def describe_prompt(
@@ -462,13 +466,15 @@ class PromptEncodingMixin(_Parent):
 
     def _states(self, output: Any, as_stock: bool, clip_skip: int | None) -> torch.Tensor:
         if self.hidden_states == "penultimate" or as_stock:
-            return output.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)]
+            states: torch.Tensor = output.hidden_states[-2 if clip_skip is None else -(clip_skip + 2)]
+            return states
         if clip_skip is not None:
             raise ValueError(
                 f'clip_skip={clip_skip} counts back from the penultimate states and hidden_states="last" takes the'
                 ' last: leave out clip_skip, or set hidden_states="penultimate".'
             )
-        return output.last_hidden_state
+        last: torch.Tensor = output.last_hidden_state
+        return last
 
     def _original_encoder(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
         """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""

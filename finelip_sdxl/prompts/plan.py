@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
-from finelip_sdxl.options import LENGTH_BUCKETS, MAX_POSITIONS, STOCK_POSITIONS
+from finelip_sdxl.options import LENGTH_BUCKETS, MAX_POSITIONS, STOCK_POSITIONS, Overflow, ShortPromptEncoder, Weighting
 from finelip_sdxl.prompts.weighting import WeightedText, parse_weights
 from finelip_sdxl.prompts.windows import split_windows
 
@@ -147,10 +147,10 @@ def plan_prompts(
     prompts: Sequence[Sequence[str]] | None,
     negative_prompts: Sequence[Sequence[str]] | None = None,
     *,
-    short_prompt_encoder: str = "original",
-    overflow: str = "window",
+    short_prompt_encoder: ShortPromptEncoder = "original",
+    overflow: Overflow = "window",
     length_buckets: Sequence[int] = LENGTH_BUCKETS,
-    weighting: str | None = None,
+    weighting: Weighting | None = None,
     shape: tuple[int, int] | None = None,
 ) -> PromptPlan:
     """Decide how a batch of prompts and negative prompts is read.
@@ -339,7 +339,7 @@ def _cut_texts(
     *,
     size: int,
     truncate: bool,
-    weighting: str | None,
+    weighting: Weighting | None,
 ) -> dict[str, list[_CutText]]:
     """For each encoder its texts, each cut into windows of at most `size` tokens, or after the first of them."""
     return {
@@ -351,7 +351,7 @@ def _cut_texts(
 
 
 def _cut_text(
-    spec: EncoderSpec, role: str, index: int, text: str, size: int, truncate: bool, weighting: str | None
+    spec: EncoderSpec, role: str, index: int, text: str, size: int, truncate: bool, weighting: Weighting | None
 ) -> _CutText:
     weighted = parse_weights(text, weighting, spec.expand)
     token_ids, offsets = tokenize(spec.tokenizer, weighted.text)

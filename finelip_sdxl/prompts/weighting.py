@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf, pi, tan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from finelip_sdxl.options import Weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 MAX_WEIGHT, MAX_DEPTH, MAX_WEAK_PARTS = 10.0, 50, 50
 
 # compel's own parser takes minutes for ten open brackets, and knows no `BREAK`: hence one scan for both syntaxes.
-_SYNTAX = {
+_SYNTAX: dict[Weighting, re.Pattern[str]] = {
     "a1111": re.compile(
         r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])"
         r"|(?::\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?=\)))?(?P<close>[)\]])"
@@ -32,7 +34,7 @@ _SYNTAX = {
     ),
 }
 
-_BRACKETS = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
+_BRACKETS: dict[Weighting, dict[str, str]] = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
 
 _MORE_THAN_WEIGHTS = re.compile(r"\.(?:and|add|attend|blend|swap)\s*\(|(?:use|with)Lora\s*\(")
 
@@ -57,7 +59,7 @@ class WeightedText:
         return weight if character < stop else 1.0
 
 
-def parse_weights(text: str, syntax: str | None, expand: Callable[[str], str] | None = None) -> WeightedText:
+def parse_weights(text: str, syntax: Weighting | None, expand: Callable[[str], str] | None = None) -> WeightedText:
     """Take the weights out of a prompt.
 
     Where parts of different weights touch, each is a word of its own, as both tools have it.
@@ -199,7 +201,7 @@ def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) ->
     return blended
 
 
-def _runs(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
+def _runs(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
     """Parts of one weight, each as long as it goes; None for a break."""
     run, of_run = "", 1.0
     for part, weight in _pieces(text, syntax):
@@ -218,9 +220,9 @@ def _runs(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
         yield run, of_run
 
 
-def _pieces(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
+def _pieces(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
     """Parts as the syntax cuts them, and their weights."""
-    pieces: list[list] = []
+    pieces: list[list[Any]] = []  # text and weight of each
     brackets = _BRACKETS[syntax]
     opened: dict[str, list[int]] = {bracket: [] for bracket in brackets.values()}  # the pieces that they are
 
@@ -257,7 +259,7 @@ def _pieces(text: str, syntax: str) -> Iterator[tuple[str, float | None]]:
     yield from ((part, weight if weight is None else round(weight, 6)) for part, weight in pieces)
 
 
-def _factor(syntax: str, bracket: str, weight: str | None) -> float:
+def _factor(syntax: Weighting, bracket: str, weight: str | None) -> float:
     if weight is None:
         return {"(": 1.1, "[": 1 / 1.1}[bracket] if syntax == "a1111" else 1.0
     if weight[0] in "+-" and not weight.strip("+-"):

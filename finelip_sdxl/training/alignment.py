@@ -242,7 +242,7 @@ class ImageAlignment:
         target = self.noise.get_velocity(latents, noise, timesteps) if by_velocity else noise
         losses = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
         if self.snr_gamma is not None:
-            snr = compute_snr(self.noise, timesteps)  # type: ignore[no-untyped-call]
+            snr = compute_snr(self.noise, timesteps)
             losses = losses * snr.clamp(max=self.snr_gamma) / (snr + 1 if by_velocity else snr)
         return losses
 

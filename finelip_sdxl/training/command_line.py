@@ -339,8 +339,8 @@ def run_recipe(
         parse: parses its flags.
         arguments: of the command line, or None to take them from there.
     """
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         with stopped_by_signals():
             train(parse(arguments))

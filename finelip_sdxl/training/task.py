@@ -113,7 +113,7 @@ def gather(tensor: Tensor) -> Tensor:
     """Returns the rows of all processes, (processes · batch, …), with gradients to the process of each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
-    return cast(Tensor, _Gather.apply(tensor.contiguous()))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Gather.apply(tensor.contiguous()))  # type: ignore[no-untyped-call]  # PyTorch has no types for it
 
 
 class _Gather(torch.autograd.Function):
