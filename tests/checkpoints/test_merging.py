@@ -14,14 +14,13 @@ from finelip_sdxl import FineLIPSDXLPipeline, load_finelip, miniature_path
 from finelip_sdxl.checkpoints.merging import add_difference
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.text_encoders import TextEncoder, num_positions, stretch_text_encoder, text_encoder_tensors
+from tests.helpers.drawing import embeddings
+from tests.helpers.prompts import ENDLESS, LONG, SHORT
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_sdxl import make_text_encoder
 
 SCRIPTS = Path(__file__).parents[2]
 ENCODERS = ("text_encoder", "text_encoder_2")
-SHORT = "a red fox above the blue square"
-LONG = " ".join([SHORT] * 20)  # 142 tokens
-ENDLESS = " ".join([SHORT] * 60)  # 422
 
 
 def moved(encoder: TextEncoder, seed: int) -> TextEncoder:
@@ -76,11 +75,6 @@ def load_part(folder: str, name: str, subfolder: str | None = None) -> TextEncod
     """An encoder of 248 positions, by the loader that other tests hold against the published layouts."""
     model = load_finelip(folder, subfolder=name if subfolder is None else subfolder)
     return model.to_text_encoder(projection=name == "text_encoder_2")
-
-
-def embeddings(pipe, prompt: str) -> torch.Tensor:
-    with torch.no_grad():
-        return pipe.encode_prompt(prompt, device="cpu")[0]
 
 
 # The arithmetic

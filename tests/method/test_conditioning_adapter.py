@@ -16,9 +16,8 @@ from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_an
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, load_finelip
 from finelip_sdxl.pipelines import __all__ as pipeline_names
-
-SHORT = "a red fox above the blue square"
-LONG = "A large blue square of the quiet fox is above the hare. " * 14
+from tests.helpers.drawing import draw
+from tests.helpers.prompts import SENTENCES, SHORT
 
 
 def make_adapter(changed: bool = True, state_dims: tuple[int, ...] = (32, 48)) -> ConditioningAdapter:
@@ -34,12 +33,6 @@ def make_adapter(changed: bool = True, state_dims: tuple[int, ...] = (32, 48)) -
 def some_states() -> tuple[list[torch.Tensor], torch.Tensor]:
     torch.manual_seed(6)
     return [torch.randn(2, 9, 32), torch.randn(2, 9, 48)], torch.randn(2, 24)
-
-
-def draw(pipe, prompt: str = LONG, **arguments) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np", **arguments).images
 
 
 # By itself
@@ -132,7 +125,8 @@ def pipe(stock_folder) -> FineLIPSDXLPipeline:
 def test_adapts_a_long_prompt_and_its_negative(pipe) -> None:
     bare = FineLIPSDXLPipeline.from_pipe(pipe, conditioning_adapter=None)
     adapted, plain = (
-        each.encode_prompt(LONG, negative_prompt="a hare", do_classifier_free_guidance=True) for each in (pipe, bare)
+        each.encode_prompt(SENTENCES, negative_prompt="a hare", do_classifier_free_guidance=True)
+        for each in (pipe, bare)
     )
     states, pooled = pipe.conditioning_adapter(plain[0].split((32, 48), dim=-1), plain[2])
     torch.testing.assert_close(adapted[0], torch.cat(states, dim=-1))
@@ -141,16 +135,16 @@ def test_adapts_a_long_prompt_and_its_negative(pipe) -> None:
     assert not torch.allclose(adapted[3], plain[3])
 
 
-def draw_at(pipe, scale: float, prompt: str = LONG) -> np.ndarray:
+def draw_at(pipe, scale: float, prompt: str = SENTENCES) -> np.ndarray:
     pipe.set_conditioning_adapter_scale(scale)
     return draw(pipe, prompt)
 
 
 def test_the_scale_blends(pipe) -> None:
     bare = FineLIPSDXLPipeline.from_pipe(pipe, conditioning_adapter=None)
-    default = draw(pipe)
+    default = draw(pipe, SENTENCES)
     none, half, whole = (draw_at(pipe, scale) for scale in (0, 0.5, 1))
-    assert np.array_equal(none, draw(bare))
+    assert np.array_equal(none, draw(bare, SENTENCES))
     assert np.array_equal(whole, default)
     assert not np.allclose(half, none, atol=1e-3)
     assert not np.allclose(half, whole, atol=1e-3)
@@ -189,8 +183,8 @@ def test_states_that_it_does_not_know_do_not_pass_through_it(pipe, caplog, argum
         pipe.hidden_states = "last"
     bare = FineLIPSDXLPipeline.from_pipe(pipe, conditioning_adapter=None)
     caplog.clear()
-    assert np.array_equal(draw(pipe, **arguments), draw(bare, **arguments))
-    draw(pipe, **arguments)
+    assert np.array_equal(draw(pipe, SENTENCES, **arguments), draw(bare, SENTENCES, **arguments))
+    draw(pipe, SENTENCES, **arguments)
     said = [record.getMessage() for record in caplog.records if "penultimate states only" in record.getMessage()]
     assert len(said) == 1
 
@@ -210,9 +204,9 @@ def test_every_pipeline_takes_it() -> None:
 
 
 def test_works_offloaded(pipe) -> None:
-    expected = draw(pipe)
+    expected = draw(pipe, SENTENCES)
     pipe.enable_model_cpu_offload(device="cpu")
-    np.testing.assert_allclose(draw(pipe), expected, atol=1e-5)
+    np.testing.assert_allclose(draw(pipe, SENTENCES), expected, atol=1e-5)
     pipe.remove_all_hooks()
     pipe.enable_sequential_cpu_offload(device="meta")
 
@@ -224,7 +218,7 @@ def test_of_another_sdxl_is_refused_in_a_sentence(stock_folder) -> None:
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
     pipe.register_modules(conditioning_adapter=make_adapter(state_dims=(32, 64)))
     with pytest.raises(ValueError, match=f"{sentence} got 32, 48"):
-        draw(pipe)
+        draw(pipe, SENTENCES)
 
 
 def test_the_folder_above_an_adapter_leads_to_it(stock_folder, tmp_path) -> None:
@@ -243,14 +237,14 @@ def test_comes_back_with_its_pipeline(pipe, tmp_path, caplog) -> None:
     pipe.save_pretrained(tmp_path)
     assert "finelip-sdxl export" in caplog.text
     again = FineLIPSDXLPipeline.from_pretrained(tmp_path)
-    np.testing.assert_allclose(draw(again), draw(pipe), atol=1e-5)
+    np.testing.assert_allclose(draw(again, SENTENCES), draw(pipe, SENTENCES), atol=1e-5)
     assert FineLIPSDXLPipeline.from_pretrained(tmp_path, conditioning_adapter=None).conditioning_adapter is None
 
 
 def test_comes_back_with_its_pipeline_of_a_variant(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path, variant="fp16")
     again = FineLIPSDXLPipeline.from_pretrained(tmp_path, variant="fp16")
-    np.testing.assert_allclose(draw(again), draw(pipe), atol=1e-5)
+    np.testing.assert_allclose(draw(again, SENTENCES), draw(pipe, SENTENCES), atol=1e-5)
 
 
 def test_a_pipeline_without_one_says_nothing_of_it(stock_folder, tmp_path, caplog) -> None:

@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from finelip_sdxl import FineLIPSDXLPipeline
-
-SHORT = "a red fox above the blue square"
-LONG = " ".join([SHORT] * 20)  # 142 tokens
-ENDLESS = " ".join([SHORT] * 60)  # 422
-PROMPTS = pytest.mark.parametrize("prompt", [SHORT, LONG, ENDLESS], ids=["77", "248", "past-248"])
+from tests.helpers.drawing import draw
+from tests.helpers.prompts import ALL_LENGTHS, ENDLESS, LONG, SHORT
 
 
 @pytest.fixture
@@ -23,11 +20,6 @@ def pipe(components) -> FineLIPSDXLPipeline:
 
 def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-def draw(pipe, prompt, **arguments) -> np.ndarray:
-    settings = {"num_inference_steps": 2, "generator": seeds(0)[0], "output_type": "np"}
-    return pipe(prompt, **{**settings, **arguments}).images
 
 
 @pytest.mark.parametrize(
@@ -57,7 +49,7 @@ def test_every_scheduler_draws(pipe, name) -> None:
     )
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_a_callback_sees_and_changes_what_the_unet_gets(pipe, prompt) -> None:
     shapes = []
 
@@ -71,7 +63,7 @@ def test_a_callback_sees_and_changes_what_the_unet_gets(pipe, prompt) -> None:
     assert not np.array_equal(changed, draw(pipe, prompt))
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_a_callback_may_end_guidance_halfway(pipe, prompt) -> None:
     """As Diffusers' documentation does it."""
     shapes = []
@@ -90,7 +82,7 @@ def test_a_callback_may_end_guidance_halfway(pipe, prompt) -> None:
     assert not np.array_equal(ended, draw(pipe, prompt))
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_guidance_may_be_off_or_rescaled(pipe, prompt) -> None:
     usual = draw(pipe, prompt)
     off = draw(pipe, prompt, guidance_scale=1.0)
@@ -101,7 +93,7 @@ def test_guidance_may_be_off_or_rescaled(pipe, prompt) -> None:
     np.testing.assert_allclose(draw(pipe, prompt, guidance_scale=1.0, negative_prompt=ENDLESS), off, atol=1e-5)
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_each_image_has_its_own_seed(pipe, prompt) -> None:
     both = draw(pipe, [prompt, prompt], generator=seeds(1, 2))
     again = draw(pipe, prompt, num_images_per_prompt=2, generator=seeds(1, 2))

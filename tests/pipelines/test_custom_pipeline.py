@@ -12,10 +12,11 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.text_encoders import num_positions
+from tests.helpers.drawing import draw
+from tests.helpers.prompts import SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder
 
 DIRECTORY = str(Path(__file__).parents[2] / "pipelines")
-SHORT = "a red fox above the blue square"
 LONG = " ".join(["A large blue square of the quiet fox is above the hare."] * 12)
 
 
@@ -23,11 +24,6 @@ def load(base: str, **kwargs) -> FineLIPSDXLPipeline:
     pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=DIRECTORY, trust_remote_code=True, **kwargs)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def draw(pipe: DiffusionPipeline, prompt: str) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images
 
 
 def test_encoders_are_swapped_on_construction(stock_folder) -> None:

@@ -35,12 +35,9 @@ import finelip_sdxl
 from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.cli import main as cli
 from finelip_sdxl.text_encoders import num_positions
+from tests.helpers.drawing import draw, embeddings
+from tests.helpers.prompts import ALL_LENGTHS, ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer, make_unet
-
-SHORT = "a red fox above the blue square"
-LONG = " ".join([SHORT] * 20)  # 142 tokens
-ENDLESS = " ".join([SHORT] * 60)  # 422
-PROMPTS = pytest.mark.parametrize("prompt", [SHORT, LONG, ENDLESS], ids=["77", "248", "past-248"])
 
 
 @pytest.fixture
@@ -61,19 +58,6 @@ def with_finelip(components) -> FineLIPSDXLPipeline:
 def read_as_stock(pipe) -> list[bool]:
     """Whether each encoder reads a short prompt as stock does."""
     return [plan.as_stock for plan in pipe.describe_prompt(SHORT).plans]
-
-
-def embeddings(pipe, prompt: str = LONG) -> torch.Tensor:
-    with torch.no_grad():
-        return pipe.encode_prompt(prompt, device="cpu")[0]
-
-
-def draw(pipe, prompt: str = LONG, **arguments) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, **{"num_inference_steps": 2, "generator": generator, "output_type": "np", **arguments}).images[
-        0
-    ]
 
 
 def differ(one, other, by: float = 1e-3) -> bool:
@@ -117,7 +101,7 @@ def lora(request, tmp_path) -> str:
     return str(tmp_path / "lora.safetensors")
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_a_lora_is_loaded_scaled_and_unloaded(pipe, lora, prompt) -> None:
     before = draw(pipe, prompt)
     pipe.load_lora_weights(lora, adapter_name="style")
@@ -159,7 +143,7 @@ def test_a_lora_does_to_short_prompts_what_it_does_in_stock(pipe, components, lo
     assert not differ(draw(pipe, SHORT), draw(stock, SHORT))
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_a_lora_is_fused_and_unfused(pipe, lora, prompt) -> None:
     before = draw(pipe, prompt)
     pipe.load_lora_weights(lora)
@@ -242,7 +226,7 @@ def count_tokens(pipe, prompt: str) -> int:
     return sum(window.tokens for window in pipe.describe_prompt(prompt).plans[0].windows)
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_a_textual_inversion_of_several_vectors_is_read_wherever_it_stands(pipe, prompt) -> None:
     spelled = embeddings(pipe, f"{prompt} <concept>")
     add_concept(pipe)
@@ -308,7 +292,7 @@ def save_ip_adapter(unet, folder: Path) -> None:
     CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_an_ip_adapter_acts_beside_the_prompt(components, tmp_path, prompt) -> None:
     crop = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     pipe = FineLIPSDXLPipeline(**components, feature_extractor=crop)
@@ -489,7 +473,7 @@ def refiners(components) -> tuple[StableDiffusionXLImg2ImgPipeline, FineLIPSDXLI
     return StableDiffusionXLImg2ImgPipeline(**parts), stretched
 
 
-@PROMPTS
+@ALL_LENGTHS
 def test_a_refiner_takes_over(pipe, refiners, prompt) -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler()  # Euler's noise is so large halfway that no text shows in what is random

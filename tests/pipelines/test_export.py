@@ -16,9 +16,10 @@ from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.pipelines.export import save_comfyui, stock_pipeline
 from finelip_sdxl.text_encoders import text_encoder_tensors
+from tests.helpers.drawing import draw
+from tests.helpers.prompts import SENTENCES
 from tests.helpers.tiny_sdxl import make_text_encoder
 
-LONG = "A large blue square of the quiet fox is above the hare. " * 14
 FILES = ["clip_g.safetensors", "clip_l.safetensors"]
 
 # The keys that ComfyUI 0.3.64 (commit a125cd84) reads from a text encoder's file: `CLIPTextModel` in
@@ -85,12 +86,6 @@ def encoder_of_depth(layers: int, projection: bool, seed: int) -> CLIPTextModel 
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def draw(pipe, prompt: str, **options) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np", **options).images
-
-
 # diffusers
 
 STOCK = """
@@ -120,9 +115,9 @@ def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp
     ours = FineLIPSDXLPipeline.from_pretrained(
         stock_folder, finelip=finelip, length_buckets=(), short_prompt_encoder="long"
     )
-    assert all(155 <= plan.tokens <= 248 for plan in ours.describe_prompt(LONG).plans)
-    subprocess.run([sys.executable, "-c", STOCK, str(out), LONG], check=True)
-    assert np.abs(np.load(out / "image.npy") - draw(ours, LONG)).max() < 1e-5
+    assert all(155 <= plan.tokens <= 248 for plan in ours.describe_prompt(SENTENCES).plans)
+    subprocess.run([sys.executable, "-c", STOCK, str(out), SENTENCES], check=True)
+    assert np.abs(np.load(out / "image.npy") - draw(ours, SENTENCES)).max() < 1e-5
     assert not (out / "log.txt").read_text(), "no unknown component or key, and nothing of the prompt was cut"
 
 
@@ -183,10 +178,10 @@ def test_a_conditioning_adapter_and_published_states_are_left_out_with_a_warning
 def test_lora_layers_are_refused_until_they_are_merged(components, tmp_path, name) -> None:
     pipe = FineLIPSDXLPipeline(**components)
     pipe.swap_text_encoders()
-    without = draw(pipe, LONG)
+    without = draw(pipe, SENTENCES)
     modules = ["to_q"] if name == "unet" else ["q_proj"]
     getattr(pipe, name).add_adapter(LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
-    expected = draw(pipe, LONG)
+    expected = draw(pipe, SENTENCES)
     with pytest.raises(ValueError, match=rf"^{name} has LoRA layers.*pipe\.fuse_lora\(\)"):
         stock_pipeline(pipe)
     if name == "unet":  # of which ComfyUI gets nothing
@@ -198,7 +193,7 @@ def test_lora_layers_are_refused_until_they_are_merged(components, tmp_path, nam
 
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    merged = draw(stock_pipeline(pipe), LONG)
+    merged = draw(stock_pipeline(pipe), SENTENCES)
     assert np.abs(merged - expected).max() < 0.05 * np.abs(without - expected).max(), "but for rounding"
 
 

@@ -12,11 +12,10 @@ from diffusers.hooks import apply_layerwise_casting
 from safetensors import safe_open
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
+from tests.helpers.drawing import draw, embeddings
+from tests.helpers.prompts import ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder
 
-SHORT = "a red fox above the blue square"
-LONG = " ".join([SHORT] * 20)  # 142 tokens
-ENDLESS = " ".join([SHORT] * 60)  # 422
 PROMPTS = (SHORT, LONG, ENDLESS)
 
 
@@ -34,18 +33,6 @@ def pipe(components) -> FineLIPSDXLPipeline:
 
 
 MODELS = ("stock_text_encoder", "text_encoder", "text_encoder_2", "conditioning_adapter", "unet", "vae")
-
-
-def draw(pipe, prompt: str | list[str], **arguments) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "np"}
-    images = pipe(prompt, **{**settings, **arguments}).images
-    return images[0] if isinstance(prompt, str) else images
-
-
-def embeddings(pipe, prompt: str) -> torch.Tensor:
-    with torch.no_grad():
-        return pipe.encode_prompt(prompt, device="cpu")[0]
 
 
 def images(pipe) -> list[np.ndarray]:
@@ -133,9 +120,9 @@ def test_sliced_decoding_draws_the_same(pipe) -> None:
 
 def test_tiled_decoding_draws_nearly_the_same(pipe) -> None:
     for prompt in PROMPTS:
-        expected = draw(pipe, prompt, height=32, width=32)
+        [expected] = draw(pipe, prompt, height=32, width=32)
         pipe.vae.enable_tiling()
-        found = draw(pipe, prompt, height=32, width=32)
+        [found] = draw(pipe, prompt, height=32, width=32)
         pipe.vae.disable_tiling()
         assert found.shape == (32, 32, 3)
         assert not np.array_equal(found, expected)

@@ -24,16 +24,9 @@ from finelip_sdxl import (
 )
 from finelip_sdxl.pipelines.export import stock_pipeline
 from finelip_sdxl.text_encoders import num_positions
+from tests.helpers.drawing import draw
+from tests.helpers.prompts import SENTENCES, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer
-
-SHORT = "a red fox above the blue square"
-LONG = "A large blue square of the quiet fox is above the hare. " * 14
-
-
-def draw(pipe, prompt: str) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images
 
 
 def weights(pipe) -> dict[str, torch.Tensor]:
@@ -109,7 +102,7 @@ def test_both_encoders_may_be_replaced(stock_folder, tmp_path) -> None:
     third = make_text_encoder(32, positions=248, seed=9)
     again = FineLIPSDXLPipeline.from_pretrained(tmp_path, finelip=third)
     assert np.array_equal(draw(again, SHORT), draw(pipe, SHORT))
-    assert not np.array_equal(draw(again, LONG), draw(pipe, LONG))
+    assert not np.array_equal(draw(again, SENTENCES), draw(pipe, SENTENCES))
 
 
 def test_without_stock_short_prompts_no_original_is_held_or_loaded(stock_folder, tmp_path) -> None:
@@ -192,14 +185,14 @@ def test_dtype_is_that_of_every_component(stock_folder, argument) -> None:
         stock_folder, finelip=make_text_encoder(32, positions=248), **{argument: torch.bfloat16}
     )
     assert {value.dtype for value in weights(pipe).values() if value.is_floating_point()} == {torch.bfloat16}
-    assert draw(pipe, LONG).shape == (1, 16, 16, 3)
+    assert draw(pipe, SENTENCES).shape == (1, 16, 16, 3)
 
 
 def test_a_half_precision_repository_opens_in_float32_without_a_dtype(stock_folder, tmp_path) -> None:
     StableDiffusionXLPipeline.from_pretrained(stock_folder, dtype=torch.float16).save_pretrained(tmp_path)
     pipe = FineLIPSDXLPipeline.from_pretrained(tmp_path)
     assert {value.dtype for value in weights(pipe).values() if value.is_floating_point()} == {torch.float32}
-    assert draw(pipe, LONG).shape == (1, 16, 16, 3)
+    assert draw(pipe, SENTENCES).shape == (1, 16, 16, 3)
 
 
 def test_components_passed_in_are_used_and_never_changed(stock_folder, caplog) -> None:
@@ -268,7 +261,7 @@ def test_an_encoder_passed_as_none_is_none(absent, stock_folder, tmp_path) -> No
     )
     whole.save_pretrained(tmp_path)
     with torch.no_grad():
-        embeddings = whole.encode_prompt(LONG, negative_prompt=SHORT)
+        embeddings = whole.encode_prompt(SENTENCES, negative_prompt=SHORT)
     for source in (stock_folder, tmp_path):
         pipe = FineLIPSDXLPipeline.from_pretrained(source, **dict.fromkeys(absent))
         for name in absent:
@@ -337,7 +330,7 @@ def test_a_round_trip_keeps_every_bit_and_option(stock_folder, tmp_path) -> None
     again = FineLIPSDXLPipeline.from_pretrained(tmp_path)
     assert_same_pipelines(again, pipe)
     assert {name: getattr(again, name) for name in options} == options
-    assert np.array_equal(draw(again, LONG), draw(pipe, LONG))
+    assert np.array_equal(draw(again, SENTENCES), draw(pipe, SENTENCES))
     assert FineLIPSDXLPipeline.from_pretrained(tmp_path, overflow="window").overflow == "window"
 
 
@@ -413,12 +406,12 @@ def test_without_the_package_stock_classes_open_it_and_draw_the_same(stock_folde
     FineLIPSDXLPipeline.from_pretrained(stock_folder).save_pretrained(stretched)
     finelip = make_text_encoder(32, positions=248, seed=7)
     FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=finelip).save_pretrained(replaced)
-    subprocess.run([sys.executable, "-c", STOCK, SHORT, LONG, str(stretched), str(replaced)], check=True)
+    subprocess.run([sys.executable, "-c", STOCK, SHORT, SENTENCES, str(stretched), str(replaced)], check=True)
 
     for folder in (stretched, replaced):
         pipe = FineLIPSDXLPipeline.from_pretrained(folder)
-        assert pipe.describe_prompt(LONG).positions == 248
-        images = {"long": draw(pipe, LONG)}
+        assert pipe.describe_prompt(SENTENCES).positions == 248
+        images = {"long": draw(pipe, SENTENCES)}
         pipe.length_buckets, pipe.short_prompt_encoder = (), "long"
         images["short"] = draw(pipe, SHORT)
         files = list(folder.glob("*.npy"))
@@ -477,7 +470,7 @@ def test_what_was_built_with_77_positions_comes_back_so(components, tmp_path, ca
     FineLIPSDXLPipeline(**components).save_pretrained(tmp_path)
     pipe, stock = FineLIPSDXLPipeline.from_pretrained(tmp_path), StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert_same_pipelines(pipe, FineLIPSDXLPipeline(**components))
-    assert np.array_equal(draw(pipe, LONG), draw(stock, LONG))
+    assert np.array_equal(draw(pipe, SENTENCES), draw(stock, SENTENCES))
     assert "swap_text_encoders() gives them 248" in caplog.text
     stock.save_pretrained(tmp_path / "stock")
     assert num_positions(FineLIPSDXLPipeline.from_pretrained(tmp_path / "stock").text_encoder) == 248

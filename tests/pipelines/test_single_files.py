@@ -21,12 +21,10 @@ from finelip_sdxl import (
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.pipelines.export import stock_pipeline
 from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder
+from tests.helpers.drawing import draw, embeddings
+from tests.helpers.prompts import ENDLESS, LONG, SHORT
 from tests.helpers.single_file import save_single_file
 from tests.helpers.tiny_sdxl import make_text_encoder
-
-SHORT = "a red fox above the blue square"
-LONG = " ".join([SHORT] * 20)  # 142 tokens
-ENDLESS = " ".join([SHORT] * 60)  # 422
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +48,6 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def embeddings(pipe, prompt: str) -> torch.Tensor:
-    with torch.no_grad():
-        return pipe.encode_prompt(prompt, device="cpu")[0]
-
-
-def draw(pipe, prompt: str) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(prompt, num_inference_steps=1, output_type="np", generator=torch.Generator().manual_seed(0)).images[0]
-
-
 def test_the_checkpoint_s_own_encoders_are_stretched(file, stock, stock_folder) -> None:
     pipe = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder)
     for name in ("text_encoder", "text_encoder_2"):
@@ -74,8 +62,8 @@ def test_prompts_of_every_length_are_read(file, stock, stock_folder) -> None:
     pipe = FineLIPSDXLPipeline.from_single_file(file, config=stock_folder)
     torch.testing.assert_close(embeddings(pipe, SHORT), embeddings(stock, SHORT), atol=1e-5, rtol=1e-4)
     assert [embeddings(pipe, prompt).shape[1] for prompt in (SHORT, LONG, ENDLESS)] == [77, 154, 2 * 248]
-    assert np.abs(draw(pipe, SHORT) - draw(stock, SHORT)).max() < 1e-3
-    assert np.abs(draw(pipe, LONG) - draw(stock, LONG)).max() > 1e-3
+    assert np.abs(draw(pipe, SHORT, num_inference_steps=1) - draw(stock, SHORT, num_inference_steps=1)).max() < 1e-3
+    assert np.abs(draw(pipe, LONG, num_inference_steps=1) - draw(stock, LONG, num_inference_steps=1)).max() > 1e-3
 
 
 def test_a_config_may_be_a_path_and_a_file_a_pickle_of_weights(file, stock, stock_folder, tmp_path) -> None:

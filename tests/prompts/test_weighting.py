@@ -13,12 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.prompts.weighting import MAX_DEPTH, parse_weights
+from tests.helpers.drawing import embeddings
+from tests.helpers.prompts import ALL_LENGTHS, ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_tokenizer
-
-SHORT = "a red fox above the blue square"
-LONG = " ".join([SHORT] * 20)  # 142 tokens
-ENDLESS = " ".join([SHORT] * 60)  # 422
-LENGTHS = pytest.mark.parametrize("prompt", [SHORT, LONG, ENDLESS], ids=["77", "248", "past-248"])
 
 
 @pytest.fixture
@@ -27,11 +24,6 @@ def pipe(components) -> FineLIPSDXLPipeline:
     pipe.swap_text_encoders()
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def embeddings(pipe, prompt: str | list[str], **arguments) -> torch.Tensor:
-    with torch.no_grad():
-        return pipe.encode_prompt(prompt, device="cpu", **arguments)[0]
 
 
 def difference(states: torch.Tensor, others: torch.Tensor) -> float:
@@ -156,7 +148,7 @@ def test_the_work_grows_as_the_text_does(syntax, part) -> None:
 # What weights do
 
 
-@LENGTHS
+@ALL_LENGTHS
 @pytest.mark.parametrize(("syntax", "of_one"), [("compel", "({})1.0"), ("a1111", "({}:1)"), ("a1111", "([{}])")])
 def test_weights_of_one_change_no_bit(pipe, prompt, syntax, of_one) -> None:
     expected = embeddings(pipe, prompt)
@@ -165,7 +157,7 @@ def test_weights_of_one_change_no_bit(pipe, prompt, syntax, of_one) -> None:
     assert torch.equal(embeddings(pipe, prompt.replace("blue square", of_one.format("blue square"))), expected)
 
 
-@LENGTHS
+@ALL_LENGTHS
 def test_a_weight_changes_its_token_alone(pipe, prompt) -> None:
     expected = embeddings(pipe, f"{prompt} fox")
     pipe.weighting = "a1111"
@@ -207,7 +199,7 @@ def test_weights_are_compel_s(components, prompt) -> None:
     torch.testing.assert_close(pooled / scale, plain / scale, atol=1e-5, rtol=1e-5)
 
 
-@LENGTHS
+@ALL_LENGTHS
 def test_no_weight_takes_a_token_out(pipe, prompt) -> None:
     pipe.weighting = "a1111"
     found, other = embeddings(pipe, f"{prompt} (fox:0)"), embeddings(pipe, f"{prompt} (hare:0)")
@@ -230,7 +222,7 @@ def test_each_text_of_a_batch_has_its_own_weights(pipe) -> None:
     torch.testing.assert_close(together, alone.repeat_interleave(2, dim=0), atol=1e-3, rtol=1e-4)
 
 
-@LENGTHS
+@ALL_LENGTHS
 def test_negative_prompts_have_weights_too(pipe, prompt) -> None:
     def negatives(text: str) -> torch.Tensor:
         with torch.no_grad():
@@ -248,7 +240,7 @@ def test_only_the_encoder_whose_prompt_has_weights_gets_them(pipe) -> None:
     assert not torch.equal(weighted[..., :32], plain[..., :32])
 
 
-@LENGTHS
+@ALL_LENGTHS
 def test_weights_stand_as_given_behind_the_conditioning_adapter(pipe, prompt) -> None:
     torch.manual_seed(0)
     adapter = ConditioningAdapter([32, 48], 24, 8)
