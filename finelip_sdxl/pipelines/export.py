@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.pipelines.protocol import LongPromptPipeline
 from finelip_sdxl.provenance import without_paths
 from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors, with_max_length
 
@@ -23,7 +25,7 @@ COMFYUI_FILES = {"text_encoder": "clip_l.safetensors", "text_encoder_2": "clip_g
 _LAYER_30 = "text_model.encoder.layers.30.mlp.fc1.weight"
 
 
-def stock_pipeline(pipe: Any) -> Any:
+def stock_pipeline(pipe: LongPromptPipeline) -> Any:
     """A pipeline's parts in Diffusers' own class: what `save_pretrained` of the result writes holds nothing of ours.
 
     Args:
@@ -54,7 +56,7 @@ def stock_pipeline(pipe: Any) -> Any:
     return in_stock_class(pipe, **parts)
 
 
-def in_stock_class(pipe: Any, **parts: Any) -> Any:
+def in_stock_class(pipe: LongPromptPipeline, **parts: Any) -> Any:
     """The components of a pipeline of ours in Diffusers' own class, with `parts` in place of those of their names."""
     stock_class = pipe._stock_class()
     # Options such as `force_zeros_for_empty_prompt` are in the config.
@@ -62,7 +64,7 @@ def in_stock_class(pipe: Any, **parts: Any) -> Any:
     return stock_class(**{name: given[name] for name in inspect.signature(stock_class).parameters if name in given})
 
 
-def save_comfyui(pipe: Any, folder: Path) -> list[Path]:
+def save_comfyui(pipe: LongPromptPipeline, folder: Path) -> list[Path]:
     """Write a pipeline's text encoders as the two files that ComfyUI's node DualCLIPLoader, type sdxl, takes.
 
     ComfyUI reads the number of positions off the positional table of each file and lengthens its tokenizer to match
@@ -114,7 +116,7 @@ def save_comfyui(pipe: Any, folder: Path) -> list[Path]:
     return list(files)
 
 
-def _check_plain(parts: dict[str, Any]) -> None:
+def _check_plain(parts: Mapping[str, Any]) -> None:
     """Refuses LoRA layers: their keys are none that a plain model has."""
     for name, part in parts.items():
         if isinstance(part, nn.Module) and any(hasattr(module, "base_layer") for module in part.modules()):
@@ -124,7 +126,7 @@ def _check_plain(parts: dict[str, Any]) -> None:
             )
 
 
-def _say_what_is_lost(pipe: Any) -> None:
+def _say_what_is_lost(pipe: LongPromptPipeline) -> None:
     if pipe.conditioning_adapter is not None:
         logger.warning(
             "conditioning_adapter is left out: it works between the text encoders and the UNet and cannot be merged"

@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from finelip_sdxl.names import bundled_model, bundled_sdxl
 from finelip_sdxl.options import ENCODERS
+from finelip_sdxl.pipelines.protocol import LongPromptPipeline
 from finelip_sdxl.provenance import HUB_ID, Provenance, base_of, public_name
 from finelip_sdxl.text_encoders import num_positions
 
@@ -17,7 +18,7 @@ from finelip_sdxl.text_encoders import num_positions
 _LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 
-def model_card(pipe: Any, repo_id: str) -> ModelCard:
+def model_card(pipe: LongPromptPipeline, repo_id: str) -> ModelCard:
     """The card of a pipeline of this package. Names in it are text, whatever characters they are made of.
 
     Args:
@@ -59,14 +60,14 @@ def model_card(pipe: Any, repo_id: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(pipe, repo_id, base, sources)}")
 
 
-def _origins(pipe: Any) -> list[str]:
+def _origins(pipe: LongPromptPipeline) -> list[str]:
     """What replaced or was merged into text encoders."""
     records = [Provenance.of(getattr(pipe, name).config) for name in ENCODERS if getattr(pipe, name) is not None]
     origins = [_public(source) for record in records for source in (record.made_from, record.merged_with)]
     return list(dict.fromkeys(name for name in origins if name is not None))
 
 
-def _license(pipe: Any, base: str | None) -> dict[str, Any]:
+def _license(pipe: LongPromptPipeline, base: str | None) -> dict[str, Any]:
     if (bundled := bundled_sdxl(base)) is not None:
         if all(bundled_model(name) is not None for name in _origins(pipe)):
             return {"license": bundled.license}
@@ -75,7 +76,7 @@ def _license(pipe: Any, base: str | None) -> dict[str, Any]:
     return {"license": "other", "license_name": "those-of-its-parts"}
 
 
-def _text(pipe: Any, repo_id: str, base: str | None, sources: list[str]) -> str:
+def _text(pipe: LongPromptPipeline, repo_id: str, base: str | None, sources: list[str]) -> str:
     parts = "\n".join(f"| {name} | {what} |" for name, what in _parts(pipe, base))
     origins = ", ".join(_named(name) for name in dict.fromkeys(sources)) or "the parts above"
     is_refiner = pipe.text_encoder is None
@@ -111,7 +112,7 @@ What the weights were made from has licenses that hold here: {origins}.
 """
 
 
-def _parts(pipe: Any, base: str | None) -> list[tuple[str, str]]:
+def _parts(pipe: LongPromptPipeline, base: str | None) -> list[tuple[str, str]]:
     rows = []
     for name in ENCODERS:
         if (encoder := getattr(pipe, name)) is not None:
