@@ -117,6 +117,7 @@ def wait_for_status(page, text: str, column: str = "finelip") -> None:
     page.locator(f"#column-{column} .status", has_text=re.compile(text)).wait_for()
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_measured_drawn_downloaded_and_loaded_again(open_page, tmp_path) -> None:
     page = open_page()
     page.get_by_text("Short one by night").wait_for()
@@ -259,6 +260,7 @@ def test_html_in_a_picture_is_shown_as_text(open_page, demo) -> None:
     assert page.title() == "FineLIP-SDXL"  # what the page asks of others, `open_page` sees
 
 
+@pytest.mark.slow
 def test_typing_does_not_wait_for_compel_s_parser(open_page, monkeypatch) -> None:
     page = open_page()
     parse, may_parse = Compel.parse_prompt_string, threading.Event()
@@ -276,6 +278,7 @@ def test_typing_does_not_wait_for_compel_s_parser(open_page, monkeypatch) -> Non
     assert "green" not in page.locator("#meter").inner_text()
 
 
+@pytest.mark.slow
 def test_two_visitors_take_turns(open_page) -> None:
     first, second = open_page(), open_page()
     set_steps(first, 100)

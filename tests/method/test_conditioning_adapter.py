@@ -261,6 +261,7 @@ def test_stock_opens_the_folder_without_it_and_says_so(pipe, tmp_path, caplog) -
     assert not hasattr(stock, "conditioning_adapter")
 
 
+@pytest.mark.slow
 def test_diffusers_alone_opens_the_folder(pipe, tmp_path) -> None:
     pipe.save_pretrained(tmp_path)
     program = (

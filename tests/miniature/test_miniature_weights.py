@@ -77,6 +77,7 @@ def test_shipped_tokenizers_are_the_ones_that_the_code_builds(stock: StableDiffu
         assert shipped(texts, padding="max_length").input_ids == built(texts, padding="max_length").input_ids
 
 
+@pytest.mark.slow
 def test_stock_draws_what_short_captions_describe(stock: StableDiffusionXLPipeline) -> None:
     images = draw(stock, [caption.text for caption in CAPTIONS])
     right = [

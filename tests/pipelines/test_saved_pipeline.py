@@ -401,6 +401,7 @@ for folder in sys.argv[3:]:
 """
 
 
+@pytest.mark.slow
 def test_without_the_package_stock_classes_open_it_and_draw_the_same(stock_folder, tmp_path) -> None:
     stretched, replaced = tmp_path / "stretched", tmp_path / "replaced"
     FineLIPSDXLPipeline.from_pretrained(stock_folder).save_pretrained(stretched)

@@ -927,6 +927,7 @@ def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path)
 # Pictures on the way
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_by_stock_and_aligned(base, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -973,6 +974,7 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
             align(base, out, *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "stop", "saved"),
     [

@@ -892,6 +892,7 @@ def test_refuses_images_none_of_which_can_be_read_also_from_workers(base, tmp_pa
     assert message.endswith("Where images are missing on purpose, pass --skip-missing-images.")
 
 
+@pytest.mark.slow
 def test_the_script_exits_with_an_error(tmp_path) -> None:
     command = [sys.executable, SCRIPT, "--base", tmp_path / "nothing", "--data", "miniature:5"]
     done = subprocess.run(command, capture_output=True, text=True)
