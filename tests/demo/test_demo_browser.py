@@ -267,7 +267,7 @@ def test_typing_does_not_wait_for_compel_s_parser(open_page, monkeypatch) -> Non
     # It waits longer than the page is waited for, so that it never answers by itself.
     monkeypatch.setattr(Compel, "parse_prompt_string", lambda text: may_parse.wait(PATIENCE / 100) and parse(text))
     try:
-        for thing, times in (("(a green star)1.2 ", 300), ("a blue ring ", 20)):
+        for thing, times in (("(a green star)1.2 ", 100), ("a blue ring ", 20)):
             write(page, thing * times)
             page.locator("#meter .meter-text", has_text=thing).wait_for()
             page.locator("#meter .meter-pending", has_text="is still reading").wait_for()
