@@ -135,14 +135,13 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
             >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
         """
-        options = {
-            "short_prompt_encoder": short_prompt_encoder,
-            "overflow": overflow,
-            "hidden_states": hidden_states,
-            "weighting": weighting,
-            "length_buckets": length_buckets,
-        }
-        kwargs |= {name: value for name, value in options.items() if value is not AS_SAVED}
+        kwargs |= _passed_options(
+            short_prompt_encoder=short_prompt_encoder,
+            overflow=overflow,
+            hidden_states=hidden_states,
+            weighting=weighting,
+            length_buckets=length_buckets,
+        )
         brings_finelip = finelip is not None or finelip_2 is not None
         if (bundled := bundled_sdxl(base)) is not None:
             own = [name for name in ENCODERS if name not in kwargs]
@@ -227,14 +226,13 @@ class EncoderSwapMixin(PromptEncodingMixin):
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
         """
-        options = {
-            "short_prompt_encoder": short_prompt_encoder,
-            "overflow": overflow,
-            "hidden_states": hidden_states,
-            "weighting": weighting,
-            "length_buckets": length_buckets,
-        }
-        kwargs |= {name: value for name, value in options.items() if value is not AS_SAVED}
+        kwargs |= _passed_options(
+            short_prompt_encoder=short_prompt_encoder,
+            overflow=overflow,
+            hidden_states=hidden_states,
+            weighting=weighting,
+            length_buckets=length_buckets,
+        )
         if kwargs.get("config") is not None:
             kwargs["config"] = sdxl_path(kwargs["config"])
         for name in _BESIDE:
@@ -360,6 +358,11 @@ class EncoderSwapMixin(PromptEncodingMixin):
         if subfolder is None and not file_exists(repo_id, "README.md", token=token):
             model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
         return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+
+
+def _passed_options(**options: Any) -> dict[str, Any]:
+    """The options that a caller passed; the others are up to what was saved, or to the class."""
+    return {name: value for name, value in options.items() if value is not AS_SAVED}
 
 
 def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: Any) -> str | None:
