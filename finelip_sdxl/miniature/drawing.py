@@ -1,4 +1,4 @@
-"""Draws scenes: flat, anti-aliased shapes of 96 × 96 pixels in all, 32 × 32 for each place."""
+"""Draws scenes: flat, anti-aliased shapes on 192 × 192 pixels, 64 × 64 for each place."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from PIL import Image, ImageChops, ImageDraw
 
 from .world import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene
 
-IMAGE_SIZE = 96
-CELL_SIZE = 32
-RADIUS = {"small": 8.5, "large": 13.0}
+IMAGE_SIZE = 192
+CELL_SIZE = 64
+RADIUS = {"small": 17.0, "large": 26.0}
 _OVERSAMPLING = 8
 
 
 @cache
 def coverage(shape: str, size: str) -> np.ndarray:
-    """How much of each pixel of a cell the shape covers, from 0 to 1: float32 of (32, 32)."""
+    """How much of each pixel of a cell the shape covers, from 0 to 1: float32 of (64, 64)."""
     big = CELL_SIZE * _OVERSAMPLING
     mask = Image.new("L", (big, big), 0)
     _draw_shape(mask, shape, big / 2, RADIUS[size] * _OVERSAMPLING)
@@ -29,7 +29,7 @@ def coverage(shape: str, size: str) -> np.ndarray:
 
 
 def draw_pixels(scene: Scene) -> np.ndarray:
-    """The scene as float32 of (96, 96, 3), from 0 to 1."""
+    """The scene as float32 of (192, 192, 3), from 0 to 1."""
     background = np.array(BACKGROUNDS[scene.background], dtype=np.float32) / 255
     pixels = np.tile(background, (IMAGE_SIZE, IMAGE_SIZE, 1))
     for thing in scene.objects:
@@ -42,12 +42,12 @@ def draw_pixels(scene: Scene) -> np.ndarray:
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of 96 × 96 pixels."""
+    """The scene as an RGB picture of 192 × 192 pixels."""
     return Image.fromarray((draw_pixels(scene) * 255 + 0.5).astype(np.uint8))
 
 
 def draw_batch(scenes: Sequence[Scene]) -> torch.Tensor:
-    """The scenes' pictures as a VAE or a CLIP of the miniature takes them: (scenes, 3, 96, 96), from -1 to 1."""
+    """The scenes' pictures as a VAE or a CLIP of the miniature takes them: (scenes, 3, 192, 192), from -1 to 1."""
     pixels = np.stack([draw_pixels(scene) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) * 2 - 1
 

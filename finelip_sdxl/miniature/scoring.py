@@ -1,7 +1,8 @@
 """Says of a picture which objects it shows where: no learned judge, since every possible look is known.
 
 Each of the nine cells is held against every look (12 shapes × 8 colors × 2 sizes, and nothing at all) on the
-picture's background; the nearest by squared difference of the pixels is what the cell shows.
+picture's background; the nearest by squared difference of the pixels is what the cell shows. A cell is clean if it
+is that drawing but for a small error; a smeared object, or a blend of two, is not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from PIL import Image
 
 from .drawing import CELL_SIZE, IMAGE_SIZE, LOOKS, coverage
 from .world import BACKGROUNDS, COLORS, PLACES, SIZES, Scene, SceneObject
+
+
+# Root mean squared error of a cell's pixels, from 0 to 1, up to which it is clean: PLACEHOLDER
+CLEAN_ERROR = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,14 @@ class ObjectScore:
         shape, color, size: Whether the object's cell shows it so; the size is None where it was unknown.
         place: Whether the object's cell shows its shape and color, or at least looks more like it than any other cell.
             A twin elsewhere does not count against an object that stands where it should.
+        clean: Whether the object's cell is drawn cleanly, whatever it shows.
     """
 
     shape: bool
     color: bool
     size: bool | None
     place: bool
+    clean: bool
 
     @property
     def right(self) -> bool:
@@ -64,7 +71,7 @@ def read_picture(image: Image.Image) -> PictureReading:
     """Reads the nine objects and the background off a picture of the miniature world.
 
     Args:
-        image: Any size and mode; anything but 96 × 96 RGB is resized and converted first.
+        image: Any size and mode; anything but 192 × 192 RGB is resized and converted first.
 
     Example:
         >>> from finelip_sdxl.miniature.drawing import draw_scene
@@ -110,6 +117,7 @@ def score_objects(image: Image.Image, objects: Iterable[Thing]) -> tuple[ObjectS
     cells = _cells(image)
     distances = _distances(cells, _nearest_background(cells))
     nearest = distances.argmin(axis=1)
+    clean = distances.min(axis=1) <= CLEAN_ERROR**2 * cells[0].size
     scores = []
     for thing in objects:
         place = PLACES.index(thing.place)
@@ -119,12 +127,13 @@ def score_objects(image: Image.Image, objects: Iterable[Thing]) -> tuple[ObjectS
         best_place = distances[:, alike].min(axis=1).argmin()
         shape, color = seen[0] == thing.shape, seen[1] == thing.color
         size = None if thing.size is None else seen[2] == thing.size
-        scores.append(ObjectScore(shape, color, size, bool(best_place == place) or (shape and color)))
+        stands = bool(best_place == place) or (shape and color)
+        scores.append(ObjectScore(shape, color, size, stands, bool(clean[place])))
     return tuple(scores)
 
 
 def _cells(image: Image.Image) -> np.ndarray:
-    """The picture's nine cells, (9, 32 · 32, 3), from 0 to 1."""
+    """The picture's nine cells, (9, 64 · 64, 3), from 0 to 1."""
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
@@ -135,7 +144,7 @@ def _cells(image: Image.Image) -> np.ndarray:
 def _nearest_background(cells: np.ndarray) -> str:
     """The background nearest to the cells' corners, which no object reaches."""
     corner = np.zeros((CELL_SIZE, CELL_SIZE), dtype=bool)
-    corner[:2, :2] = corner[:2, -2:] = corner[-2:, :2] = corner[-2:, -2:] = True
+    corner[:4, :4] = corner[:4, -4:] = corner[-4:, :4] = corner[-4:, -4:] = True
     color = np.median(cells[:, corner.ravel()], axis=(0, 1)) * 255
     return min(BACKGROUNDS, key=lambda name: float(np.square(color - BACKGROUNDS[name]).sum()))
 
@@ -150,7 +159,7 @@ def _distances(cells: np.ndarray, background: str) -> np.ndarray:
 
 @cache
 def _looks(background: str) -> np.ndarray:
-    """A cell's pixels for every look, and last for nothing: (looks + 1, 32 · 32 · 3)."""
+    """A cell's pixels for every look, and last for nothing: (looks + 1, 64 · 64 · 3)."""
     ground = np.array(BACKGROUNDS[background], dtype=np.float32) / 255
     cells = [
         ground + coverage(shape, size)[..., None] * (np.array(COLORS[color], dtype=np.float32) / 255 - ground)
