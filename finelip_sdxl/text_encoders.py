@@ -128,7 +128,7 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
     return twin
 
 
-def with_max_length(tokenizer: Any, length: int) -> Any:
+def with_max_length(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
     """A copy of a tokenizer that reads `length` tokens, and neither cuts nor pads by itself.
 
     A deep copy of `CLIPTokenizer` decodes wrongly; and how the last call has cut and padded is saved with a tokenizer,
@@ -136,7 +136,7 @@ def with_max_length(tokenizer: Any, length: int) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        copied = type(tokenizer).from_pretrained(folder, model_max_length=length)
+        copied: CLIPTokenizer = type(tokenizer).from_pretrained(folder, model_max_length=length)
     copied.backend_tokenizer.no_truncation()
     copied.backend_tokenizer.no_padding()
     return copied

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import file_exists
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_sdxl.checkpoints.load import FineLIPWeights, read_finelip
 from finelip_sdxl.checkpoints.merging import add_difference
+from finelip_sdxl.checkpoints.sources import Source
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
@@ -50,6 +52,7 @@ from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import PromptEncodingMixin
 from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
 from finelip_sdxl.text_encoders import (
+    TextEncoder,
     build_text_encoder,
     check_tokenizer,
     num_positions,
@@ -86,9 +89,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
     @classmethod
     def from_pretrained(
         cls,
-        base: str | os.PathLike[str],
-        finelip: Any = None,
-        finelip_2: Any = None,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        finelip: Source | None = None,
+        finelip_2: Source | None = None,
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
         *,
@@ -102,9 +105,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
         """Load an SDXL pipeline and give its text encoders 248 positions.
 
         Args:
-            base: a hub id or directory of any SDXL, a directory that `save_pretrained` of this class wrote, or
-                `"miniature"` for the small SDXL that comes with this package, and its FineLIPs with it (pass
-                `"miniature-clip-1"` and `"miniature-clip-2"` to have its own encoders stretched instead).
+            pretrained_model_name_or_path: a hub id or directory of any SDXL, a directory that `save_pretrained` of this
+                class wrote, or `"miniature"` for the small SDXL that comes with this package, and its FineLIPs with it
+                (pass `"miniature-clip-1"` and `"miniature-clip-2"` to have its own encoders stretched instead).
             finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
                 `FineLIPModel`.
             finelip_2: replaces the second (OpenCLIP bigG) in the same way.
@@ -114,7 +117,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
                 trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's need none.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
-                `training/align_adapter.py` writes; None for none. By default the one that `base` comes with, unless a
+                `training/align_adapter.py` writes; None for none. By default the one that the SDXL comes with, unless a
                 FineLIP is passed, with which it was not trained.
             **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
                 that of every component, float32 by default. An encoder that is passed as None is left out, with what
@@ -125,10 +128,10 @@ class EncoderSwapMixin(PromptEncodingMixin):
             directly with 77 and saved so by this class: what was saved comes back.
 
         Raises:
-            ValueError: `base` is no SDXL, a config or a file of weights is damaged, weights are not finite, a tokenizer
+            ValueError: it is no SDXL, a config or a file of weights is damaged, weights are not finite, a tokenizer
                 lacks its words, a FineLIP or an adapter has other widths than the encoders, a FineLIP to add has no
                 base, or an option is unknown.
-            OSError: `base` or a checkpoint is not there.
+            OSError: it or a checkpoint is not there.
 
         Example:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
@@ -143,7 +146,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             length_buckets=length_buckets,
         )
         brings_finelip = finelip is not None or finelip_2 is not None
-        if (bundled := bundled_sdxl(base)) is not None:
+        if (bundled := bundled_sdxl(pretrained_model_name_or_path)) is not None:
             own = [name for name in ENCODERS if name not in kwargs]
             if len(own) == 2 and not brings_finelip:
                 kwargs.setdefault(ADAPTER, bundled.conditioning_adapter)
@@ -151,9 +154,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 finelip = bundled.finelips["text_encoder"]
             if finelip_2 is None and "text_encoder_2" in own:
                 finelip_2 = bundled.finelips["text_encoder_2"]
-        origin, base = public_name(base), sdxl_path(base)
+        origin, base = public_name(pretrained_model_name_or_path), sdxl_path(pretrained_model_name_or_path)
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
-        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
         if kwargs.get("short_prompt_encoder") == "long":  # then nothing reads the held encoders
             kwargs = {**dict.fromkeys(ORIGINAL_ENCODERS), **kwargs}
@@ -177,18 +180,18 @@ class EncoderSwapMixin(PromptEncodingMixin):
             )
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
-        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
+        if index.get(UNSWAPPED) and weights is None and weights_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
         else:
-            pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+            pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
 
     @classmethod
     def from_single_file(
         cls,
-        file: str | os.PathLike[str],
-        finelip: Any = None,
-        finelip_2: Any = None,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        finelip: Source | None = None,
+        finelip_2: Source | None = None,
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
         *,
@@ -203,7 +206,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         encoders 248 positions.
 
         Args:
-            file: a `.safetensors` or `.ckpt` file, or its address on the hub.
+            pretrained_model_link_or_path: a `.safetensors` or `.ckpt` file, or its address on the hub.
             finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the checkpoint's
                 own encoders are stretched, with all that it has taught them; a FineLIP in their place knows none of it,
                 and one that is added (`finelip_merge="delta"`) much.
@@ -233,13 +236,14 @@ class EncoderSwapMixin(PromptEncodingMixin):
             weighting=weighting,
             length_buckets=length_buckets,
         )
+        file = pretrained_model_link_or_path
         if kwargs.get("config") is not None:
             kwargs["config"] = sdxl_path(kwargs["config"])
         for name in _BESIDE:
             if name in inspect.signature(cls.__init__).parameters and kwargs.get(name) is None:
                 raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
-        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
             adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
@@ -253,11 +257,11 @@ class EncoderSwapMixin(PromptEncodingMixin):
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
         record_base(pipe, public_name(file))
-        pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+        pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed, and with its scale of the
         conditioning adapter. (Diffusers would cast what both share to float32.)"""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
@@ -275,8 +279,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     def swap_text_encoders(
         self,
-        finelip: Any = None,
-        finelip_2: Any = None,
+        finelip: Source | None = None,
+        finelip_2: Source | None = None,
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -296,7 +300,15 @@ class EncoderSwapMixin(PromptEncodingMixin):
         """
         self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
 
-    def _swap_text_encoders(self, finelip: Any, finelip_2: Any, merge_base: str | None) -> None:
+    @classmethod
+    def _stock_class(cls) -> type[DiffusionPipeline]:
+        """Diffusers' own class of this pipeline."""
+        stock = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline))
+        return next(base for base in stock if not issubclass(base, EncoderSwapMixin))
+
+    def _swap_text_encoders(
+        self, finelip: Source | FineLIPWeights | None, finelip_2: Source | FineLIPWeights | None, merge_base: str | None
+    ) -> None:
         replacements = {}
         for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
             if source is not None:
@@ -352,12 +364,18 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 shutil.copymode(folder / self.config_name, file)
 
     def _upload_folder(
-        self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
     ) -> Any:
         """As the parent; in the repository's first upload Diffusers' card, which says nothing, gives way to ours."""
         if subfolder is None and not file_exists(repo_id, "README.md", token=token):
             model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
-        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+        return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
 
 
 def _passed_options(**options: Any) -> dict[str, Any]:
@@ -365,7 +383,12 @@ def _passed_options(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not AS_SAVED}
 
 
-def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: Any) -> str | None:
+def _merge_base(
+    finelip_merge: str,
+    finelip_base: str | os.PathLike[str] | None,
+    finelip: Source | None,
+    finelip_2: Source | None,
+) -> str | None:
     """The SDXL whose text encoders FineLIPs to add were trained from; None if they replace encoders."""
     check_choice("finelip_merge", finelip_merge, FINELIP_MERGE)
     sources = [source for source in (finelip, finelip_2) if source is not None]
@@ -386,7 +409,9 @@ def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: 
     return sdxl_path(finelip_base)
 
 
-def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def _prepared(
+    finelip: Source | None, finelip_2: Source | None, kwargs: dict[str, Any]
+) -> tuple[FineLIPWeights | None, FineLIPWeights | None, dict[str, Any]]:
     """Check the arguments for loading before gigabytes of the base are loaded.
 
     Returns:
@@ -400,8 +425,8 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
             raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
     for name in OPTIONS.keys() & kwargs:
         OPTIONS[name](kwargs[name])
-    finelip, finelip_2 = (source if source is None else read_finelip(source) for source in (finelip, finelip_2))
-    return finelip, finelip_2, kwargs
+    weights, weights_2 = (None if source is None else read_finelip(source) for source in (finelip, finelip_2))
+    return weights, weights_2, kwargs
 
 
 def _load_index(base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
@@ -448,7 +473,7 @@ def _own_adapter(base: str, variant: str | None, **arguments: Any) -> Conditioni
     return adapter
 
 
-def _check_parts(pipe: Any, source: str) -> None:
+def _check_parts(pipe: EncoderSwapMixin, source: str) -> None:
     """Check that tokenizers know words, that weights are numbers, and that the adapter fits."""
     for name in ENCODERS.values():
         if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
@@ -460,7 +485,7 @@ def _check_parts(pipe: Any, source: str) -> None:
     _check_adapter(pipe)
 
 
-def _check_adapter(pipe: Any) -> None:
+def _check_adapter(pipe: EncoderSwapMixin) -> None:
     """Check that the conditioning adapter has the widths of this SDXL."""
     adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
     if adapter is None or encoder_2 is None:
@@ -471,7 +496,7 @@ def _check_adapter(pipe: Any) -> None:
         raise adapter.mismatch(f"this SDXL's are {', '.join(map(str, found))}")
 
 
-def _replacement(name: str, source: Any, encoder: Any) -> Any:
+def _replacement(name: str, source: Source | FineLIPWeights, encoder: TextEncoder | None) -> TextEncoder:
     """The text encoder of a FineLIP, to stand in the place of `encoder`."""
     if encoder is None:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
@@ -487,7 +512,7 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
             f"The FineLIP for `{name}` has no text projection, so it was made from an encoder such as SDXL's first:"
             " `finelip` takes it, and `finelip_2` one that was trained from the second (OpenCLIP bigG)."
         )
-    replacement: Any = weights.to_text_encoder(projection=has_projection)
+    replacement = weights.to_text_encoder(projection=has_projection)
     for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
@@ -500,7 +525,9 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
     return replacement
 
 
-def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -> Any:
+def _merged(
+    name: str, finelip: TextEncoder, stock: tuple[TextEncoder, torch.Tensor | None] | None, base: str
+) -> TextEncoder:
     """A FineLIP's text encoder, added to the encoder that encodes short prompts as stock does."""
     if stock is None:
         raise ValueError(
@@ -517,7 +544,7 @@ def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -
 
 
 @contextmanager
-def _plain_parts(pipe: Any) -> Iterator[None]:
+def _plain_parts(pipe: EncoderSwapMixin) -> Iterator[None]:
     """Put plain parts in place while a pipeline is saved.
 
     The files of these encoders begin their keys with `text_model.`, and these tokenizers do not remember how they were
