@@ -121,6 +121,8 @@ def encoded_captions(clips: list[CLIPModel], path: Path, scenes: int) -> tuple[T
 def main() -> None:
     flags = parser(__doc__, steps=14_000, batch_size=32, learning_rate=1e-3)
     flags.add_argument("--scenes", type=int, default=SCENES, help="training pictures; a multiple of 100")
+    text = "folder of a trained UNet to begin with: all of its weights that fit, such as all but the first and last"
+    flags.add_argument("--unet", type=Path, help=text)
     arguments = flags.parse_args()
     device = arguments.device
     torch.manual_seed(0)
@@ -131,6 +133,9 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(arguments.runs / "vae").eval().to(device)
     latents, time_ids = latents_of_scenes(vae, arguments.runs / "latents.pt", arguments.scenes)
     unet = build_unet(latents.shape[1], all_states.shape[-1], all_pooled.shape[-1]).to(device)
+    if arguments.unet:
+        trained, own = UNet2DConditionModel.from_pretrained(arguments.unet).state_dict(), unet.state_dict()
+        unet.load_state_dict(own | {key: new for key, new in trained.items() if new.shape == own[key].shape})
     average = EMAModel(unet.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
 

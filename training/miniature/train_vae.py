@@ -6,10 +6,13 @@ object's shape, color and size from its 4 × 4 latents: they show the encoder ea
 latents with an order.
 
 The decoder sees latents as a UNet makes them: with noise, too strong or too weak, and mixed with another scene's. It
-learns to draw the nearest whole object in place of a blend, and the encoder learns to keep objects far apart.
+learns to draw the nearest whole object in place of a blend, and the encoder learns to keep objects far apart. Then
+the decoder is trained on alone: a UNet can begin with the latents meanwhile.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_batch
 from finelip_sdxl.miniature.world import ATTRIBUTES, make_scene
+from finelip_sdxl.training.command_line import STEPS
 
 LATENT_CHANNELS = 8
 # How far the decoder's latents may be from the encoder's, which have about unit variance. Most are much nearer.
@@ -65,22 +69,28 @@ def edges(images: Tensor) -> Tensor:
 
 
 def main() -> None:
-    arguments = parser(__doc__, steps=2400, batch_size=4, learning_rate=1e-3).parse_args()
+    flags = parser(__doc__, steps=2400, batch_size=4, learning_rate=1e-3)
+    flags.add_argument("--decoder-steps", type=STEPS, default=8000, help="further optimizer steps of the decoder alone")
+    arguments = flags.parse_args()
     device = arguments.device
     torch.manual_seed(0)
     vae = build_vae().to(device)
     heads = nn.ModuleDict({name: nn.Linear(LATENT_CHANNELS * 4 * 4, len(ATTRIBUTES[name])) for name in HEADS})
     heads.to(device)
 
-    def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        scenes = training_scenes(step, arguments.batch_size)
-        images = draw_batch(scenes).to(device)
-        latents = vae.encode(images).latent_dist.mode()
+    def picture_loss(latents: Tensor, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         decoded = vae.decode(disturbed(latents)).sample
         squared = F.mse_loss(decoded, images)
         absolute = F.l1_loss(decoded, images)
         edge = F.l1_loss(edges(decoded), edges(images))
-        figures = {"mse": squared.item(), "l1": absolute.item(), "edge": edge.item()}
+        loss = squared + ABSOLUTE_WEIGHT * absolute + EDGE_WEIGHT * edge
+        return loss, {"mse": squared.item(), "l1": absolute.item(), "edge": edge.item()}
+
+    def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        scenes = training_scenes(step, arguments.batch_size)
+        images = draw_batch(scenes).to(device)
+        latents = vae.encode(images).latent_dist.mode()
+        loss, figures = picture_loss(latents, images)
 
         # (scenes, 8, 12, 12) → one row of 8 × 4 × 4 latents for each of the scenes' nine cells.
         cells = latents.unflatten(2, (3, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
@@ -96,15 +106,24 @@ def main() -> None:
         channels = latents.transpose(0, 1).flatten(1)
         moments = channels.mean(dim=1).square().mean() + (channels.var(dim=1) - 1).square().mean()
         figures["moments"] = moments.item()
-        loss = squared + ABSOLUTE_WEIGHT * absolute + EDGE_WEIGHT * edge
         return loss + HEAD_WEIGHT * reading + MOMENT_WEIGHT * moments, figures
 
     train(arguments, "vae", nn.ModuleDict({"vae": vae, "heads": heads}), step_loss)
+
+    def decoder_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        images = draw_batch(training_scenes(arguments.steps + step, arguments.batch_size)).to(device)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mode()
+        return picture_loss(latents, images)
 
     with torch.no_grad():
         scenes = [make_scene(f"train-{k}") for k in range(256)]
         latents = [vae.encode(draw_batch(scenes[k : k + 16]).to(device)).latent_dist.mode() for k in range(0, 256, 16)]
     vae.register_to_config(scaling_factor=1 / torch.cat(latents).std().item())
+    vae.save_pretrained(arguments.runs / "vae")
+    # The encoder is as good as it gets long before the decoder: edges take it many more steps.
+    steps = argparse.Namespace(**{**vars(arguments), "steps": arguments.decoder_steps})
+    train(steps, "decoder", nn.ModuleDict({"decoder": vae.decoder, "after": vae.post_quant_conv}), decoder_loss)
     vae.save_pretrained(arguments.runs / "vae")
 
 
