@@ -626,7 +626,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
             for command in ("generate", "compare")
             for more, message in (
                 (["--base", "{sd}"], "is a StableDiffusionPipeline; expected an SDXL"),
-                (["--base", "{one}"], "has not SDXL's two text encoders"),
+                (["--base", "{one}"], "lacks one of SDXL's two text encoders"),
                 (["--base", "{cut}"], "is not a whole safetensors file ("),
                 (["--base", "{stock}", "--variant", "fp8"], "has no weights of variant fp8"),
                 (["--base", "{stock}", "--finelip", "{stock}"], "pass an encoder in it, such as {stock}/text_encoder"),
@@ -707,10 +707,10 @@ def test_devices_of_this_machine_are_taken() -> None:
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        ({"in_channels": 9}, "takes 9 channels and gives 4, and its VAE has 4. .*by FineLIPSDXLInpaintPipeline"),
-        ({"in_channels": 8}, "takes 8 channels and gives 4.*InstructPix2Pix"),
+        ({"in_channels": 9}, "takes 9 channels and returns 4, and its VAE has 4. .*by FineLIPSDXLInpaintPipeline"),
+        ({"in_channels": 8}, "takes 8 channels and returns 4.*InstructPix2Pix"),
         ({"in_channels": 5}, "takes 5 channels.*They do not belong together"),
-        ({"out_channels": 8}, "takes 4 channels and gives 8"),
+        ({"out_channels": 8}, "takes 4 channels and returns 8"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "compare"])

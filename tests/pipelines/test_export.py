@@ -225,7 +225,7 @@ def test_the_miniature_is_exported_too_and_a_line_says_what_comfyui_wants(tmp_pa
     assert main(["export", str(tmp_path), "--format", "comfyui"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in reversed(FILES)]
     (warning,) = (record.getMessage() for record in caplog.records if "ComfyUI" in record.getMessage())
-    assert "tells clip_g by its layer 30, but these have 6 and 6 layers" in warning
+    assert "recognizes clip_g by its layer 30, but these have 6 and 6 layers" in warning
     pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
     for file, encoder in (FILES[1], pipe.text_encoder), (FILES[0], pipe.text_encoder_2):
         weights = load_file(tmp_path / file)

@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_kind_is_named_with_what_does_not_fit(file, stoc
     }
     save_file(weights, tmp_path / "sd_1.safetensors")
     message = refusal(tmp_path / "sd_1.safetensors", config=stock_folder)
-    assert "sd_1.safetensors is no SDXL with the sizes that its config says" in message
+    assert "sd_1.safetensors is no SDXL of the sizes in its config" in message
     assert "expected shape torch.Size([77, 48]), but got torch.Size([77, 32])" in message
 
 
