@@ -187,7 +187,7 @@ def test_where_weights_were_replaced_stock_s_own_draw_stock_s_columns() -> None:
 def test_an_encoder_that_holds_no_stock_one_is_refused(components) -> None:
     components["text_encoder"] = make_text_encoder(32, positions=248)
     components["tokenizer"] = make_tokenizer(248)
-    with pytest.raises(ValueError, match=r"248 positions holds no stock one: it was trained\. Pass the stock SDXL"):
+    with pytest.raises(ValueError, match=r"248 positions was trained and holds no stock one: pass the stock SDXL"):
         make_comparison(components)
 
 

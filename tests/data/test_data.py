@@ -201,13 +201,13 @@ def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
 @pytest.mark.parametrize(
     ("spec", "split", "message"),
     [
-        ("imagenet:X", "test", "imagenet:X is no data set: give miniature, or one of sharegpt4v"),
-        ("docci", "test", "docci names no path: give docci:PATH"),
+        ("imagenet:X", "test", "imagenet:X is no data set: pass miniature, or one of sharegpt4v"),
+        ("docci", "test", "docci names no path: pass docci:PATH"),
         ("miniature:none", "test", "miniature:none gives no number of scenes"),
         ("miniature:0", "test", "miniature:0 gives no number"),
         ("webdataset:X", "test", "webdataset:X is a stream for training only"),
-        ("urban1k:X", "train", "urban1k has no split train: give test"),
-        ("docci:X", "dev", "docci has no split dev: give train or test or qual_dev or qual_test"),
+        ("urban1k:X", "train", "urban1k has no split train: pass test"),
+        ("docci:X", "dev", "docci has no split dev: pass train or test or qual_dev or qual_test"),
     ],
 )
 def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message) -> None:
@@ -216,7 +216,7 @@ def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message) -> None:
 
 
 def test_a_split_that_the_annotations_do_not_have_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"captions\.txt of flickr30k has no split train: give test"):
+    with pytest.raises(ValueError, match=r"captions\.txt of flickr30k has no split train: pass test"):
         open_dataset(flickr30k_csv(tmp_path), "train")
 
 
@@ -597,7 +597,7 @@ def test_without_a_tokenizer_one_is_asked_for(tmp_path) -> None:
 
 @pytest.mark.parametrize("load", [load_tokenizer, lambda source: load_image_processor(source, 224)])
 def test_a_source_that_is_nowhere_is_one_sentence(load, monkeypatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^/nowhere/at/all does not exist: give a directory or a hub id\.$"):
+    with pytest.raises(FileNotFoundError, match=r"^/nowhere/at/all does not exist: pass a directory or a hub id\.$"):
         load("/nowhere/at/all")
 
     def unreachable(*args: Any, **kwargs: Any) -> str:
@@ -674,7 +674,7 @@ def in_two_files(folder: Path, merges: str | None = None) -> None:
 def test_a_tokenizer_that_would_spell_letters_is_refused(damage, tmp_path) -> None:
     load_tokenizer("miniature-clip-1").save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=rf"^{tmp_path} knows no words: its tokenizer\.json, or its vocab\.json and"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path} knows no words, since its tokenizer\.json, or its vocab\.json"):
         load_tokenizer(tmp_path)
 
 

@@ -104,13 +104,13 @@ def test_refuses_states_that_it_was_not_made_for(states, message) -> None:
 
 
 def test_refuses_widths_below_one() -> None:
-    with pytest.raises(ValueError, match="hidden_dim=0: all widths must be at least 1"):
+    with pytest.raises(ValueError, match="hidden_dim=0; expected whole numbers of at least 1"):
         ConditioningAdapter((32, 48), 24, hidden_dim=0)
 
 
 @pytest.mark.parametrize("state_dims", [(), [], None, "32", 32, {}, (32, "48"), (32, True), (32.0, 48), [[32], 48]])
 def test_refuses_widths_that_are_no_list_of_whole_numbers(state_dims) -> None:
-    with pytest.raises(ValueError, match="all widths must be at least 1, in whole numbers"):
+    with pytest.raises(ValueError, match="expected whole numbers of at least 1"):
         ConditioningAdapter(state_dims, 24, hidden_dim=8)
 
 
@@ -212,7 +212,7 @@ def test_works_offloaded(pipe) -> None:
 
 
 def test_of_another_sdxl_is_refused_in_a_sentence(stock_folder) -> None:
-    sentence = "made for states and a pooled vector of widths 32, 64, 24, but"
+    sentence = "takes states and a pooled vector of widths 32, 64, 24, but"
     with pytest.raises(ValueError, match=f"{sentence} this SDXL's are 32, 48, 24: use it with"):
         FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=make_adapter(state_dims=(32, 64)))
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)

@@ -772,7 +772,7 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
     [
         ("--base no/such/folder --data miniature:20", "no/such/folder does not exist"),
         ("--base other", "--base other needs --data, such as sharegpt4v:captions.json"),
-        ("--data pictures:x", "pictures:x is no data set: give miniature, or one of"),
+        ("--data pictures:x", "pictures:x is no data set: pass miniature, or one of"),
         ("--data csv:nowhere.csv", "nowhere.csv does not exist"),
         ("--batch-size 7", "The batch size is 7: expected a multiple of 5"),
         ("--batch-size 25", "The data set has 20 images, which do not fill one batch of 25"),
