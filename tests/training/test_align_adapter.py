@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import UnreadableImageError, load_tokenizer, open_dataset, split_sentences
-from finelip_sdxl.data.formats import FileDataset
+from finelip_sdxl.data.file_dataset import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.text_encoders import build_text_encoder, num_positions, text_encoder_tensors
 from finelip_sdxl.training import alignment, precompute
