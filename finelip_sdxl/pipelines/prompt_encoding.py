@@ -301,8 +301,8 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
         most = min((getattr(self, name).config.num_hidden_layers for name, _ in self._encoders()), default=1) - 1
         if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
             raise ValueError(
-                f"`clip_skip` is {clip_skip!r:.60}; expected None, or a whole number of layers from 0 to {most}, the"
-                " layers of the text encoders before their penultimate states."
+                f"`clip_skip` is {clip_skip!r:.60}; expected a whole number of layers from 0 to {most} (the text"
+                " encoders' layers before the penultimate states), or None."
             )
 
     def _check_embeddings(self, **given: Any) -> None:

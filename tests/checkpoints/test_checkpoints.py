@@ -825,7 +825,7 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path) -> None:
     ("error", "message"),
     [
         ("LocalEntryNotFoundError", "cannot be reached"),
-        ("RepositoryNotFoundError", r"does not give it \(404: no such repository\)\.$"),
+        ("RepositoryNotFoundError", r"the hub refuses it \(404: no such repository\)\.$"),
         ("EntryNotFoundError", r"holds no config\.json"),
     ],
 )

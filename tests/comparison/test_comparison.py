@@ -488,7 +488,7 @@ def test_what_compel_parses_soon_is_not_refused(comparison, prompt) -> None:
 
 
 def test_a_text_that_is_too_long_is_refused_before_it_is_read(comparison) -> None:
-    with pytest.raises(ValueError, match="has 30,000 characters; at most 20,000 are read"):
+    with pytest.raises(ValueError, match="has 30,000 characters; expected at most 20,000"):
         comparison.read("a fox " * 5000)
 
 
