@@ -269,9 +269,7 @@ def _png_texts(file: Path) -> dict[str, str]:
                 else:
                     stream.seek(length + 4, os.SEEK_CUR)  # the checksum has four bytes
         except (OSError, SyntaxError, ValueError, struct.error) as error:
-            raise ValueError(
-                f"{file.name} is a PNG that is damaged or cut short: pass the original file."
-            ) from error
+            raise ValueError(f"{file.name} is a PNG that is damaged or cut short: pass the original file.") from error
     raise ValueError(f"{file.name} has more than {MAX_CHUNKS:,} chunks: pass a PNG as FineLIP-SDXL wrote it.")
 
 

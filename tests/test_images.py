@@ -318,7 +318,7 @@ def test_pictures_of_any_mode_are_shown(mode) -> None:
         ([[]], ["a"], [], None, "The grid is empty"),
         ([[(96, 96), (96, 104)]], ["a"], ["b", "c"], None, "have sizes 96 × 96 and 96 × 104; expected one size"),
         ([[(96, 96)]], [], ["b"], None, "has 1 rows but 0 row labels"),
-        ([[(96, 96)]], ["a"], ["b", "c"], None, r"The pictures of the grid are \[1\] in its rows; expected 1 rows of 2"),
+        ([[(96, 96)]], ["a"], ["b", "c"], None, r"pictures of the grid are \[1\] in its rows; expected 1 rows of 2"),
         ([[(96, 96)]], ["a"], ["b"], [["c", "d"]], r"The captions of the grid are \[2\] in its rows"),
         ([[(96, 96)]], ["a"], ["b"], [], "The captions of the grid"),
     ],

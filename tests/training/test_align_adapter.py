@@ -515,7 +515,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(base, tmp_path, caps
 def test_none_that_can_be_read_is_an_error(base, tmp_path) -> None:
     pipe, _ = load_pair(base)
     data = open_dataset(write_images(tmp_path / "data", [None, None]), "train")
-    with pytest.raises(UnreadableImageError, match="None of the 2 images can be read: look at the messages above"):
+    with pytest.raises(UnreadableImageError, match="None of the 2 images can be read: see the messages above"):
         precompute.precompute(data, pipe, 16, False, tmp_path / "out")
 
 
@@ -1238,7 +1238,7 @@ def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
     flags = f"--base {base} --output-dir {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16"
     flags += " --hidden-dim 8 --learning-rate 1e-2 --rank 2 --validate-every 0 --text-steps 3 --image-steps 0"
     message = refusal(align_adapter, capsys, *flags.split(), "--seed", "1")
-    assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another folder.")
+    assert message.endswith("holds a run with other settings (seed was 0 and is 1): pass another folder.")
     message = refusal(align_adapter, capsys, *flags.split(), "--method", "lora")
     assert "method was adapter and is lora" in message
     align_adapter.main([*flags.split(), "--checkpointing-steps", "7", "--checkpoints-total-limit", "1"])

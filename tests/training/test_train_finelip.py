@@ -873,7 +873,7 @@ def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, c
     capsys.readouterr()
     message = refusal(train_finelip, capsys, "--base", str(base), *flags, "--seed", "1", "--margin", "0.3")
     assert message.endswith(
-        "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another folder."
+        "run with other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another folder."
     )
     wider = save_clip(tmp_path / "clip", width=32)
     message = refusal(train_finelip, capsys, "--base", str(wider), *flags)
@@ -889,7 +889,7 @@ def test_refuses_images_none_of_which_can_be_read_also_from_workers(base, tmp_pa
     flags += f" --output-dir {tmp_path / 'run'}"
     message = refusal(train_finelip, capsys, *flags.split())
     assert message.startswith("10 images in a row cannot be read")
-    assert message.endswith("Where images are missing on purpose, pass --skip-missing-images.")
+    assert message.endswith("If images are missing on purpose, pass --skip-missing-images.")
 
 
 @pytest.mark.slow
