@@ -34,7 +34,7 @@ WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompt
 
 LENGTH_BUCKETS = (77, 154)
 
-# Names of a pipeline's options: those for loading its parts, and those for encoding prompts.
+# Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
 

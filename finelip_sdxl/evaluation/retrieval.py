@@ -196,7 +196,7 @@ def encode_pairs(
             f"The tokenizer has {len(tokenizer):,} tokens, but this model knows {vocab_size:,}: pass the model's own."
         )
 
-    captions: list[tuple[str, ...]] = []  # of the images that can be read
+    captions: list[tuple[str, ...]] = []  # captions of the readable images
     unreadable: list[str] = []
 
     def encode_images() -> Iterator[FineLIPImageOutput]:

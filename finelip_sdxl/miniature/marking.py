@@ -1,4 +1,4 @@
-"""Marks on a picture: the described objects that it shows right, and those that it shows wrong."""
+"""Marks on a picture: which of the described objects it shows right, and which wrong."""
 
 from __future__ import annotations
 

@@ -36,9 +36,9 @@ def model_card(pipe: LongPromptPipeline, repo_id: str) -> ModelCard:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
         >>> print(model_card(pipe, "me/tiny").content.split("## ")[1])  # doctest: +NORMALIZE_WHITESPACE
-        What is in it
+        Parts
         <BLANKLINE>
-        | part | what it is |
+        | part | description |
         |---|---|
         | `text_encoder` | `miniature-finelip-1` in place of the base's; encodes 248 tokens |
         | `text_encoder_2` | `miniature-finelip-2` in place of the base's; encodes 248 tokens |
@@ -86,13 +86,13 @@ def _text(pipe: LongPromptPipeline, repo_id: str, base: str | None, sources: lis
 An SDXL for prompts of any length: its text encoders have 248 positions instead of 77, and longer prompts are encoded in
 windows. Made with FineLIP-SDXL.
 
-## What is in it
+## Parts
 
-| part | what it is |
+| part | description |
 |---|---|
 {parts}
 
-## How to use it
+## Use
 
 ```python
 import torch

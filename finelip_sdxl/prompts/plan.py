@@ -49,7 +49,7 @@ class Window:
 
     text: str
     token_ids: tuple[int, ...] = field(default=(), repr=False)
-    weights: tuple[float, ...] = field(default=(), repr=False)  # of the tokens; empty if all are 1
+    weights: tuple[float, ...] = field(default=(), repr=False)  # weights of the tokens; empty if all are 1
 
     @property
     def tokens(self) -> int:

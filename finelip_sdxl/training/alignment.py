@@ -86,7 +86,7 @@ def build_teacher_contexts(caption: str, tokenizer: Any, rarity: Mapping[str, fl
     """Returns a context for each sentence of a long caption, for stock's encoders to teach it.
 
     The meaning of a sentence may depend on another one more than 77 tokens back ("the star"). So its context holds the
-    sentences that introduced its words, with those of rare words first, and then as many others as fit.
+    sentences that introduced its words, rare words first, and then as many others as fit.
 
     Args:
         caption: the text; the student encodes it whole.

@@ -212,7 +212,7 @@ def parse_flags(
 
     Args:
         parser: a parser with `--config`.
-        arguments: arguments, or None for those of the command line.
+        arguments: the arguments; None for the command line's.
         choose_preset: a function that returns the presets for the parsed flags; the first one with a value counts.
     """
     first = argparse.ArgumentParser(add_help=False)
@@ -337,7 +337,7 @@ def run_recipe(
         script: file name of the recipe, for this line.
         train: the recipe.
         parse: a function that parses its flags.
-        arguments: arguments, or None for those of the command line.
+        arguments: the arguments; None for the command line's.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

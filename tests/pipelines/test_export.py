@@ -167,7 +167,7 @@ def test_a_conditioning_adapter_and_published_states_are_left_out_with_a_warning
     assert main(["export", str(tmp_path / "out"), "--base", str(tmp_path / "saved")]) == 0
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("conditioning_adapter is left out")
-    assert "A LoRA that training/align_adapter.py trains" in first
+    assert "A LoRA from training/align_adapter.py" in first
     assert second.startswith('hidden_states="last" is left out')
     assert not (tmp_path / "out" / "conditioning_adapter").exists()
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())

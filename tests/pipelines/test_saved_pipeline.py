@@ -292,7 +292,7 @@ def test_a_finelip_for_an_encoder_passed_as_none_is_refused() -> None:
 def test_a_variant_that_is_not_there_is_told_in_diffusers_words_and_ours(stock_folder) -> None:
     with pytest.raises(ValueError, match="You are trying to load the model files of the `variant=fp16`") as caught:
         FineLIPSDXLPipeline.from_pretrained(stock_folder, variant="fp16")
-    assert f"{stock_folder} has no weights of variant fp16, so leave the variant out" in str(caught.value)
+    assert f"{stock_folder} has no weights of variant fp16; leave the variant out" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -195,7 +195,7 @@ def test_a_merged_finelip_is_named_as_one(stock_folder, finelip_folder) -> None:
 
 def test_what_was_built_in_memory_has_a_card_too(components) -> None:
     unswapped = model_card(FineLIPSDXLPipeline(**components), REPOSITORY).text
-    assert "| `text_encoder` | the base's; reads 77 tokens |" in unswapped
+    assert "| `text_encoder` | the base's; encodes 77 tokens |" in unswapped
     components |= {"text_encoder": None, "tokenizer": None}
     refiner = model_card(FineLIPSDXLPipeline(**components), REPOSITORY).text
     assert "| `text_encoder` |" not in refiner
