@@ -390,7 +390,7 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
     """Check the arguments for loading before gigabytes of the base are loaded.
 
     Returns:
-        Both FineLIPs, read and not yet built, and the keyword arguments with a dtype.
+        The weights of both FineLIPs, without models, and the keyword arguments with a dtype.
     """
     # Without a dtype every library falls back on its own, and half-precision repositories end in two.
     torch_dtype = kwargs.pop("torch_dtype", None)

@@ -256,7 +256,7 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
                 clip_skip=clip_skip,
             )
         )
-        # By name, as in stock: Diffusers' tests read them off this line to call `encode_prompt` alone.
+        # By name, as in stock: Diffusers' own tests take the names of the results from this line.
         return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def _encoders(self) -> list[tuple[str, Any]]:

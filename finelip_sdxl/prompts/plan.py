@@ -190,8 +190,8 @@ def plan_prompts(
     windows = len(most_cut.spans)
     if overflow == "error" and longest.tokens > capacity:
         raise ValueError(
-            f"The {longest.role} has {longest.tokens} tokens for {longest.spec.encoder}, which reads {capacity} at"
-            ' once: shorten it, or set overflow="window" (reads all of it) or overflow="truncate".'
+            f"The {longest.role} has {longest.tokens} tokens for {longest.spec.encoder}; expected at most {capacity}:"
+            ' shorten it, or set overflow="window" (to encode all of it) or overflow="truncate".'
         )
     most = max(1, MAX_POSITIONS // capacity)
     if windows > most:

@@ -588,7 +588,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "--prompt-file", "missing.txt"], "missing.txt"),
         (["tokens", "--prompt-file", "{binary}"], "is not text in UTF-8"),
         (["tokens", "{endless}", "--base", "{stock}"], "at most 20,000"),
-        (["tokens", "{long}", "--base", "{stock}", "--overflow", "error"], "which reads 248"),
+        (["tokens", "{long}", "--base", "{stock}", "--overflow", "error"], "expected at most 248"),
         (["tokens", "{breaks}", "--base", "{stock}", "--weighting", "a1111"], "needs 2,500 windows"),
         (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
         (["tokens", "a", "--config", "miniature"], "config miniature goes with a single file"),

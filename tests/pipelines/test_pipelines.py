@@ -236,7 +236,7 @@ def test_truncate_reads_the_beginning_and_logs_what_is_lost(components, caplog) 
 
 def test_error_names_the_counts(components) -> None:
     pipe = FineLIPSDXLPipeline(**stretched(components), overflow="error")
-    with pytest.raises(ValueError, match=r"prompt has \d{3} tokens for text_encoder, which reads 248"):
+    with pytest.raises(ValueError, match=r"prompt has \d{3} tokens for text_encoder; expected at most 248"):
         embeddings(pipe, prompt=ENDLESS)
     embeddings(pipe, prompt=LONG)
 
