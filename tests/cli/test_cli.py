@@ -756,7 +756,7 @@ def test_a_prompt_file_is_read_up_to_the_limit(tmp_path, capsys) -> None:
     (tmp_path / "cut.txt").write_bytes("狐".encode()[:2])
     for name, message in (
         (str(file), "is too long: at most 20,000 characters"),
-        (str(tmp_path / "long.txt"), "20,001 characters; at most 20,000"),
+        (str(tmp_path / "long.txt"), "20,001 characters; expected at most 20,000"),
         (str(tmp_path / "cut.txt"), "is not text in UTF-8"),
         ("/dev/zero", "cannot be read (it is no file but a device or a pipe)"),
         (str(tmp_path / "pipe"), "cannot be read (it is no file but a device or a pipe)"),

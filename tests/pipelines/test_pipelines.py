@@ -663,7 +663,7 @@ def test_options_are_readable_and_settable(components) -> None:
         ({"prompt": "a", "negative_prompt": []}, ValueError, "`negative_prompt` is an empty list"),
         ({"prompt": "a", "prompt_2": []}, ValueError, "`prompt_2` is an empty list"),
         ({"prompt": "a", "negative_prompt": 0}, TypeError, "`negative_prompt` must be a string"),
-        ({"prompt": "a" * 100_000}, ValueError, "100,000 characters; at most 20,000"),
+        ({"prompt": "a" * 100_000}, ValueError, "100,000 characters; expected at most 20,000"),
         ({"negative_prompt": ["a" * 20_001]}, ValueError, r"`negative_prompt\[0\]` has 20,001 characters"),
         ({"prompt": "fox \ud83e"}, ValueError, "surrogate"),
         ({"prompt": ["a", "b"], "prompt_2": "a"}, ValueError, "`prompt_2` holds 1 texts and `prompt` 2"),
