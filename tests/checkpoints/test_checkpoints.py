@@ -232,7 +232,7 @@ def test_an_old_config_s_end_token_is_no_hindrance(published, tmp_path) -> None:
     ("source", "message"),
     [
         ({"activation": "gelu"}, r"text_config has hidden_act 'gelu', and x\.pt would be loaded with 'quick_gelu'"),
-        ({"num_attention_heads": 4}, "vision_config has num_attention_heads 4.*read with 1"),
+        ({"num_attention_heads": 4}, "vision_config has num_attention_heads 4.*loaded with 1"),
         ({"hidden_size": 80}, "vision_model 80 wide, which does not split into heads of 64"),
         ("miniature-clip-1", "use save_pretrained"),
     ],
