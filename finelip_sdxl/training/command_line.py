@@ -31,9 +31,9 @@ from finelip_sdxl.training.run_folder import MODELS
 PRESETS = Path(__file__).parent / "presets"
 MOST = 10**9  # the highest number where a flag has no bound of its own
 MOST_STEPS = 9_999_999  # the names of checkpoints have room for no more
-# Errors of the library name its arguments; a recipe's user has flags.
+# The library's errors name its arguments; a recipe's user knows the flags.
 FLAG_OF_ARGUMENT = {"skip_missing=True": "--skip-missing-images"}
-# Flags of every recipe that may change when a run goes on: a batch teaches the same with any of them.
+# Flags of every recipe that may change when a run goes on. None of them changes what a batch teaches.
 FREE_RUN_FLAGS = {
     "config",
     "output_dir",
@@ -113,7 +113,7 @@ KEEP = number(int, above=0, most=10_000)
 
 
 def add_config_flag(group: FlagGroup, presets: Sequence[Path]) -> None:
-    """Adds the flag for a file of other flags' values, which `parse_flags` reads."""
+    """Adds the flag for a file with values of other flags. `parse_flags` reads the file."""
     shipped = " or ".join(preset.name for preset in presets)
     folder = str(presets[0].parent).replace("%", "%%")  # argparse formats help texts
     group.add_argument("--config", type=path, metavar="FILE", help="TOML file with values of flags, such as a copy of "
@@ -126,7 +126,7 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
     Args:
         parser: the recipe's.
         output_dir: the default folder.
-        models: what the run writes there beside its checkpoints.
+        models: names of the models that the run writes there beside its checkpoints.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -137,11 +137,11 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
     """
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: "
-        "a run that finds some goes on (default: %(default)s)")  # fmt: skip
+    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"folder for {models}, and "
+        "checkpoints/; a run that finds checkpoints goes on from them (default: %(default)s)")  # fmt: skip
     add("--checkpointing-steps", type=STEPS, default=100, metavar="STEPS", help="steps between checkpoints (default: "
         "%(default)s)")  # fmt: skip
-    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="checkpoints that are kept (default: "
+    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="number of checkpoints to keep (default: "
         "%(default)s)")  # fmt: skip
     return group
 
@@ -149,10 +149,12 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
 def add_accelerator_flags(group: FlagGroup) -> None:
     """Adds the flags of `build_accelerator`, and gradient checkpointing, to the group from `add_run_flags`."""
     add = group.add_argument
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--cpu", action="store_true", help="use no GPU")
-    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="(default: %(default)s)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="precision of the computation "
+        "(default: %(default)s)")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice, to save memory")
+    add("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
+    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="tracker of losses and figures "
+        "(default: %(default)s)")  # fmt: skip
 
 
 # Presets
@@ -196,11 +198,11 @@ def add_preset_flag(
         >>> presets = [preset_path("train_finelip", name) for name in ("paper", "miniature")]
         >>> add_preset_flag(parser, "--batch-size", int, "PAIRS", "pairs in a batch", presets)
         >>> parser.format_help().splitlines()[-1].strip()
-        '--batch-size PAIRS  pairs in a batch (64 / 40)'
+        '--batch-size PAIRS  pairs in a batch (default: 64 / 40)'
     """
     option = name.removeprefix("--").replace("-", "_")
     defaults = " / ".join(f"{read_preset(preset)[option]:g}" for preset in presets)
-    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} ({defaults})")
+    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} (default: {defaults})")
 
 
 def parse_flags(
@@ -208,12 +210,12 @@ def parse_flags(
     arguments: Sequence[str] | None,
     choose_preset: Callable[[argparse.Namespace], Sequence[Path]],
 ) -> argparse.Namespace:
-    """Parses a recipe's flags. What is not given comes from the file of `--config`, and then from presets.
+    """Parses a recipe's flags. Values that are not given come from the file of `--config`, and then from presets.
 
     Args:
-        parser: has `--config`.
-        arguments: of the command line, or None to take them from there.
-        choose_preset: returns the presets for the flags that were given; the first that has a value counts.
+        parser: a parser with `--config`.
+        arguments: the arguments, or None for those of the shell.
+        choose_preset: returns the presets for the given flags; the first with a value counts.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
@@ -232,7 +234,7 @@ def parse_flags(
 
 
 def _checked_values(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
-    """The values of a preset, checked as those of flags are."""
+    """The values of a preset, with the checks of their flags."""
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     values = {}
     for name, value in read_preset(file).items():
@@ -266,10 +268,10 @@ def check_run(arguments: argparse.Namespace) -> None:
     """Checks a run's flags, before anything is loaded.
 
     Raises:
-        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or the folder is none for a run.
+        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or the folder is unfit for a run.
         OSError: if the folder cannot be written to.
     """
-    # Accelerate takes it, and trains nothing.
+    # Accelerate would accept it, and train nothing.
     if arguments.mixed_precision == "fp16" and uses_cpu(arguments):
         raise ValueError("--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no.")
     tracker = arguments.report_to
@@ -292,7 +294,7 @@ def uses_cpu(arguments: argparse.Namespace) -> bool:
 
 def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHandler] = ()) -> Accelerator:
     """Builds the accelerator that the flags ask for."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # the others wait while one process evaluates
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # other processes wait while one evaluates
     return Accelerator(
         cpu=uses_cpu(arguments),
         mixed_precision=arguments.mixed_precision,
@@ -304,11 +306,11 @@ def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHa
 
 
 def fixed_settings(arguments: argparse.Namespace, free: Collection[str], processes: int) -> dict[str, Any]:
-    """Returns the settings that must stay as they are when a run goes on. A path is its last part: folders may move.
+    """Returns the settings that must not change when a run goes on. Of a path the last part counts: folders may move.
 
     Args:
         arguments: the flags of the run.
-        free: flags of the recipe's own that may change, beside `FREE_RUN_FLAGS`.
+        free: the recipe's own flags that may change, beside `FREE_RUN_FLAGS`.
         processes: the number of processes.
 
     Example:
@@ -334,10 +336,10 @@ def run_recipe(
     """Runs a recipe as a program: libraries are quiet, and wrong input, or a signal, ends it with one line.
 
     Args:
-        script: its file name, with which such a line begins.
+        script: its file name, at the beginning of that line.
         train: the recipe.
         parse: parses its flags.
-        arguments: of the command line, or None to take them from there.
+        arguments: the arguments, or None for those of the shell.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -356,8 +358,8 @@ def run_recipe(
 
 
 def end_run(accelerator: Accelerator, progress: Mapping[str, Any]) -> None:
-    """Prints the progress of a run of which nothing else is held any more, and leaves the other processes."""
+    """Prints the progress of a run, and leaves the other processes. The caller holds nothing else of the run."""
     accelerator.print(json.dumps(progress))
-    # Where the model is the last that holds Gloo's group, both wait for each other without end.
+    # If the model held Gloo's group last, each process would wait for the other without end.
     accelerator.free_memory()
     accelerator.end_training()
