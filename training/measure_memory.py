@@ -155,9 +155,9 @@ def memory(device: str) -> float:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, captions = flags.add_argument, read_preset(SDXL)["batch_size"]
-    add("--stages", nargs="+", choices=("text", "image"), default=("text", "image"), help="(default: both)")
-    add("--methods", nargs="+", choices=("adapter", "lora"), default=("adapter", "lora"), help="(default: both)")
+    add, captions, both = flags.add_argument, read_preset(SDXL)["batch_size"], "to measure (default: both)"
+    add("--stages", nargs="+", choices=("text", "image"), default=("text", "image"), help=f"stages {both}")
+    add("--methods", nargs="+", choices=("adapter", "lora"), default=("adapter", "lora"), help=f"methods {both}")
     text = f"numbers of captions in a step (default: {captions})"
     add("--batch-sizes", nargs="+", type=int, default=(captions,), metavar="N", help=text)
     text = "width and height of images (default: %(default)s)"

@@ -275,7 +275,7 @@ def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch
     if not is_right:
         said = json.loads(answer.split("event: error\ndata: ")[1])["error"]
         assert "<" not in said
-        assert any(word in said for word in ("expected", "must be", "No column", "bounded", "empty"))
+        assert any(word in said for word in ("expected", "must be", "No column", "limited", "empty"))
 
 
 def test_null_stands_for_what_is_left_out_or_is_named(demo, monkeypatch) -> None:
