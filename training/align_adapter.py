@@ -604,12 +604,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = run.add_argument
     add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="steps between drawings of the "
         f"validation prompts, stock and aligned, in validation/ and TensorBoard; 0 for none {default}")  # fmt: skip
-    add(
-        "--validation-prompts",
-        type=path,
-        metavar="FILE",
-        help="text file with a prompt a line (default: the first four captions)",
-    )
+    add("--validation-prompts", type=path, metavar="FILE", help="text file with a prompt a line (default: the first "
+        "four captions)")  # fmt: skip
     shown(run, "--guidance-scale", guidance, "X", "guidance scale of validation pictures, SDXL's / the miniature's")
     add_accelerator_flags(run)
     options = parse_flags(parser, arguments, choose_presets)

@@ -332,12 +332,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
     add("--eval-data", metavar="KIND:PATH", help="data for retrieval as for --data, but no shards, or none (default: "
         "none; for the miniature miniature:500)")  # fmt: skip
-    add(
-        "--eval-images",
-        type=path,
-        metavar="FOLDER",
-        help="folder of the images of --eval-data, if they are not beside it",
-    )
+    add("--eval-images", type=path, metavar="FOLDER", help="folder of the images of --eval-data, if they are not "
+        "beside it")  # fmt: skip
     add("--drop-first", type=SHARE, default=0.0, metavar="P", help="probability of dropping a caption's first "
         f"sentence, its summary {default}")  # fmt: skip
     add("--sample-sentences", type=SHARE, default=0.0, metavar="P", help="probability of keeping only a random "

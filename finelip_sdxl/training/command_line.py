@@ -358,7 +358,7 @@ def run_recipe(
 
 
 def end_run(accelerator: Accelerator, progress: Mapping[str, Any]) -> None:
-    """Prints the progress of a run, and leaves the other processes. The caller holds nothing else of the run."""
+    """Prints the progress of a run, and leaves the other processes. The caller must hold nothing else of it."""
     accelerator.print(json.dumps(progress))
     # If the model held Gloo's group last, each process would wait for the other without end.
     accelerator.free_memory()
