@@ -706,7 +706,7 @@ def test_without_arguments_the_miniature_is_aligned() -> None:
 def test_help_shows_what_flags_default_to(capsys) -> None:
     with pytest.raises(SystemExit):
         align_adapter.parse(["--help"])
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # lines are broken at the width of the terminal
     assert "(default: runs/alignment)" in printed
     sdxl, miniature = (read_preset(preset)["text_steps"] for preset in (align_adapter.SDXL, align_adapter.MINIATURE))
     assert f"(default: {sdxl} / {miniature})" in printed
