@@ -38,6 +38,12 @@ LENGTH_BUCKETS = (77, 154)
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
 
+# The kinds of data with images, for help texts.
+DATA_KINDS = (
+    "KIND:PATH, where KIND is sharegpt4v, docci, urban1k, coco, flickr30k, csv or jsonl, or miniature:SCENES for drawn "
+    "scenes"
+)
+
 # Columns of a comparison by their keys, with their titles.
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 

@@ -137,11 +137,11 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
     """
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: "
-        "a run that finds some goes on (default: %(default)s)")  # fmt: skip
+    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"folder for {models}, and "
+        "checkpoints/; a run that finds checkpoints goes on from them (default: %(default)s)")  # fmt: skip
     add("--checkpointing-steps", type=STEPS, default=100, metavar="STEPS", help="steps between checkpoints (default: "
         "%(default)s)")  # fmt: skip
-    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="checkpoints that are kept (default: "
+    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="number of checkpoints to keep (default: "
         "%(default)s)")  # fmt: skip
     return group
 
@@ -149,10 +149,12 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
 def add_accelerator_flags(group: FlagGroup) -> None:
     """Adds the flags of `build_accelerator`, and gradient checkpointing, to the group from `add_run_flags`."""
     add = group.add_argument
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--cpu", action="store_true", help="use no GPU")
-    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="(default: %(default)s)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="precision of the computation "
+        "(default: %(default)s)")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice, to save memory")
+    add("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
+    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="tracker of losses and figures "
+        "(default: %(default)s)")  # fmt: skip
 
 
 # Presets
@@ -196,11 +198,11 @@ def add_preset_flag(
         >>> presets = [preset_path("train_finelip", name) for name in ("paper", "miniature")]
         >>> add_preset_flag(parser, "--batch-size", int, "PAIRS", "pairs in a batch", presets)
         >>> parser.format_help().splitlines()[-1].strip()
-        '--batch-size PAIRS  pairs in a batch (64 / 40)'
+        '--batch-size PAIRS  pairs in a batch (default: 64 / 40)'
     """
     option = name.removeprefix("--").replace("-", "_")
     defaults = " / ".join(f"{read_preset(preset)[option]:g}" for preset in presets)
-    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} ({defaults})")
+    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} (default: {defaults})")
 
 
 def parse_flags(

@@ -706,10 +706,10 @@ def test_without_arguments_the_miniature_is_aligned() -> None:
 def test_help_shows_what_flags_default_to(capsys) -> None:
     with pytest.raises(SystemExit):
         align_adapter.parse(["--help"])
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # lines are broken at the width of the terminal
     assert "(default: runs/alignment)" in printed
     sdxl, miniature = (read_preset(preset)["text_steps"] for preset in (align_adapter.SDXL, align_adapter.MINIATURE))
-    assert f"({sdxl} / {miniature})" in printed
+    assert f"(default: {sdxl} / {miniature})" in printed
 
 
 @pytest.fixture
@@ -1137,7 +1137,7 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
         ("--short-share nan", "--short-share: expected a number of at least 0 instead of nan"),
         ("--ema-decay 1", "--ema-decay: expected a number below 1 instead of 1"),
         ("--guidance-scale inf", "--guidance-scale: expected a number of at most 100 instead of inf"),
-        ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all: 9,999,999 are the most"),
+        ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all; expected at most 9,999,999"),
         ("--base-config there", "--base-config there goes with a single file, but --base"),
         ("--precomputed=", "--precomputed: expected a path instead of nothing"),
         ("--method prefix", "--method: invalid choice: 'prefix'"),
@@ -1230,7 +1230,7 @@ def test_refuses_a_base_that_is_swapped_already(base, tmp_path, capsys) -> None:
     pipe, _ = load_pair(base)
     pipe.save_pretrained(tmp_path / "swapped")
     message = refusal(align_adapter, capsys, *f"--base {tmp_path / 'swapped'} --captions miniature:20 --cpu".split())
-    assert "swapped has not the two text encoders of 77 positions that SDXL was trained with" in message
+    assert "swapped lacks the two text encoders of 77 positions that SDXL was trained with" in message
 
 
 def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:

@@ -591,7 +591,7 @@ def test_a_damaged_best_model_is_named_and_made_anew(base, tmp_path, capsys) -> 
     os.truncate(tmp_path / "best" / "model.safetensors", 100)
     capsys.readouterr()
     assert train(base, tmp_path, *flags, "--max-steps", "3")["best"] is not None
-    assert "best is not whole any more: it begins anew with the next evaluation" in capsys.readouterr().out
+    assert "best is damaged: the next evaluation writes it anew" in capsys.readouterr().out
     load_finelip(tmp_path / "best")
 
 
@@ -776,7 +776,7 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
         ("--data csv:nowhere.csv", "nowhere.csv does not exist"),
         ("--batch-size 7", "The batch size is 7: expected a multiple of 5"),
         ("--batch-size 25", "The data set has 20 images, which do not fill one batch of 25"),
-        ("--data webdataset:{0..1}.tar", "Shards do not tell how many pairs they hold: pass --epoch-size"),
+        ("--data webdataset:{0..1}.tar", "Shards do not tell their number of pairs: pass --epoch-size"),
         ("--data webdataset:nowhere.tar --epoch-size 100 --region-weight 0", "nowhere.tar, the first of 1 shards"),
         ("--data webdataset:nowhere.tar --epoch-size 100", "--region-weight is 1, but webdataset:nowhere.tar knows no"),
         ("--eval-data webdataset:nowhere.tar", "is a stream for training only"),
@@ -833,8 +833,7 @@ def test_refuses_data_without_regions(base, tmp_path, capsys) -> None:
     data = f"csv:{write_csv(tmp_path / 'data')}"
     flags = f"--base {base} --data {data} --batch-size 5 --region-weight 0.5 --cpu --output-dir {tmp_path / 'run'}"
     assert (
-        refusal(train_finelip, capsys, *flags.split())
-        == f"--region-weight is 0.5, but {data} knows no regions: pass 0."
+        refusal(train_finelip, capsys, *flags.split()) == f"--region-weight is 0.5, but {data} has no regions: pass 0."
     )
 
 
