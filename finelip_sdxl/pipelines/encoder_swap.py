@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from finelip_sdxl.checkpoints.merging import add_difference
 from finelip_sdxl.checkpoints.sources import Source
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
-from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
+from finelip_sdxl.names import Location, bundled_model, bundled_sdxl, resolve, sdxl_path
 from finelip_sdxl.options import (
     AS_SAVED,
     ENCODERS,
@@ -117,8 +117,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
             finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
                 trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's need none.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
-                `training/align_adapter.py` writes; None for none. By default the one that the SDXL comes with, unless a
-                FineLIP is passed, with which it was not trained.
+                `training/align_adapter.py` writes, or `"miniature"`; None for none. By default the one that the SDXL
+                comes with, unless a FineLIP is passed, with which it was not trained.
             **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
                 that of every component, float32 by default. An encoder that is passed as None is left out, with what
                 belongs to it, for embeddings that are made elsewhere.
@@ -169,7 +169,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype=dtype, **hub_arguments)
+            adapter = _open_adapter(adapter, dtype, hub_arguments)
         with loading_errors(base, kwargs.get("variant")):
             if os.path.isdir(base):
                 check_folder(base, leave_out=kwargs)
@@ -244,12 +244,12 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
+            adapter = _open_adapter(adapter, kwargs["dtype"], hub_arguments)
         with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
             if config is not None:
-                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
                 copied = Path(folder, Path(config).name or "config")
                 write_configs(file, config, copied, **hub_arguments)
                 kwargs["config"] = str(copied)
@@ -431,32 +431,42 @@ def _prepared(
 
 def _load_index(base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
     """The content of a base's `model_index.json`, in the words of today."""
-    known = {name: value for name, value in hub_arguments.items() if name != "proxies"}
-    location = resolve(base, "a directory that holds an SDXL, or a hub id", **known)
-    file = location.find("model_index.json")
+    file = _locate(base, "a directory that holds an SDXL, or a hub id", hub_arguments).find("model_index.json")
     if file is None:
         raise FileNotFoundError(f"{base} holds no model_index.json: give a directory or a hub id of an SDXL.")
     return with_new_names(read_json(file))
 
 
-def _open_adapter(source: str | os.PathLike[str], **arguments: Any) -> ConditioningAdapter:
-    source = os.fspath(source)
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        last = os.path.join(source, "last")
-        hint = f"pass {last}" if os.path.isdir(last) else "pass the folder `last` of a run of training/align_adapter.py"
-        raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
-    if os.path.isdir(source):
-        config: Any = read_json(Path(source, "config.json"))
-    else:
-        config = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
-    if config.get("_class_name") != ConditioningAdapter.__name__:
+def _locate(name: str | os.PathLike[str], expected: str, hub_arguments: Mapping[str, Any]) -> Location:
+    """`resolve`, with the arguments of Diffusers that it knows."""
+    return resolve(name, expected, **{key: value for key, value in hub_arguments.items() if key != "proxies"})
+
+
+def _open_adapter(
+    source: str | os.PathLike[str], dtype: torch.dtype, hub_arguments: Mapping[str, Any]
+) -> ConditioningAdapter:
+    """The adapter of a directory, a hub id or, by its name, an SDXL that ships with the package."""
+    bundled = bundled_sdxl(source)
+    place = source if bundled is None else bundled.conditioning_adapter
+    location = _locate(place, "the directory or hub id of a conditioning adapter", hub_arguments)
+    file = location.find("config.json")
+    if file is None:
+        inner = [os.path.join(place, folder) for folder in ("last", ADAPTER)]
+        found = next((folder for folder in inner if os.path.isdir(folder)), None)
+        hint = f"pass {found or 'the folder `last` of a run of training/align_adapter.py'}"
+        kind = "is a file, and" if location.path is not None and location.path.is_file() else "holds"
+        raise FileNotFoundError(f"{source} {kind} no conditioning adapter: {hint}.")
+    if read_json(file).get("_class_name") != ConditioningAdapter.__name__:
         raise ValueError(
             f"{source} is no conditioning adapter: pass the folder `last` of a run of training/align_adapter.py that"
             " trained one. Text encoders, which a run with a LoRA writes there, go to finelip= and finelip_2=."
         )
-    with loading_errors(source):
-        check_component(Path(source))
-        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(source, **arguments)
+    with loading_errors(place):
+        if location.path is not None:
+            check_component(location.path)
+        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(
+            os.fspath(place), dtype=dtype, **hub_arguments
+        )
         return adapter
 
 
