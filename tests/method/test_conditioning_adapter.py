@@ -317,7 +317,7 @@ def test_a_folder_that_is_not_there_is_named(stock_folder, tmp_path) -> None:
         ),
         ("adapter.safetensors", FileNotFoundError, "adapter.safetensors does not exist: give the directory or hub id"),
         ("me/my/adapter", FileNotFoundError, "me/my/adapter does not exist: give the directory or hub id of a cond"),
-        ("", FileNotFoundError, "does not exist: give the directory or hub id of a conditioning adapter"),
+        ("", FileNotFoundError, "'' does not exist: give the directory or hub id of a conditioning adapter"),
         ("me/adapter", OSError, "me/adapter is no path here, and the hub cannot be reached to look for it there"),
         (
             "{folder}/weights.safetensors",
