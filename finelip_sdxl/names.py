@@ -225,9 +225,9 @@ def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub 
         FileNotFoundError: /nowhere does not exist: pass a directory or a hub id.
     """
     path = Path(sdxl_path(name))
-    if path.exists():
+    if os.fspath(name).strip() and path.exists():  # to pathlib, an empty name is the current folder
         return Location(os.fspath(name), path)
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
     if not isinstance(name, str) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"{name} does not exist: pass {expected}.")
+        raise FileNotFoundError(f"{os.fspath(name).strip() or repr(name)} does not exist: pass {expected}.")
     return Location(name, None, hub_arguments)

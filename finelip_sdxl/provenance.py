@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ def base_of(config: Mapping[str, Any]) -> Any:
     return config.get(_BASE)
 
 
-def record_base(pipe: Any, name: str) -> None:
+def record_base(pipe: ConfigMixin, name: str) -> None:
     """Record the name of the SDXL that a pipeline was made from, in its config."""
     pipe.register_to_config(**{_BASE: name})
 
@@ -160,7 +160,14 @@ def public_name(source: Any) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def without_paths(pipe: Any) -> None:
+class _HasComponents(Protocol):
+    """A pipeline, as far as `without_paths` needs it."""
+
+    @property
+    def components(self) -> Mapping[str, Any]: ...
+
+
+def without_paths(pipe: _HasComponents) -> None:
     """Replace the sources in the configs of a pipeline and its parts by their public names, before they are saved."""
     for part in (pipe, *pipe.components.values()):
         for module in part.modules() if isinstance(part, nn.Module) else (part,):

@@ -8,7 +8,10 @@ import shlex
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def report_header(day: str | None = None, device: str | None = None) -> str:
@@ -26,7 +29,7 @@ def report_header(day: str | None = None, device: str | None = None) -> str:
     return ", ".join([*filter(None, parts), f"torch {version('torch')}"])
 
 
-def report_entries(command: str, device: Any) -> dict[str, Any]:
+def report_entries(command: str, device: torch.device) -> dict[str, Any]:
     """Command, date, machine and versions, for a JSON file.
 
     Args:

@@ -127,7 +127,7 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
     return twin
 
 
-def with_max_length(tokenizer: Any, length: int) -> Any:
+def with_max_length(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
     """A copy of a tokenizer for `length` tokens, without truncation or padding of its own.
 
     (A deep copy of `CLIPTokenizer` decodes wrongly. And truncation and padding of the last call would be saved with
@@ -135,7 +135,7 @@ def with_max_length(tokenizer: Any, length: int) -> Any:
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        copied = type(tokenizer).from_pretrained(folder, model_max_length=length)
+        copied: CLIPTokenizer = type(tokenizer).from_pretrained(folder, model_max_length=length)
     copied.backend_tokenizer.no_truncation()
     copied.backend_tokenizer.no_padding()
     return copied

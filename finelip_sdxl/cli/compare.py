@@ -2,10 +2,10 @@
 
 import argparse
 from functools import partial
-from typing import Any
 
 from finelip_sdxl.cli.options import (
     MAX_PICTURES,
+    Commands,
     add_command,
     add_drawing,
     add_encoding,
@@ -23,7 +23,7 @@ from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL encode it, side by side"
     command = add_command(commands, "compare", compare, text)
     add_prompt(command)

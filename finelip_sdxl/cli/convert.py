@@ -1,9 +1,12 @@
 """The command `convert`: an SDXL to a folder with long text encoders. `export` opens its base the same way."""
 
+from __future__ import annotations
+
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finelip_sdxl.cli.options import (
+    Commands,
     add_adapter,
     add_command,
     add_config,
@@ -16,8 +19,11 @@ from finelip_sdxl.cli.output import free_folder, parts
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_folder
 
+if TYPE_CHECKING:
+    from finelip_sdxl.pipelines import LongPromptMixin
 
-def add_parser(commands: Any) -> None:
+
+def add_parser(commands: Commands) -> None:
     command = add_command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
     command.add_argument("base", help="hub id, directory or single file of an SDXL, or miniature")
     add_config(command)
@@ -37,7 +43,7 @@ def convert(options: argparse.Namespace) -> None:
     print(out)
 
 
-def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
+def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> LongPromptMixin:
     """Open a base as this package's pipeline of its kind, with text encoders of 248 positions."""
     quiet_transformers()
     import torch
@@ -56,4 +62,5 @@ def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Any:
     if name not in pipelines.__all__:
         raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported.")
     arguments = {**loading_arguments(options), **arguments}
-    return open_pipeline(getattr(pipelines, name), options.base, dtype=getattr(torch, dtype), **arguments)
+    pipeline_class: type[LongPromptMixin] = getattr(pipelines, name)
+    return open_pipeline(pipeline_class, options.base, dtype=getattr(torch, dtype), **arguments)

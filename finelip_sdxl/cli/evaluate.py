@@ -3,9 +3,8 @@
 import argparse
 import json
 from functools import partial
-from typing import Any
 
-from finelip_sdxl.cli.options import DTYPES, add_command, add_device, count, open_device
+from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, count, open_device
 from finelip_sdxl.cli.output import output_file
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_whole
@@ -16,7 +15,7 @@ MAX_BATCH = 4096
 NAMED = 5  # unreadable images that the screen names
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
     subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval")
     text = "measure how well texts find their images, and images their texts"
@@ -72,7 +71,8 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
 
     device, factor = open_device(options.device), FACTOR if options.stretch else 1
     data = open_dataset(options.data, options.split, images=options.images)
-    model = load_finelip(options.model, dtype=getattr(torch, options.dtype), factor=factor).to(device)
+    model = load_finelip(options.model, dtype=getattr(torch, options.dtype), factor=factor)
+    model.to(device)  # type: ignore[arg-type]  # transformers has wrong types for it
     vision = model.config.vision_config
     if vision is None:
         raise ValueError(f"{options.model} has no image tower: pass a whole CLIP or FineLIP, not a text encoder alone.")

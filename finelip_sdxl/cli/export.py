@@ -2,10 +2,9 @@
 
 import argparse
 import os
-from typing import Any
 
 from finelip_sdxl.cli.convert import open_base
-from finelip_sdxl.cli.options import add_base, add_command, add_loading
+from finelip_sdxl.cli.options import Commands, add_base, add_command, add_loading
 from finelip_sdxl.cli.output import folder, free_folder, parts
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import check_file, check_writable, written_folder
@@ -13,7 +12,7 @@ from finelip_sdxl.files import check_file, check_writable, written_folder
 FORMATS = ("diffusers", "comfyui")
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     text = "save an SDXL with text encoders of 248 positions for programs that do not know this package"
     command = add_command(commands, "export", export, text)
     command.add_argument("out", help="directory to write")

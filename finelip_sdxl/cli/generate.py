@@ -2,10 +2,10 @@
 
 import argparse
 from functools import partial
-from typing import Any
 
 from finelip_sdxl.cli.options import (
     MAX_PICTURES,
+    Commands,
     add_command,
     add_drawing,
     add_encoding,
@@ -20,7 +20,7 @@ from finelip_sdxl.cli.output import image_files, picture_parameters
 from finelip_sdxl.console import quiet_transformers
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     command = add_command(commands, "generate", generate, "draw a prompt")
     add_prompt(command)
     text = "file to write (default: %(default)s)"

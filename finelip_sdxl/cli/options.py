@@ -3,12 +3,14 @@
 Nothing heavy is imported before a function needs it, so that `--help` answers at once.
 """
 
+from __future__ import annotations
+
 import argparse
 import random
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import (
@@ -23,12 +25,21 @@ from finelip_sdxl.options import (
     check_config,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+    from finelip_sdxl.comparison.settings import Settings
+
 MAX_COUNT = 10**9  # the limit of flags without a smaller one
 MAX_PICTURES = 100  # of one command
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # to which commands are added
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
     """Add a command.
 
     Args:
@@ -154,16 +165,17 @@ def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {name: None if value == "none" else value for name, value in given.items()}
 
 
-def device_and_dtype(options: argparse.Namespace) -> tuple[Any, Any]:
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     import torch
 
     device = open_device(options.device)
     if options.offload and device.type == "cpu":
         raise ValueError("--offload moves models between the CPU and an accelerator, but the device is the CPU.")
-    return device, getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+    dtype: torch.dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
+    return device, dtype
 
 
-def open_device(name: str | None) -> Any:
+def open_device(name: str | None) -> torch.device:
     """The device of a name; without a name, an accelerator or else the CPU."""
     import torch
 
@@ -228,7 +240,7 @@ def _read_prompt(name: str) -> str:
         raise ValueError(f"--prompt-file {name} is not text in UTF-8: {error}.") from error
 
 
-def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) -> list[Any]:
+def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) -> list[Settings]:
     """Settings of pictures with consecutive seeds, within the bounds of `comparison.Settings`."""
     from finelip_sdxl.comparison.settings import Settings
 

@@ -1,15 +1,22 @@
 """Files and folders that commands write, and the parameters in a picture's file."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finelip_sdxl.files import check_file, check_writable
 from finelip_sdxl.options import ENCODING, LOADED
+
+if TYPE_CHECKING:
+    import torch
+
+    from finelip_sdxl.pipelines import LongPromptMixin
 
 
 def folder(options: argparse.Namespace) -> Path:
@@ -70,7 +77,9 @@ def image_files(out: str, count: int) -> list[Path]:
     return files
 
 
-def picture_parameters(options: argparse.Namespace, prompt: str, dtype: Any, pipe: Any) -> dict[str, Any]:
+def picture_parameters(
+    options: argparse.Namespace, prompt: str, dtype: torch.dtype, pipe: LongPromptMixin
+) -> dict[str, Any]:
     """The parameters of a drawn picture, the same for every command. No path of this machine is among them."""
     from finelip_sdxl.images import sampler_name
     from finelip_sdxl.provenance import public_name

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from finelip_sdxl.cli.options import (
+    Commands,
     add_base,
     add_command,
     add_encoding,
@@ -27,7 +28,7 @@ from finelip_sdxl.options import (
 from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Commands) -> None:
     command = add_command(
         commands, "tokens", tokens, "show the plan of a prompt: windows, lengths and cut tokens of each text encoder"
     )

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
 from finelip_sdxl.comparison.settings import Settings, check_columns
@@ -29,15 +31,17 @@ from finelip_sdxl.miniature.parsing import DescribedObject
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, check_texts
-from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
+from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
 from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, plan_prompts
 from finelip_sdxl.provenance import public_name
-from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder, with_max_length
+from finelip_sdxl.text_encoders import TextEncoder, num_positions, unstretch_text_encoder, with_max_length
 
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
+
+Pipe = FineLIPSDXLPipeline | FineLIPSDXLImg2ImgPipeline
 
 # Called after each step with its number and the number of all steps. An error that it raises ends the drawing.
 OnStep = Callable[[int, int], None]
@@ -108,6 +112,7 @@ class Comparison:
         device: the device that draws.
 
     Attributes:
+        pipe: the pipeline of FineLIP-SDXL's column.
         is_miniature: whether `load` loaded the miniature.
         sources: names of the parts that `load` loaded (of a path the last part alone), and the dtype.
 
@@ -116,8 +121,14 @@ class Comparison:
     """
 
     def __init__(
-        self, pipe: Any, refiner: Any = None, *, device: str | torch.device = "cpu", offload: bool = False
+        self,
+        pipe: FineLIPSDXLPipeline,
+        refiner: FineLIPSDXLImg2ImgPipeline | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
     ) -> None:
+        self.pipe = pipe
         self._base = _Stage(pipe, device, offload)
         self._refiner = None if refiner is None else _Stage(refiner, device, offload)
         # Schedulers, hooks and options belong to the pipeline: one drawing at a time.
@@ -180,14 +191,8 @@ class Comparison:
     @property
     def size(self) -> tuple[int, int]:
         """The model's own width and height, in pixels."""
-        pipe = self._base.pipe
-        side = pipe.default_sample_size * pipe.vae_scale_factor
+        side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
-
-    @property
-    def pipe(self) -> Any:
-        """The pipeline of FineLIP-SDXL's column."""
-        return self._base.pipe
 
     def plan(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
         """Plan a prompt for each column: its windows, and the text that is cut.
@@ -285,7 +290,7 @@ class _Steps:
     def __init__(self, on_step: OnStep, steps: int, already: int = 0) -> None:
         self.on_step, self.steps, self.done = on_step, steps, already
 
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         self.done += 1
         self.on_step(self.done, self.steps)
         return tensors
@@ -294,7 +299,7 @@ class _Steps:
 class _Stage:
     """A pipeline of this package, base or refiner. It also draws from the embeddings of stock and of compel."""
 
-    def __init__(self, pipe: Any, device: str | torch.device, offload: bool) -> None:
+    def __init__(self, pipe: Pipe, device: str | torch.device, offload: bool) -> None:
         self.pipe = pipe
         pipe.set_progress_bar_config(disable=True)
         encoders = {name: _stock_encoder(pipe, name) for name in ("text_encoder", "text_encoder_2")}
@@ -338,23 +343,24 @@ class _Stage:
 
     def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
         # Where SDXL takes zeros for an absent negative prompt, compel needs none.
-        negative = settings.negative_prompt or (None if self.pipe.config.force_zeros_for_empty_prompt else "")
+        negative = settings.negative_prompt or (None if self.pipe.config["force_zeros_for_empty_prompt"] else "")
         with torch.no_grad(), parsing(settings.prompt, negative or ""):
             found = self.compel(settings.prompt, negative)
         self.free()
         return _embeddings(found.embeds, found.negative_embeds, found.pooled_embeds, found.negative_pooled_embeds)
 
 
-def _stock_encoder(pipe: Any, name: str) -> Any:
+def _stock_encoder(pipe: Pipe, name: str) -> TextEncoder | None:
     """Stock's encoder of 77 positions for the component `name`; None if the pipeline has no such component."""
-    encoder, original = getattr(pipe, name), getattr(pipe, f"stock_{name}")
+    encoder: TextEncoder | None = getattr(pipe, name)
+    original: TextEncoder | None = getattr(pipe, f"stock_{name}")
     if original is not None or encoder is None:
         return original
     return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
 
 
 @contextmanager
-def _encoding_as(pipe: Any, settings: Settings) -> Iterator[None]:
+def _encoding_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
     """Encode with the hidden states and the adapter scale of the settings; None means the pipeline's own states."""
     states, scale = pipe.hidden_states, pipe.conditioning_adapter_scale
     pipe.hidden_states = settings.hidden_states or states
@@ -386,7 +392,7 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
     }
 
 
-def _plan_by_stock(tokenizer: Any, prompt: str) -> EncoderPlan:
+def _plan_by_stock(tokenizer: CLIPTokenizer, prompt: str) -> EncoderPlan:
     spec = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
     return plan_prompts([spec], [[prompt]], overflow="truncate", length_buckets=()).plans[0]
 

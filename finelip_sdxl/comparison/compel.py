@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
 
 from compel import Compel, CompelForSDXL, EmbeddingsProvider, ReturnedEmbeddingsType
 from compel.convenience_wrappers import LabelledConditioning
 from compel.prompt_parser import FlattenedPrompt, Fragment, PromptParser
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from pyparsing import ParseBaseException
+from transformers import CLIPTokenizer
 
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, Window, tokenize
@@ -28,7 +29,7 @@ _GIVING_UP = (
 )
 
 
-def open_compel(stock: Any, device: str) -> Callable[[str, str | None], LabelledConditioning]:
+def open_compel(stock: DiffusionPipeline, device: str) -> Callable[[str, str | None], LabelledConditioning]:
     """Open compel with its defaults. It encodes prompts in windows of 77 tokens.
 
     Args:
@@ -69,7 +70,7 @@ def open_compel(stock: Any, device: str) -> Callable[[str, str | None], Labelled
     return encode
 
 
-def plan_by_compel(tokenizer: Any, prompt: str) -> EncoderPlan:
+def plan_by_compel(tokenizer: CLIPTokenizer, prompt: str) -> EncoderPlan:
     """Plan a prompt as compel does. Where compel's syntax changes the text, the windows hold the changed text.
 
     Args:

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import file_exists
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finelip_sdxl.checkpoints.load import FineLIPWeights, read_finelip
 from finelip_sdxl.checkpoints.merging import add_difference
+from finelip_sdxl.checkpoints.sources import Source
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
-from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
+from finelip_sdxl.names import Location, bundled_model, bundled_sdxl, resolve, sdxl_path
 from finelip_sdxl.options import (
     AS_SAVED,
     ENCODERS,
@@ -50,6 +52,7 @@ from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import PromptEncodingMixin
 from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
 from finelip_sdxl.text_encoders import (
+    TextEncoder,
     build_text_encoder,
     check_tokenizer,
     num_positions,
@@ -86,9 +89,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
     @classmethod
     def from_pretrained(
         cls,
-        base: str | os.PathLike[str],
-        finelip: Any = None,
-        finelip_2: Any = None,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        finelip: Source | None = None,
+        finelip_2: Source | None = None,
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
         *,
@@ -102,8 +105,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
         """Load an SDXL pipeline with text encoders of 248 positions.
 
         Args:
-            base: a hub id or directory of any SDXL, a directory that `save_pretrained` of this class wrote, or
-                `"miniature"` for the small SDXL that ships with this package, with its FineLIPs. (Pass
+            pretrained_model_name_or_path: a hub id or directory of any SDXL, a directory that `save_pretrained` of this
+                class wrote, or `"miniature"` for the small SDXL that ships with this package, with its FineLIPs. (Pass
                 `"miniature-clip-1"` and `"miniature-clip-2"` to stretch its own encoders instead.)
             finelip: the replacement of the first text encoder (CLIP-L): any source for `finelip_sdxl.load_finelip`, or
                 a `FineLIPModel`.
@@ -114,8 +117,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
             finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
                 trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's FineLIPs need none.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
-                `training/align_adapter.py` writes; None for none. The default is the adapter of `base`, or none if a
-                FineLIP is passed, since the adapter was trained without it.
+                `training/align_adapter.py` writes, or `"miniature"`; None for none. The default is the adapter of the
+                SDXL, or none if a FineLIP is passed, since the adapter was trained without it.
             **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
                 the dtype of every component, float32 by default. An encoder that is passed as None is left out with
                 its original encoder and the adapter, for embeddings from elsewhere.
@@ -125,10 +128,10 @@ class EncoderSwapMixin(PromptEncodingMixin):
             pipeline that this class saved with encoders of 77 positions keeps them.
 
         Raises:
-            ValueError: `base` is no SDXL; a config or a file of weights is damaged; weights are not finite; a tokenizer
-                lacks its words; a FineLIP or an adapter has other widths than the encoders; a FineLIP to add has no
-                base; or an option is unknown.
-            OSError: `base` or a checkpoint is not there.
+            ValueError: the model is no SDXL; a config or a file of weights is damaged; weights are not finite; a
+                tokenizer lacks its words; a FineLIP or an adapter has other widths than the encoders; a FineLIP to add
+                has no base; or an option is unknown.
+            OSError: the model or a checkpoint is not there.
 
         Example:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
@@ -143,7 +146,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             length_buckets=length_buckets,
         )
         brings_finelip = finelip is not None or finelip_2 is not None
-        if (bundled := bundled_sdxl(base)) is not None:
+        if (bundled := bundled_sdxl(pretrained_model_name_or_path)) is not None:
             own = [name for name in ENCODERS if name not in kwargs]
             if len(own) == 2 and not brings_finelip:
                 kwargs.setdefault(ADAPTER, bundled.conditioning_adapter)
@@ -151,9 +154,9 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 finelip = bundled.finelips["text_encoder"]
             if finelip_2 is None and "text_encoder_2" in own:
                 finelip_2 = bundled.finelips["text_encoder_2"]
-        origin, base = public_name(base), sdxl_path(base)
+        origin, base = public_name(pretrained_model_name_or_path), sdxl_path(pretrained_model_name_or_path)
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
-        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
         if kwargs.get("short_prompt_encoder") == "long":  # then the original encoders have no use
             kwargs = {**dict.fromkeys(ORIGINAL_ENCODERS), **kwargs}
@@ -166,7 +169,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype=dtype, **hub_arguments)
+            adapter = _open_adapter(adapter, dtype, hub_arguments)
         with loading_errors(base, kwargs.get("variant")):
             if os.path.isdir(base):
                 check_folder(base, leave_out=kwargs)
@@ -177,18 +180,18 @@ class EncoderSwapMixin(PromptEncodingMixin):
             )
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
-        if index.get(UNSWAPPED) and finelip is None and finelip_2 is None and pipe._encoders():
+        if index.get(UNSWAPPED) and weights is None and weights_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions stay so; swap_text_encoders() makes them 248.")
         else:
-            pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+            pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
 
     @classmethod
     def from_single_file(
         cls,
-        file: str | os.PathLike[str],
-        finelip: Any = None,
-        finelip_2: Any = None,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        finelip: Source | None = None,
+        finelip_2: Source | None = None,
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
         *,
@@ -202,7 +205,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         """Load a file in the original project's layout, such as a fine-tune, with text encoders of 248 positions.
 
         Args:
-            file: a `.safetensors` or `.ckpt` file, or its address on the hub.
+            pretrained_model_link_or_path: a `.safetensors` or `.ckpt` file, or its address on the hub.
             finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the file's own
                 encoders are stretched and keep their training. A FineLIP in their place loses it; a delta merge
                 (`finelip_merge="delta"`) keeps much of it.
@@ -231,19 +234,20 @@ class EncoderSwapMixin(PromptEncodingMixin):
             weighting=weighting,
             length_buckets=length_buckets,
         )
+        file = pretrained_model_link_or_path
         if kwargs.get("config") is not None:
             kwargs["config"] = sdxl_path(kwargs["config"])
         for name in _BESIDE:
             if name in inspect.signature(cls.__init__).parameters and kwargs.get(name) is None:
                 raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
-        finelip, finelip_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
+            adapter = _open_adapter(adapter, kwargs["dtype"], hub_arguments)
         with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
             if config is not None:
-                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
                 copied = Path(folder, Path(config).name or "config")
                 write_configs(file, config, copied, **hub_arguments)
                 kwargs["config"] = str(copied)
@@ -251,11 +255,11 @@ class EncoderSwapMixin(PromptEncodingMixin):
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
         record_base(pipe, public_name(file))
-        pipe._swap_text_encoders(finelip, finelip_2, merge_base)
+        pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """As Diffusers' `from_pipe`, with the adapter scale of `pipeline`, and its dtype unless another is passed.
 
         (Without a dtype Diffusers casts the shared components to float32.)
@@ -275,8 +279,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     def swap_text_encoders(
         self,
-        finelip: Any = None,
-        finelip_2: Any = None,
+        finelip: Source | None = None,
+        finelip_2: Source | None = None,
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -296,7 +300,15 @@ class EncoderSwapMixin(PromptEncodingMixin):
         """
         self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
 
-    def _swap_text_encoders(self, finelip: Any, finelip_2: Any, merge_base: str | None) -> None:
+    @classmethod
+    def _stock_class(cls) -> type[DiffusionPipeline]:
+        """Diffusers' own class of this pipeline."""
+        stock = (base for base in cls.__mro__ if issubclass(base, DiffusionPipeline))
+        return next(base for base in stock if not issubclass(base, EncoderSwapMixin))
+
+    def _swap_text_encoders(
+        self, finelip: Source | FineLIPWeights | None, finelip_2: Source | FineLIPWeights | None, merge_base: str | None
+    ) -> None:
         replacements = {}
         for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
             if source is not None:
@@ -352,12 +364,18 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 shutil.copymode(folder / self.config_name, file)
 
     def _upload_folder(
-        self, working_dir: str, repo_id: str, token: str | None = None, subfolder: str | None = None, **kwargs: Any
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
     ) -> Any:
         """As the parent; in a repository's first upload our card replaces Diffusers', which is a template."""
         if subfolder is None and not file_exists(repo_id, "README.md", token=token):
             model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
-        return super()._upload_folder(working_dir, repo_id, token=token, subfolder=subfolder, **kwargs)
+        return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
 
 
 def _passed_options(**options: Any) -> dict[str, Any]:
@@ -365,7 +383,12 @@ def _passed_options(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not AS_SAVED}
 
 
-def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: Any) -> str | None:
+def _merge_base(
+    finelip_merge: str,
+    finelip_base: str | os.PathLike[str] | None,
+    finelip: Source | None,
+    finelip_2: Source | None,
+) -> str | None:
     """The SDXL whose text encoders the FineLIPs were trained from, for a delta merge; None if they replace encoders."""
     check_choice("finelip_merge", finelip_merge, FINELIP_MERGE)
     sources = [source for source in (finelip, finelip_2) if source is not None]
@@ -386,7 +409,9 @@ def _merge_base(finelip_merge: str, finelip_base: Any, finelip: Any, finelip_2: 
     return sdxl_path(finelip_base)
 
 
-def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+def _prepared(
+    finelip: Source | None, finelip_2: Source | None, kwargs: dict[str, Any]
+) -> tuple[FineLIPWeights | None, FineLIPWeights | None, dict[str, Any]]:
     """Check the arguments for loading before gigabytes of the base are loaded.
 
     Returns:
@@ -400,38 +425,48 @@ def _prepared(finelip: Any, finelip_2: Any, kwargs: dict[str, Any]) -> tuple[Any
             raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
     for name in OPTIONS.keys() & kwargs:
         OPTIONS[name](kwargs[name])
-    finelip, finelip_2 = (source if source is None else read_finelip(source) for source in (finelip, finelip_2))
-    return finelip, finelip_2, kwargs
+    weights, weights_2 = (None if source is None else read_finelip(source) for source in (finelip, finelip_2))
+    return weights, weights_2, kwargs
 
 
 def _load_index(base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
     """The content of a base's `model_index.json`, with today's option names."""
-    known = {name: value for name, value in hub_arguments.items() if name != "proxies"}
-    location = resolve(base, "a directory that holds an SDXL, or a hub id", **known)
-    file = location.find("model_index.json")
+    file = _locate(base, "a directory that holds an SDXL, or a hub id", hub_arguments).find("model_index.json")
     if file is None:
         raise FileNotFoundError(f"{base} holds no model_index.json: pass a directory or a hub id of an SDXL.")
     return with_new_names(read_json(file))
 
 
-def _open_adapter(source: str | os.PathLike[str], **arguments: Any) -> ConditioningAdapter:
-    source = os.fspath(source)
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        last = os.path.join(source, "last")
-        hint = f"pass {last}" if os.path.isdir(last) else "pass the folder `last` of a run of training/align_adapter.py"
-        raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
-    if os.path.isdir(source):
-        config: Any = read_json(Path(source, "config.json"))
-    else:
-        config = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
-    if config.get("_class_name") != ConditioningAdapter.__name__:
+def _locate(name: str | os.PathLike[str], expected: str, hub_arguments: Mapping[str, Any]) -> Location:
+    """`resolve`, with the arguments of Diffusers that it knows."""
+    return resolve(name, expected, **{key: value for key, value in hub_arguments.items() if key != "proxies"})
+
+
+def _open_adapter(
+    source: str | os.PathLike[str], dtype: torch.dtype, hub_arguments: Mapping[str, Any]
+) -> ConditioningAdapter:
+    """The adapter of a directory, a hub id or, by its name, an SDXL that ships with the package."""
+    bundled = bundled_sdxl(source)
+    place = source if bundled is None else bundled.conditioning_adapter
+    location = _locate(place, "the directory or hub id of a conditioning adapter", hub_arguments)
+    file = location.find("config.json")
+    if file is None:
+        inner = [os.path.join(place, folder) for folder in ("last", ADAPTER)]
+        found = next((folder for folder in inner if os.path.isdir(folder)), None)
+        hint = f"pass {found or 'the folder `last` of a run of training/align_adapter.py'}"
+        kind = "is a file, and" if location.path is not None and location.path.is_file() else "holds"
+        raise FileNotFoundError(f"{source} {kind} no conditioning adapter: {hint}.")
+    if read_json(file).get("_class_name") != ConditioningAdapter.__name__:
         raise ValueError(
             f"{source} is no conditioning adapter: pass the folder `last` of a run of training/align_adapter.py that"
             " trained one. (A run with a LoRA writes text encoders there: pass them as finelip= and finelip_2=.)"
         )
-    with loading_errors(source):
-        check_component(Path(source))
-        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(source, **arguments)
+    with loading_errors(place):
+        if location.path is not None:
+            check_component(location.path)
+        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(
+            os.fspath(place), dtype=dtype, **hub_arguments
+        )
         return adapter
 
 
@@ -448,7 +483,7 @@ def _own_adapter(base: str, variant: str | None, **arguments: Any) -> Conditioni
     return adapter
 
 
-def _check_parts(pipe: Any, source: str) -> None:
+def _check_parts(pipe: EncoderSwapMixin, source: str) -> None:
     """Check that tokenizers know words, that weights are numbers, and that the adapter fits."""
     for name in ENCODERS.values():
         if isinstance(tokenizer := getattr(pipe, name), CLIPTokenizer):
@@ -460,7 +495,7 @@ def _check_parts(pipe: Any, source: str) -> None:
     _check_adapter(pipe)
 
 
-def _check_adapter(pipe: Any) -> None:
+def _check_adapter(pipe: EncoderSwapMixin) -> None:
     """Check that the conditioning adapter has the widths of this SDXL."""
     adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
     if adapter is None or encoder_2 is None:
@@ -471,7 +506,7 @@ def _check_adapter(pipe: Any) -> None:
         raise adapter.mismatch(f"this SDXL's are {', '.join(map(str, found))}")
 
 
-def _replacement(name: str, source: Any, encoder: Any) -> Any:
+def _replacement(name: str, source: Source | FineLIPWeights, encoder: TextEncoder | None) -> TextEncoder:
     """The text encoder of a FineLIP, as a replacement of `encoder`."""
     if encoder is None:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
@@ -487,7 +522,7 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
             f"The FineLIP for `{name}` has no text projection, like SDXL's first encoder: pass it as `finelip`, and as"
             " `finelip_2` one that was trained from the second (OpenCLIP bigG)."
         )
-    replacement: Any = weights.to_text_encoder(projection=has_projection)
+    replacement = weights.to_text_encoder(projection=has_projection)
     for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
@@ -500,7 +535,9 @@ def _replacement(name: str, source: Any, encoder: Any) -> Any:
     return replacement
 
 
-def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -> Any:
+def _merged(
+    name: str, finelip: TextEncoder, stock: tuple[TextEncoder, torch.Tensor | None] | None, base: str
+) -> TextEncoder:
     """The delta merge of a FineLIP's text encoder into the original text encoder."""
     if stock is None:
         raise ValueError(
@@ -517,7 +554,7 @@ def _merged(name: str, finelip: Any, stock: tuple[Any, Any] | None, base: str) -
 
 
 @contextmanager
-def _plain_parts(pipe: Any) -> Iterator[None]:
+def _plain_parts(pipe: EncoderSwapMixin) -> Iterator[None]:
     """Put plain copies of encoders and tokenizers in place while a pipeline is saved.
 
     The keys in the saved files begin with `text_model.`: recent `transformers` leave the prefix out for a

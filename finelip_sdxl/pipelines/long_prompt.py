@@ -8,7 +8,6 @@ from functools import wraps
 from numbers import Real
 from typing import Any, get_type_hints
 
-from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_group_offloading
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -86,13 +85,14 @@ class LongPromptMixin(EncoderSwapMixin):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        own: Any = cls  # to a type checker these are not for assignment
         if LongPromptMixin in cls.__bases__:
-            stock = cls._stock_class()
-            cls._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
+            stock: Any = cls._stock_class()
+            own._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
-            cls.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
+            own.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
         if LongPromptMixin in cls.__bases__ or "__call__" in vars(cls):
-            cls.__call__ = _drawing(cls.__call__)
+            own.__call__ = _drawing(own.__call__)
         _spell_out_init(cls)
 
     short_prompt_encoder = _option(
@@ -160,19 +160,11 @@ class LongPromptMixin(EncoderSwapMixin):
             file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]:
         """As the parent; options of older folders are renamed, and the adapter's entry is left to `from_pretrained`."""
         renamed = with_new_names(config_dict).items()
         own = {name: value for name, value in renamed if name != ADAPTER or not isinstance(value, str)}
         return super().extract_init_dict(own, **kwargs)
-
-    @classmethod
-    def _stock_class(cls) -> type[DiffusionPipeline]:
-        return next(
-            base
-            for base in cls.__mro__
-            if issubclass(base, DiffusionPipeline) and not issubclass(base, LongPromptMixin)
-        )
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the parent. Encoders that keep a fused LoRA record it in their configs: nothing else shows it then."""
@@ -184,16 +176,17 @@ class LongPromptMixin(EncoderSwapMixin):
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """As the parent. On disk, original encoders get folders of their own: Diffusers names files by layers alone,
         and these have the layer names of their replacements."""
-        disk: Any = kwargs.get("offload_to_disk_path")
-        excluded = kwargs.pop("exclude_modules", None) or []
+        given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        disk: Any = given.get("offload_to_disk_path")
+        excluded = given.pop("exclude_modules", None) or []
         excluded = [excluded] if isinstance(excluded, str) else excluded
         apart = [
             name for name in ORIGINAL_ENCODERS if disk and getattr(self, name) is not None and name not in excluded
         ]
-        super().enable_group_offload(*args, exclude_modules=[*excluded, *apart], **kwargs)
+        super().enable_group_offload(**given, exclude_modules=[*excluded, *apart])
         for name in apart:
-            kwargs["offload_to_disk_path"] = os.path.join(disk, name)
-            apply_group_offloading(getattr(self, name), *args, **kwargs)
+            given["offload_to_disk_path"] = os.path.join(disk, name)
+            apply_group_offloading(getattr(self, name), **given)
 
 
 def _drawing(call: Callable[..., Any]) -> Callable[..., Any]:

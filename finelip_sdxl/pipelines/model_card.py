@@ -57,6 +57,7 @@ def model_card(pipe: LongPromptPipeline, repo_id: str) -> ModelCard:
         base_model=[name for name in sources if HUB_ID.fullmatch(name)] or None,
         **_license(pipe, base),
     )
+    # `ModelCard.from_template` takes more lines, for a Jinja template of the same text with its values beside it.
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(pipe, repo_id, base, sources)}")
 
 

@@ -1,12 +1,19 @@
 """An SDXL by its name: a hub id, a directory, a single file, or the name of one that ships with the package."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finelip_sdxl.options import check_config
 
+if TYPE_CHECKING:
+    from finelip_sdxl.pipelines import FineLIPSDXLPipeline, LongPromptMixin
 
-def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **arguments: Any) -> Any:
+Pipe = TypeVar("Pipe", bound="LongPromptMixin")
+
+
+def open_pipeline(pipeline_class: type[Pipe], base: str, config: str | None = None, **arguments: Any) -> Pipe:
     """Open a pipeline of this class, with text encoders of 248 positions.
 
     Args:
@@ -20,14 +27,14 @@ def open_pipeline(pipeline_class: Any, base: str, config: str | None = None, **a
     """
     if Path(base).is_file():
         given = {name: value for name, value in arguments.items() if name != "variant"}
-        return pipeline_class.from_single_file(base, **given, **({} if config is None else {"config": config}))
+        return pipeline_class.from_single_file(base, config=config, **given)
     check_config(base, config)
     pipe = pipeline_class.from_pretrained(base, **arguments)
     pipe.swap_text_encoders()  # done already, unless a pipeline was saved with encoders of 77 positions
     return pipe
 
 
-def open_text_to_image(base: str, **arguments: Any) -> Any:
+def open_text_to_image(base: str, **arguments: Any) -> FineLIPSDXLPipeline:
     """Open an SDXL that draws from a prompt alone; see `open_pipeline`.
 
     Raises:

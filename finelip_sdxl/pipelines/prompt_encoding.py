@@ -5,18 +5,20 @@ any length, so the denoising loops stay Diffusers' own.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from threading import Lock, RLock
 from types import SimpleNamespace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import get_module_execution_device
+from transformers import CLIPTokenizer
 
 from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS, check_texts
 from finelip_sdxl.prompts.plan import (
@@ -31,7 +33,7 @@ from finelip_sdxl.prompts.plan import (
 )
 from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, weak_parts
 from finelip_sdxl.provenance import Provenance
-from finelip_sdxl.text_encoders import num_positions
+from finelip_sdxl.text_encoders import TextEncoder, num_positions
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +45,35 @@ _locks_lock = Lock()
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# The parent is an SDXL pipeline; Diffusers' types say too little about it to help.
-_Parent: Any = object
+if TYPE_CHECKING:
+    # From its module: under its short name, type checkers see a class without methods.
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    class _Parent(DiffusionPipeline):
+        """Any SDXL pipeline of Diffusers: the methods that this package calls and `DiffusionPipeline` lacks, or has
+        without types."""
+
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]: ...
+
+        @classmethod
+        def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Self: ...
+
+        @classmethod
+        def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self: ...
+
+        @classmethod
+        def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict[str, Any], ...]: ...
+
+        def register_modules(self, **kwargs: Any) -> None: ...
+
+        def maybe_free_model_hooks(self) -> None: ...
+
+        def set_progress_bar_config(self, **kwargs: Any) -> None: ...
+
+        def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None: ...
+
+else:
+    _Parent = object
 
 
 def one_at_a_time(
@@ -78,8 +107,8 @@ class _CallEncoder:
     """
 
     spec: EncoderSpec
-    model: Any
-    original: tuple[Any, torch.Tensor | None] | None
+    model: TextEncoder
+    original: tuple[TextEncoder, torch.Tensor | None] | None
 
 
 @dataclass(frozen=True)
@@ -127,7 +156,7 @@ class _Encoded:
         return self.states if self.weighting is None else self.weighting.apply(self.states)
 
 
-class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
+class PromptEncodingMixin(_Parent):
     """The part of `LongPromptMixin` that encodes prompts."""
 
     def describe_prompt(
@@ -259,7 +288,7 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
         # By name, as in stock: Diffusers' own tests take the names of the results from this line.
         return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
-    def _encoders(self) -> list[tuple[str, Any]]:
+    def _encoders(self) -> list[tuple[str, CLIPTokenizer]]:
         """Name and tokenizer of each text encoder, in stock's pairs: without a first tokenizer or encoder (the refiner
         has neither), the prompt goes to the second."""
         tokenizers = [self.tokenizer, self.tokenizer_2] if self.tokenizer is not None else [self.tokenizer_2]
@@ -295,7 +324,7 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
                 f"weighting={self.weighting!r} needs text encoders of 248 positions: call swap_text_encoders() first."
             )
 
-    def _check_clip_skip(self, clip_skip: Any) -> None:
+    def _check_clip_skip(self, clip_skip: object) -> None:
         if clip_skip is None:
             return
         most = min((getattr(self, name).config.num_hidden_layers for name, _ in self._encoders()), default=1) - 1
@@ -341,7 +370,7 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
         self, negative_prompt: Any, negative_prompt_2: Any, batch_size: int
     ) -> list[list[str]] | None:
         """The negative prompts of each encoder; None where stock uses zeros instead."""
-        if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+        if negative_prompt is None and self.config["force_zeros_for_empty_prompt"]:
             return None
         texts = check_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
         if negative_prompt is None or isinstance(negative_prompt, str):
@@ -478,7 +507,7 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
         last: torch.Tensor = output.last_hidden_state
         return last
 
-    def _original_encoder(self, name: str) -> tuple[Any, torch.Tensor | None] | None:
+    def _original_encoder(self, name: str) -> tuple[TextEncoder, torch.Tensor | None] | None:
         """The original text encoder, which encodes short prompts as stock does, and its position ids; None if none."""
         encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
         if held is not None and _is_stock(held):
@@ -494,7 +523,7 @@ class PromptEncodingMixin(_Parent):  # type: ignore[misc]  # see `_Parent`
             self._said.add(sentence)
             logger.warning(sentence)
 
-    def _free_original(self, encoder: Any) -> None:
+    def _free_original(self, encoder: TextEncoder) -> None:
         # Model offloading frees a model when the next one in a fixed order runs. The original encoder runs in another's
         # place, so the order does not free it.
         for hook in getattr(self, "_all_hooks", []):
@@ -535,12 +564,12 @@ def _shape_of(name: str, embeds: torch.Tensor | None, specs: Sequence[EncoderSpe
     return (1, length) if length <= capacity else (length // capacity, capacity)
 
 
-def _is_stock(encoder: Any) -> bool:
+def _is_stock(encoder: TextEncoder) -> bool:
     """Whether an encoder's weights are stock's, with or without a stretched table."""
     return Provenance.of(encoder.config).is_stock(num_positions(encoder))
 
 
-def _stock_position_ids(encoder: Any) -> torch.Tensor | None:
+def _stock_position_ids(encoder: TextEncoder) -> torch.Tensor | None:
     """Positions (1, 77) of the stock table's unchanged rows in a stretched table; None if nothing is stretched."""
     rows = Provenance.of(encoder.config).original_row_indices()
     if rows is None or num_positions(encoder) <= STOCK_POSITIONS:
@@ -548,7 +577,7 @@ def _stock_position_ids(encoder: Any) -> torch.Tensor | None:
     return rows[None].to(get_module_execution_device(encoder))
 
 
-def _was_extended(encoder: Any, held: Any) -> bool:
+def _was_extended(encoder: TextEncoder, held: TextEncoder) -> bool:
     """Whether `encoder` has a LoRA or new tokens that `held` lacks."""
     if getattr(encoder.config, "has_fused_lora", False):
         return True
@@ -558,7 +587,7 @@ def _was_extended(encoder: Any, held: Any) -> bool:
 
 
 @contextmanager
-def _ending_at(encoder: Any, end: int, plans: Sequence[EncoderPlan]) -> Iterator[None]:
+def _ending_at(encoder: TextEncoder, end: int, plans: Sequence[EncoderPlan]) -> Iterator[None]:
     """Let an encoder pool at the end token in texts with a textual inversion, too.
 
     SDXL's configs have the old value `eos_token_id=2`, under which an encoder takes the largest id for the end token.
@@ -574,12 +603,12 @@ def _ending_at(encoder: Any, end: int, plans: Sequence[EncoderPlan]) -> Iterator
         tower.eos_token_id = before
 
 
-def _has_added_tokens(tokenizer: Any) -> bool:
+def _has_added_tokens(tokenizer: CLIPTokenizer) -> bool:
     """Whether a prompt may hold a textual inversion, which Diffusers must look up."""
     return not tokenizer.get_added_vocab().keys() <= set(tokenizer.all_special_tokens)
 
 
-def _without_state(tokenizer: Any) -> Any:
+def _without_state(tokenizer: CLIPTokenizer) -> Any:
     """The part of a tokenizer that Diffusers needs to look for textual inversions; no truncation or padding is set."""
     return SimpleNamespace(
         tokenize=lambda text: tokenizer.convert_ids_to_tokens(tokenize(tokenizer, text)[0]),

@@ -1,17 +1,24 @@
 """The pipelines: Diffusers' own, for prompts of any length."""
 
-from diffusers import (
-    StableDiffusionXLAdapterPipeline,
-    StableDiffusionXLControlNetImg2ImgPipeline,
-    StableDiffusionXLControlNetInpaintPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+# From their modules: under their short names, type checkers and editors see classes without methods.
+from diffusers.pipelines.controlnet.pipeline_controlnet_inpaint_sd_xl import StableDiffusionXLControlNetInpaintPipeline
+from diffusers.pipelines.controlnet.pipeline_controlnet_sd_xl import StableDiffusionXLControlNetPipeline
+from diffusers.pipelines.controlnet.pipeline_controlnet_sd_xl_img2img import StableDiffusionXLControlNetImg2ImgPipeline
+from diffusers.pipelines.controlnet.pipeline_controlnet_union_inpaint_sd_xl import (
     StableDiffusionXLControlNetUnionInpaintPipeline,
-    StableDiffusionXLControlNetUnionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
-    StableDiffusionXLPipeline,
 )
+from diffusers.pipelines.controlnet.pipeline_controlnet_union_sd_xl import StableDiffusionXLControlNetUnionPipeline
+from diffusers.pipelines.controlnet.pipeline_controlnet_union_sd_xl_img2img import (
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+)
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import (
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint import (
+    StableDiffusionXLInpaintPipeline,
+)
+from diffusers.pipelines.t2i_adapter.pipeline_stable_diffusion_xl_adapter import StableDiffusionXLAdapterPipeline
 
 from finelip_sdxl.pipelines.long_prompt import LongPromptMixin
 

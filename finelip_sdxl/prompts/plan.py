@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from finelip_sdxl.options import LENGTH_BUCKETS, MAX_POSITIONS, STOCK_POSITIONS, Overflow, ShortPromptEncoder, Weighting
 from finelip_sdxl.prompts.weighting import WeightedText, parse_weights
 from finelip_sdxl.prompts.windows import split_windows
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 PROMPT = "prompt"
 
@@ -37,7 +40,7 @@ class EncoderSpec:
     """
 
     encoder: str
-    tokenizer: Any
+    tokenizer: CLIPTokenizer
     positions: int
     has_stock: bool = False
     expand: Callable[[str], str] | None = None
@@ -221,7 +224,7 @@ def plan_prompts(
     return PromptPlan(by_encoder, negative_by_encoder, positions, windows)
 
 
-def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: Any, windows: int) -> list[list[list[int]]]:
+def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, windows: int) -> list[list[list[int]]]:
     """Token ids of plans, (batch, windows, positions); missing windows are filled with the empty prompt."""
     return [
         [
@@ -232,7 +235,7 @@ def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: Any, windows: int)
     ]
 
 
-def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def tokenize(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """The tokens of a text without start and end token, and the first and one past the last character of each.
 
     Example:
@@ -256,7 +259,7 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     return [token for token, _ in tokens], [place for _, place in tokens]
 
 
-def empty_row(tokenizer: Any, positions: int) -> list[int]:
+def empty_row(tokenizer: CLIPTokenizer, positions: int) -> list[int]:
     """Token ids of the empty prompt."""
     return _row(Window(""), tokenizer, positions)
 
@@ -378,7 +381,7 @@ def _padded_length(longest: int, capacity: int, length_buckets: Sequence[int], s
     return min(length for length in (*length_buckets, capacity) if longest <= length <= capacity)
 
 
-def _row(window: Window, tokenizer: Any, positions: int) -> list[int]:
+def _row(window: Window, tokenizer: CLIPTokenizer, positions: int) -> list[int]:
     row = [tokenizer.bos_token_id, *window.token_ids, tokenizer.eos_token_id]
     return row + [tokenizer.pad_token_id] * (positions - len(row))
 

@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers import DDPMScheduler
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset
@@ -37,13 +39,13 @@ class TeacherContext:
     end_in_caption: int
 
 
-def captions_of(data: CaptionDataset, index: int, tokenizer: Any) -> dict[str, str]:
+def captions_of(data: CaptionDataset, index: int, tokenizer: CLIPTokenizer) -> dict[str, str]:
     """Returns the `long` and the `short` caption of an image, cut to 248 and 77 tokens."""
     long, short = data.captions(index)[0], data.short_caption(index)
     return {"long": fit(long, tokenizer, tokenizer.model_max_length), "short": fit(short, tokenizer, STOCK_POSITIONS)}
 
 
-def fit(text: str, tokenizer: Any, positions: int) -> str:
+def fit(text: str, tokenizer: CLIPTokenizer, positions: int) -> str:
     """Returns as many first sentences of a text as fit, or, if none does, the beginning of the first one.
 
     Example:
@@ -62,7 +64,7 @@ def fit(text: str, tokenizer: Any, positions: int) -> str:
     return next(cut for cut in cuts if token_counts([cut], tokenizer)[0] <= positions - 2)
 
 
-def token_counts(sentences: list[str], tokenizer: Any) -> list[int]:
+def token_counts(sentences: list[str], tokenizer: CLIPTokenizer) -> list[int]:
     """Returns the number of tokens of each sentence. Their sum is the text's: no token of CLIP crosses a space."""
     return [len(ids) for ids in tokenizer(sentences, add_special_tokens=False).input_ids]
 
@@ -82,7 +84,7 @@ def word_rarity(captions: Collection[str]) -> dict[str, float]:
     return {word: math.log(len(captions) / count) for word, count in frequency.items()}
 
 
-def build_teacher_contexts(caption: str, tokenizer: Any, rarity: Mapping[str, float]) -> list[TeacherContext]:
+def build_teacher_contexts(caption: str, tokenizer: CLIPTokenizer, rarity: Mapping[str, float]) -> list[TeacherContext]:
     """Returns a context for each sentence of a long caption, for stock's encoders to teach it.
 
     The meaning of a sentence may depend on another one more than 77 tokens back ("the star"). So its context holds the

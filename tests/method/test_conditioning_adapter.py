@@ -4,10 +4,12 @@ import copy
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -303,3 +305,72 @@ def test_another_finelip_comes_without_the_saved_adapter(pipe, tmp_path) -> None
 def test_a_folder_that_is_not_there_is_named(stock_folder, tmp_path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        (
+            "{folder}/nowhere",
+            FileNotFoundError,
+            "{folder}/nowhere does not exist: give the directory or hub id of a con",
+        ),
+        ("adapter.safetensors", FileNotFoundError, "adapter.safetensors does not exist: give the directory or hub id"),
+        ("me/my/adapter", FileNotFoundError, "me/my/adapter does not exist: give the directory or hub id of a cond"),
+        ("", FileNotFoundError, "'' does not exist: give the directory or hub id of a conditioning adapter"),
+        ("me/adapter", OSError, "me/adapter is no path here, and the hub cannot be reached to look for it there"),
+        (
+            "{folder}/weights.safetensors",
+            FileNotFoundError,
+            "weights.safetensors is a file, and no conditioning adapter",
+        ),
+        ("{folder}/empty", FileNotFoundError, "empty holds no conditioning adapter: pass the folder `last` of a run"),
+        (
+            "{folder}/pipeline",
+            FileNotFoundError,
+            "holds no conditioning adapter: pass {folder}/pipeline/conditioning_a",
+        ),
+        ("{folder}/damaged", ValueError, "config.json is no JSON"),
+        ("{folder}/list", ValueError, "config.json holds a list, but a config is an object"),
+        (
+            "miniature",
+            ValueError,
+            "made for states and a pooled vector of widths 128, 160, 160, but this SDXL's are 32",
+        ),
+    ],
+)
+def test_a_name_that_leads_to_no_adapter_is_told_as_for_other_models(
+    stock_folder, tmp_path, monkeypatch, name, error, said
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for folder, config in (("empty", None), ("damaged", "{"), ("list", "[1]"), ("pipeline/conditioning_adapter", "{}")):
+        (tmp_path / folder).mkdir(parents=True)
+        if config is not None:
+            (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(error, match=re.escape(said.format(folder=tmp_path))):
+        FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=name.format(folder=tmp_path))
+
+
+def test_an_adapter_on_the_hub_is_found(stock_folder, tmp_path, monkeypatch) -> None:
+    make_adapter().save_pretrained(tmp_path / "adapter")
+    asked = []
+
+    def download(repo, filename, subfolder=None, **arguments) -> str:
+        asked.append((repo, arguments))
+        return str(tmp_path / "adapter" / filename)
+
+    real = ConditioningAdapter.from_pretrained
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(
+        ConditioningAdapter, "from_pretrained", lambda name, **arguments: real(tmp_path / name.split("/")[1])
+    )
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter="me/adapter", revision="main")
+    assert torch.equal(pipe.conditioning_adapter.pooled[-1].weight, make_adapter().pooled[-1].weight)
+    assert asked == [("me/adapter", {"revision": "main"})]
+
+
+def test_the_name_of_an_sdxl_that_ships_stands_for_its_adapter() -> None:
+    named = FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter="miniature").conditioning_adapter
+    own = FineLIPSDXLPipeline.from_pretrained("miniature").conditioning_adapter
+    assert all(torch.equal(one, other) for one, other in zip(named.parameters(), own.parameters(), strict=True))

@@ -25,9 +25,14 @@ def test_a_misspelled_option_is_an_error(tmp_path) -> None:
     )
     command = [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(tmp_path / "cache")]
     root = Path(__file__).parents[2]
-    for script, errors in ((SCRIPT, 0), (SCRIPT.replace("long", "logn"), 1)):
+    misspelled, no_number = SCRIPT.replace("long", "logn"), SCRIPT.replace("0.5", '"half"')
+    for script, errors, name in (
+        (SCRIPT, 0, ""),
+        (misspelled, 1, "short_prompt_encoder"),
+        (no_number, 1, "set_conditioning_adapter_scale"),
+    ):
         (tmp_path / "script.py").write_text(script)
         checked = subprocess.run([*command, str(tmp_path / "script.py")], cwd=root, capture_output=True, text=True)
         said = [line for line in checked.stdout.splitlines() if "script.py" in line and "error" in line]
         assert len(said) == errors, checked.stdout + checked.stderr
-        assert all("short_prompt_encoder" in line for line in said)
+        assert all(name in line for line in said)

@@ -2,7 +2,6 @@
 
 import argparse
 import doctest
-import importlib.util
 import json
 import math
 import os
@@ -417,34 +416,6 @@ def test_weights_that_are_not_finite_are_counted(value) -> None:
     assert health.count_broken(tensors) == 0
     tensors[1][2] = value
     assert health.count_broken(tensors) == 1
-
-
-@pytest.fixture
-def miniature_scripts() -> Any:
-    """What the scripts of training/miniature share."""
-    file = Path(__file__).parents[2] / "training" / "miniature" / "common.py"
-    spec = importlib.util.spec_from_file_location("miniature_common", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_scripts_of_the_miniature_save_nothing_that_has_diverged(tmp_path, miniature_scripts) -> None:
-    flags = miniature_scripts.parser("", steps=6, batch_size=1, learning_rate=0.1)
-    arguments = flags.parse_args(
-        ["--runs", str(tmp_path), "--checkpointing-steps", "2", "--device", "cpu", "--threads", "1"]
-    )
-    layer = nn.Linear(2, 1)
-
-    def step_loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        loss = layer(torch.ones(1, 2)).sum() * (math.nan if step == 3 else 1)
-        return loss, {"loss": loss.item()}
-
-    with pytest.raises(SystemExit, match="part: training has diverged at step 4, whose loss was nan: nothing of that"):
-        miniature_scripts.train(arguments, "part", nn.ModuleDict({"layer": layer}), step_loss)
-    saved = torch.load(tmp_path / "part.pt", weights_only=True)
-    assert saved["step"] == 2
-    assert health.count_broken(saved["modules"].values()) == 0
 
 
 @pytest.mark.parametrize("name", ["train_finelip", "align_adapter"])
