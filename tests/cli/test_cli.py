@@ -794,6 +794,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_the_answer_stands_alone() -> None:
     """Whatever is installed beside it: the test extra's torchao, for one, has much to say."""
     done = run([*COMMAND, "tokens", "a red star"])
@@ -841,6 +842,7 @@ def test_characters_that_a_terminal_lacks_are_spelled(encoding, printed, monkeyp
     assert sys.stdout is terminal
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_characters_stops_no_drawing(stock_folder, tmp_path) -> None:
     file = tmp_path / "\udcff" / "狐.png"  # the folder's name is no UTF-8
     options = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--seed", "0", "--out", str(file)]
@@ -858,6 +860,7 @@ def test_an_argument_that_is_no_text_is_refused_in_a_sentence() -> None:
     assert "half of a surrogate pair" in line
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_stops_no_work(stock_folder, picture) -> None:
     read, write = os.pipe()
     os.close(read)
