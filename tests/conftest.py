@@ -1,6 +1,7 @@
 """What all tests share: the order of random numbers, which skips CI allows, and a tiny SDXL."""
 
 import copy
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
@@ -23,9 +24,17 @@ ALLOWED_SKIPS = ("needs a CUDA device", "all tests skipped by +SKIP option")
 def _seed(name: str) -> None:
     """Random numbers that depend on a name alone, not on what ran before."""
     seed = zlib.crc32(name.encode())
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` writes the stack down for every absent device
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the half million objects of the libraries: it went through them time and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
