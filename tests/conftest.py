@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer, make_unet
+from tests.helpers.tiny_sdxl import make_text_encoders, make_tokenizer, make_unet
 
 # Reasons for which a test may be skipped in CI: the machine has no GPU, and some examples need a hub.
 ALLOWED_SKIPS = ("needs a CUDA device", "all tests skipped by +SKIP option")
@@ -70,7 +70,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def session_components() -> dict:
     """Components of the tiny SDXL, shared by the whole session: change copies only."""
-    text_encoder, text_encoder_2 = make_text_encoder(32, seed=1), make_text_encoder(48, projection_dim=24, seed=2)
+    text_encoders = make_text_encoders()
     torch.manual_seed(0)
     return {
         "vae": AutoencoderKL(
@@ -82,8 +82,7 @@ def session_components() -> dict:
             norm_num_groups=4,
             sample_size=16,
         ).eval(),
-        "text_encoder": text_encoder,
-        "text_encoder_2": text_encoder_2,
+        **text_encoders,
         "tokenizer": make_tokenizer(),
         "tokenizer_2": make_tokenizer(pad_token="!"),
         "unet": make_unet(),
