@@ -447,6 +447,7 @@ def test_scripts_of_the_miniature_save_nothing_that_has_diverged(tmp_path, minia
     assert health.count_broken(saved["modules"].values()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_finelip", "align_adapter"])
 def test_a_recipe_runs_where_it_was_copied_to(tmp_path, name) -> None:
     copied = shutil.copy(Path(__file__).parents[2] / "training" / f"{name}.py", tmp_path)
