@@ -90,6 +90,7 @@ SDXL, MINIATURE = preset_path("align_adapter", "sdxl"), preset_path("align_adapt
 # Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "precomputed", "validate_every", "validation_prompts", "guidance_scale"}
 TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
+VALIDATION_STEPS = 20  # of denoising, for each picture on the way
 # Linear layers of a CLIP text encoder.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -537,7 +538,7 @@ def draw(
                 prompt,
                 width=arguments.resolution,
                 height=arguments.resolution,
-                num_inference_steps=20,
+                num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=arguments.guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
             ).images

@@ -254,7 +254,7 @@ class PromptEncodingMixin(_Parent):
                 plan = self._plan(specs, prompts, negatives, shape)
                 if plan.cut:
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
-                    logger.warning("Cut and not read, %s", "; ".join(lost))
+                    logger.warning("Cut and not encoded, %s", "; ".join(lost))
                 with self._scaled_lora(lora_scale):
                     if prompts:
                         prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)

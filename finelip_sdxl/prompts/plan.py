@@ -94,11 +94,11 @@ class EncoderPlan:
         return sum(window.tokens for window in self.windows)
 
     def __str__(self) -> str:
-        return f"{self.encoder} reads {self.role}: {self._body()}"
+        return f"{self.encoder} encodes {self.role}: {self._body()}"
 
     def _body(self) -> str:
         windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
-        how = ", as stock SDXL reads it" if self.as_stock else ""
+        how = ", as stock SDXL encodes it" if self.as_stock else ""
         cut = f"; {self.cut_tokens} tokens are CUT" if self.cut_tokens else "; nothing is cut"
         lines = [f"{self.tokens} tokens in {windows} of {self.positions} positions{how}{cut}"]
         lines += [f"  window {number}, {window}" for number, window in enumerate(self.windows, start=1)]
@@ -142,7 +142,8 @@ class PromptPlan:
             role = f"{plan.role} {plan.index + 1}" if batched else plan.role
             encoders.setdefault(f"{role}: {plan._body()}", []).append(plan.encoder)
         return "\n".join(
-            f"{' and '.join(names)} {'reads' if len(names) == 1 else 'read'} {text}" for text, names in encoders.items()
+            f"{' and '.join(names)} {'encodes' if len(names) == 1 else 'encode'} {text}"
+            for text, names in encoders.items()
         )
 
 
@@ -181,7 +182,7 @@ def plan_prompts(
         >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
         >>> spec = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
         >>> print(plan_prompts([spec], [["a red square"]]))  # doctest: +SKIP
-        text_encoder reads prompt: 5 tokens in 1 window of 77 positions; nothing is cut
+        text_encoder encodes prompt: 5 tokens in 1 window of 77 positions; nothing is cut
           window 1, 5 tokens: "a red square"
     """
     capacity = shape[1] if shape else min(spec.positions for spec in specs)

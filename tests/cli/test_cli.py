@@ -49,7 +49,7 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, pictu
     arguments = ["--base", stock_folder, "--steps", "2", "--seed", "3", "--device", "cpu", "--out", picture]
     assert main(["generate", LONG, "--negative-prompt", "large", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "text_encoder and text_encoder_2 read prompt" in printed
+    assert "text_encoder and text_encoder_2 encode prompt" in printed
     assert LONG in printed
     assert f"{picture} (seed 3)" in printed
 
@@ -524,7 +524,7 @@ def test_tokens_needs_no_weights(stock_folder, tmp_path, capsys) -> None:
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
     assert main(["tokens", "a fox", "--base", str(tmp_path), "--overflow", "error"]) == 0
-    assert "as stock SDXL reads it" in capsys.readouterr().out
+    assert "as stock SDXL encodes it" in capsys.readouterr().out
 
 
 def test_evaluate_retrieval_prints_a_table_and_writes_its_figures(tmp_path, capsys) -> None:
@@ -803,13 +803,14 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_the_answer_stands_alone() -> None:
     """Whatever is installed beside it: the test extra's torchao, for one, has much to say."""
     done = run([*COMMAND, "tokens", "a red star"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "text_encoder and text_encoder_2 read prompt: 5 tokens in 1 window of 77 positions,"
-        " as stock SDXL reads it; nothing is cut",
+        "text_encoder and text_encoder_2 encode prompt: 5 tokens in 1 window of 77 positions,"
+        " as stock SDXL encodes it; nothing is cut",
         '  window 1, 5 tokens: "a red star"',
     ]
 
@@ -852,6 +853,7 @@ def test_characters_that_a_terminal_lacks_are_spelled(encoding, printed, monkeyp
     assert sys.stdout is terminal
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_characters_stops_no_drawing(stock_folder, tmp_path) -> None:
     file = tmp_path / "\udcff" / "狐.png"  # the folder's name is no UTF-8
     options = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--seed", "0", "--out", str(file)]
@@ -869,6 +871,7 @@ def test_an_argument_that_is_no_text_is_refused_in_a_sentence() -> None:
     assert "half of a surrogate pair" in line
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_stops_no_work(stock_folder, picture) -> None:
     read, write = os.pipe()
     os.close(read)

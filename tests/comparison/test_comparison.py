@@ -141,6 +141,7 @@ def test_a_negative_prompt_is_negative_in_every_column_of_the_miniature() -> Non
     assert difference(stock, comparison.draw("stock", Settings(prompt, steps=1)).image) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "negative"), [(SENTENCE, LONG), (LONG, SENTENCE), (LONG, LONG * 2)])
 def test_prompt_and_negative_of_several_lengths_fit_in_compel_s_column(components, prompt, negative) -> None:
     comparison = make_comparison({**components, "force_zeros_for_empty_prompt": False})

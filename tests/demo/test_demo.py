@@ -166,6 +166,7 @@ def test_a_prompt_that_describes_nothing_is_not_judged() -> None:
 # The API
 
 
+@pytest.mark.slow
 def test_the_api_gives_pngs_that_know_their_parameters(client) -> None:
     files = client.predict(LONG, steps=2, guidance_scale=3, seed=7, api_name="/compare")
     parameters = [read_parameters(file) for file in files]

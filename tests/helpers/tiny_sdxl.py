@@ -66,6 +66,14 @@ def make_text_encoder(
     return CLIPTextModel.from_pretrained(None, config=config, state_dict=weights).eval()
 
 
+def make_text_encoders() -> dict[str, PreTrainedModel]:
+    """Both text encoders of the tiny SDXL."""
+    return {
+        "text_encoder": make_text_encoder(32, seed=1),
+        "text_encoder_2": make_text_encoder(48, projection_dim=24, seed=2),
+    }
+
+
 def make_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,

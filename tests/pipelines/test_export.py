@@ -105,6 +105,7 @@ numpy.save(f"{folder}/image.npy", image)
 """
 
 
+@pytest.mark.slow
 def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp_path, capsys) -> None:
     finelip, out = tmp_path / "finelip", tmp_path / "deep" / "exported"
     make_text_encoder(32, positions=248, seed=7).save_pretrained(finelip)

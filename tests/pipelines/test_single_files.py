@@ -87,7 +87,7 @@ def folders(stock, stock_folder, tmp_path_factory) -> dict[str, str]:
     full.register_modules(stock_text_encoder=stock.text_encoder, stock_text_encoder_2=stock.text_encoder_2)
     pipes = {
         "swapped": swapped,
-        "with FineLIPs, held encoders and an adapter": full,
+        "with FineLIPs, original encoders and an adapter": full,
         "unswapped": FineLIPSDXLPipeline(**stock.components),
         "exported": stock_pipeline(swapped),
     }
@@ -97,7 +97,7 @@ def folders(stock, stock_folder, tmp_path_factory) -> dict[str, str]:
     return saved
 
 
-SAVED = ["swapped", "with FineLIPs, held encoders and an adapter", "unswapped", "exported"]
+SAVED = ["swapped", "with FineLIPs, original encoders and an adapter", "unswapped", "exported"]
 
 
 @pytest.mark.parametrize("saved", SAVED)

@@ -161,7 +161,7 @@ def test_a_report_counts_what_the_encoders_get(pipe) -> None:
     report = pipe.describe_prompt(text, negative_prompt="blurry, low-res… 🦊")
     assert (report.positions, report.windows, report.cut) == (248, 1, ())
     assert str(report).startswith(
-        "text_encoder and text_encoder_2 read prompt: 182 tokens in 1 window of 248 positions; nothing is cut\n"
+        "text_encoder and text_encoder_2 encode prompt: 182 tokens in 1 window of 248 positions; nothing is cut\n"
     )
     negative = report.negative_prompts["text_encoder"][0]
     assert negative.tokens == len(pipe.tokenizer("blurry, low-res… 🦊").input_ids)

@@ -55,10 +55,11 @@ SHORT = ["A red star is in the middle.", "The top left holds a small ring in gre
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_state() -> Any:
-    """Sums are the same bit for bit, and no accelerator hears of the one before."""
+def one_thread_and_no_state(monkeypatch) -> Any:
+    """Sums are the same bit for bit, no accelerator hears of the one before, and pictures on the way cost two steps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setattr(align_adapter, "VALIDATION_STEPS", 2)
     yield
     forget_accelerator()
     torch.set_num_threads(threads)
@@ -141,6 +142,22 @@ def assert_same_weights(one: Path, other: Path) -> None:
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys() != set()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory) -> Callable[..., tuple[Path, dict[int, dict[str, float]]]]:
+    """The folder of a run of these flags, made once for all tests that compare with it, and what was logged."""
+    runs: dict[tuple[str, ...], tuple[Path, dict[int, dict[str, float]]]] = {}
+
+    def run(*flags: str) -> tuple[Path, dict[int, dict[str, float]]]:
+        if flags not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                folder, figures = tmp_path_factory.mktemp("undisturbed"), record_figures(patch)
+                align(base, folder, *flags)
+            runs[flags] = folder, figures
+        return runs[flags]
+
+    return run
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -871,11 +888,10 @@ def test_both_stages_have_long_and_short_captions_in_each_batch(base, tmp_path, 
         assert align_adapter.num_long(parse(base, tmp_path, "--batch-size", "10", "--short-share", share)) == expected
 
 
-def test_gradient_checkpointing_changes_nothing(base, tmp_path) -> None:
-    for method in ("adapter", "lora"):
-        for flags in ((), ("--gradient-checkpointing",)):
-            align(base, tmp_path / method / str(len(flags)), "--method", method, *flags)
-        plain, saving = (weights(tmp_path / method / name / "last") for name in ("0", "1"))
+def test_gradient_checkpointing_changes_nothing(base, tmp_path, undisturbed) -> None:
+    for flags in ((), ("--method", "lora")):
+        align(base, tmp_path / str(len(flags)), *flags, "--gradient-checkpointing")
+        plain, saving = (weights(out / "last") for out in (undisturbed(*flags)[0], tmp_path / str(len(flags))))
         for key in plain:
             torch.testing.assert_close(plain[key], saving[key], atol=1e-5, rtol=1e-4)
 
@@ -913,13 +929,12 @@ def test_a_finelip_takes_the_place_of_an_encoder(base, tmp_path, seen) -> None:
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path) -> None:
+def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path, undisturbed) -> None:
     file = tmp_path / "fine_tune.safetensors"
     save_single_file(StableDiffusionXLPipeline.from_pretrained(base), file)
-    align(base, tmp_path / "folder")
     align(file, tmp_path / "file", "--base-config", str(base))
     for name in ("after-text", "last"):
-        one, other = weights(tmp_path / "folder" / name), weights(tmp_path / "file" / name)
+        one, other = weights(undisturbed()[0] / name), weights(tmp_path / "file" / name)
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
 
@@ -927,7 +942,6 @@ def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path)
 # Pictures on the way
 
 
-@pytest.mark.slow
 def test_pictures_are_drawn_by_stock_and_aligned(base, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -950,10 +964,9 @@ def test_pictures_are_drawn_by_stock_and_aligned(base, tmp_path) -> None:
     assert [event.step for event in events.Scalars("image/loss")] == [4, 5, 6]
 
 
-def test_drawing_changes_nothing(base, tmp_path) -> None:
-    align(base, tmp_path / "plain")
-    align(base, tmp_path / "drawing", "--validate-every", "2")
-    assert_same_weights(tmp_path / "plain" / "last", tmp_path / "drawing" / "last")
+def test_drawing_changes_nothing(base, tmp_path, undisturbed) -> None:
+    align(base, tmp_path, "--validate-every", "2")
+    assert_same_weights(undisturbed()[0] / "last", tmp_path / "last")
 
 
 # What a stop costs
@@ -988,9 +1001,8 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
     ],
     ids=["text", "border", "image", "gradient_accumulation_steps", "lora text", "lora border", "lora image"],
 )
-def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, flags, stop, saved) -> None:
-    whole = record_figures(monkeypatch)
-    align(base, tmp_path / "whole", *flags)
+def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, undisturbed, flags, stop, saved) -> None:
+    whole_folder, whole = undisturbed(*flags)
     stop_before_step(stop, base, tmp_path / "stopped", monkeypatch, *flags)
     assert checkpoints(tmp_path / "stopped")[-1] == f"step-{saved:07d}"
     history = record_figures(monkeypatch)
@@ -1000,11 +1012,11 @@ def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, f
         figures.pop(next(name for name in figures if name.endswith("captions_per_second")), None)
         assert all(whole[step][name] == figure for name, figure in figures.items())
     for name in ("after-text", "last"):
-        assert_same_weights(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+        assert_same_weights(whole_folder / name, tmp_path / "stopped" / name)
     assert checkpoints(tmp_path / "stopped") == ["step-0000004", "step-0000006"]
 
 
-def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_path, monkeypatch) -> None:
+def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_path, monkeypatch, undisturbed) -> None:
     def stop(self: RunFolder, name: str, *parts: Any, **subfolders: Any) -> None:
         raise Stop
 
@@ -1015,9 +1027,8 @@ def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_
                 align(base, tmp_path / "stopped")
     assert made(tmp_path / "stopped") == []
     align(base, tmp_path / "stopped")
-    align(base, tmp_path / "whole")
     for name in ("after-text", "last"):
-        assert_same_weights(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+        assert_same_weights(undisturbed()[0] / name, tmp_path / "stopped" / name)
 
 
 def test_a_complete_run_trains_no_further_and_says_so(base, tmp_path, capsys, monkeypatch) -> None:

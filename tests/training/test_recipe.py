@@ -418,6 +418,7 @@ def test_weights_that_are_not_finite_are_counted(value) -> None:
     assert health.count_broken(tensors) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_finelip", "align_adapter"])
 def test_a_recipe_runs_where_it_was_copied_to(tmp_path, name) -> None:
     copied = shutil.copy(Path(__file__).parents[2] / "training" / f"{name}.py", tmp_path)
