@@ -251,7 +251,7 @@ def test_truncate_reads_the_beginning_and_logs_what_is_lost(components, caplog) 
     assert ENDLESS.endswith(lost)
     assert len(lost) > 1000
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("finelip_sdxl")]
-    assert messages == [f"Cut and not read, prompt: {lost}"]
+    assert messages == [f"Cut and not encoded, prompt: {lost}"]
 
 
 def test_error_names_the_counts(components) -> None:

@@ -142,14 +142,16 @@ def test_report_reads_well() -> None:
         "text_encoder and text_encoder_2 encode prompt 1:"
         " 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 4 tokens: "a fox"\n'
-        "text_encoder encodes prompt 2: 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
+        "text_encoder encodes prompt 2:"
+        " 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 4 tokens: "the hare"\n'
-        "text_encoder_2 encodes prompt 2: 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
+        "text_encoder_2 encodes prompt 2:"
+        " 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 4 tokens: "a hare"\n'
-        "text_encoder and text_encoder_2 read negative prompt 1:"
+        "text_encoder and text_encoder_2 encode negative prompt 1:"
         " 3 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 3 tokens: "red"\n'
-        "text_encoder and text_encoder_2 read negative prompt 2:"
+        "text_encoder and text_encoder_2 encode negative prompt 2:"
         " 3 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 3 tokens: "red"'
     )
