@@ -313,12 +313,12 @@ def test_a_folder_that_is_not_there_is_named(stock_folder, tmp_path) -> None:
         (
             "{folder}/nowhere",
             FileNotFoundError,
-            "{folder}/nowhere does not exist: give the directory or hub id of a con",
+            "{folder}/nowhere does not exist: pass the directory or hub id of a con",
         ),
-        ("adapter.safetensors", FileNotFoundError, "adapter.safetensors does not exist: give the directory or hub id"),
-        ("me/my/adapter", FileNotFoundError, "me/my/adapter does not exist: give the directory or hub id of a cond"),
-        ("", FileNotFoundError, "'' does not exist: give the directory or hub id of a conditioning adapter"),
-        ("me/adapter", OSError, "me/adapter is no path here, and the hub cannot be reached to look for it there"),
+        ("adapter.safetensors", FileNotFoundError, "adapter.safetensors does not exist: pass the directory or hub id"),
+        ("me/my/adapter", FileNotFoundError, "me/my/adapter does not exist: pass the directory or hub id of a cond"),
+        ("", FileNotFoundError, "'' does not exist: pass the directory or hub id of a conditioning adapter"),
+        ("me/adapter", OSError, "me/adapter is no path here, and the hub cannot be reached to look for it: pass a path"),
         (
             "{folder}/weights.safetensors",
             FileNotFoundError,
@@ -331,11 +331,11 @@ def test_a_folder_that_is_not_there_is_named(stock_folder, tmp_path) -> None:
             "holds no conditioning adapter: pass {folder}/pipeline/conditioning_a",
         ),
         ("{folder}/damaged", ValueError, "config.json is no JSON"),
-        ("{folder}/list", ValueError, "config.json holds a list, but a config is an object"),
+        ("{folder}/list", ValueError, "config.json holds a list; expected an object"),
         (
             "miniature",
             ValueError,
-            "made for states and a pooled vector of widths 128, 160, 160, but this SDXL's are 32",
+            "takes states and a pooled vector of widths 128, 160, 160, but this SDXL's are 32",
         ),
     ],
 )

@@ -778,7 +778,7 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
         ("--batch-size 25", "The data set has 20 images, which do not fill one batch of 25"),
         ("--data webdataset:{0..1}.tar", "Shards do not tell their number of pairs: pass --epoch-size"),
         ("--data webdataset:nowhere.tar --epoch-size 100 --region-weight 0", "nowhere.tar, the first of 1 shards"),
-        ("--data webdataset:nowhere.tar --epoch-size 100", "--region-weight is 1, but webdataset:nowhere.tar knows no"),
+        ("--data webdataset:nowhere.tar --epoch-size 100", "--region-weight is 1, but webdataset:nowhere.tar has no regions: pass 0"),
         ("--eval-data webdataset:nowhere.tar", "is a stream for training only"),
         (
             "--dataloader-num-workers -1",
