@@ -5,8 +5,8 @@
     python benchmarks/clim.py --tokens all --batch-sizes 8 16
 
 A step is token refinement, late interaction and triplet margin loss of random tokens, and the gradients of the tokens
-and of the refinement's weights. Each is measured in a process of its own; its memory is what the peak adds to the
-inputs. Exits with an error if the loss or the gradients of the two differ.
+and of the refinement's weights. Each row is measured in a process of its own; its memory is the peak without the
+inputs. An error ends the script if the two ways differ in loss or gradients.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def refined_similarity(
     text_tokens: Tensor,
     lengths: Tensor,
 ) -> Tensor:
-    """Ours, of the whole batch at once; see `refined_similarity_loop`."""
+    """The package's way, for the whole batch at once; see `refined_similarity_loop`."""
     end = lengths[:, None] - 1
     before_end = torch.arange(text_tokens.shape[1], device=end.device) < end
     texts = torch.cat([text_refinement(text_tokens, before_end), text_tokens.take_along_dim(end[..., None], 1)], dim=1)
@@ -63,7 +63,7 @@ def refined_similarity(
 
 
 def all_similarity(image_tokens: Tensor, text_tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Ours, without refinement; see `late_interaction_loop`."""
+    """The package's way, without refinement; see `late_interaction_loop`."""
     mask = torch.arange(text_tokens.shape[1], device=lengths.device) < lengths[:, None]
     return late_interaction(image_tokens, text_tokens, text_mask=mask)
 
@@ -105,12 +105,12 @@ def measure(way: str, batch: int, flags: argparse.Namespace) -> Measured:
 
 
 def peak_of_process() -> float:
-    """MiB."""
+    """Peak memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def measure_apart(way: str, batch: int, flags: argparse.Namespace) -> Measured | None:
-    """`measure` in a process of its own; None if its memory does not suffice."""
+    """Call `measure` in a process of its own; None if the memory is not enough."""
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             return process.submit(measure, way, batch, flags).result()
@@ -119,7 +119,7 @@ def measure_apart(way: str, batch: int, flags: argparse.Namespace) -> Measured |
 
 
 def check_equal(loop: Measured, ours: Measured, dtype: str) -> None:
-    """Raises: ValueError if they computed different things."""
+    """Raise a ValueError if loss or gradients differ."""
     for what in ("loss", "gradient"):
         one, other = getattr(loop, what), getattr(ours, what)
         if not abs(one - other) <= (1e-3 if dtype == "float32" else 5e-2) * abs(one):
@@ -161,13 +161,28 @@ def show_ours(flags: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--batch-sizes", type=int, nargs="*", default=[16, 32, 64, 128], metavar="N", help="(default 16 32 64 128)")
-    add("--ours-only", type=int, nargs="*", default=[], metavar="N", help="batch sizes that only ours computes")
-    add("--tokens", choices=("refined", "all"), default="refined", help="what is compared (default refined)")
-    add("--repeats", type=int, default=3, metavar="N", help="steps, of which the median counts (default 3)")
-    add("--threads", type=int, default=2, metavar="N", help="of the CPU (default 2)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of all tensors")
+    add(
+        "--batch-sizes",
+        type=int,
+        nargs="*",
+        default=[16, 32, 64, 128],
+        metavar="N",
+        help="batch sizes of both ways (default: 16 32 64 128)",
+    )
+    add(
+        "--ours-only",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="N",
+        help="batch sizes of the package's way alone (default: none)",
+    )
+    add("--tokens", choices=("refined", "all"), default="refined", help="tokens to compare (default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="steps; the median counts (default: %(default)s)")
+    add("--threads", type=int, default=2, metavar="N", help="threads of the CPU (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to measure (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of all tensors "
+        "(default: %(default)s)")  # fmt: skip
     flags = parser.parse_args()
     if min([*flags.batch_sizes, *flags.ours_only, 2]) < 2 or min(flags.repeats, flags.threads) < 1:
         parser.error("batch sizes begin at 2, repeats and threads at 1")

@@ -1,16 +1,16 @@
-"""Memory of real SDXL's weights, of full size and random, by what is in a pipeline and how it is offloaded.
+"""Memory of SDXL's weights, random but of real size, by the parts of a pipeline and the way of offloading.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --device cuda
     python benchmarks/memory.py --only swaps
 
-On a GPU, each row is measured: the most that is allocated, activations included, while a prompt of two windows is
-encoded, while one step is denoised, and while a picture is decoded. Without one, weights are counted: a real pipeline
-is built and its encoders are swapped, but nothing runs, and its memory is never written.
+On a GPU, each row is measured: peak memory, activations included, while a prompt of two windows is encoded, while one
+step is denoised, and while a picture is decoded. Without a GPU, weights are counted: a real pipeline is built and its
+encoders are swapped, but nothing runs, and its memory is never written.
 
-A second table holds what a swap costs on the CPU: checkpoints of full size are read from files and take the place of
-text encoders. Each row is measured in a process of its own: by how much the process grew at most, mapped files
-included, and how long `swap_text_encoders` took.
+A second table has the cost of a swap on the CPU: checkpoints of real size are loaded from files and take the place of
+text encoders. Each row is measured in a process of its own: the growth of the process at its peak, mapped files
+included, and the seconds of `swap_text_encoders`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ FULLEST = 'both replaced, `"original"`, adapter'
 
 
 def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
-    """What can be in a pipeline; each is built when it is its turn, with weights that can be computed with if asked."""
+    """Builders of the pipelines by name. Its argument says whether weights are filled, for computing with them."""
     return {
         "stock SDXL": build_pipeline,
         "both encoders stretched": build_swapped,
@@ -73,7 +73,7 @@ def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
 
 
 def build_pipeline(filled: bool, short_prompt_encoder: str = "original") -> FineLIPSDXLPipeline:
-    """Stock SDXL's parts in our pipeline. The miniature's tokenizers do: SDXL's know more words."""
+    """Stock SDXL's parts in our pipeline. The miniature's tokenizers suffice: SDXL's know more words."""
     tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
     special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
     with torch.device("meta"):
@@ -95,7 +95,7 @@ def build_pipeline(filled: bool, short_prompt_encoder: str = "original") -> Fine
 def build_swapped(
     filled: bool, replaced: Collection[str] = (), short_prompt_encoder: str = "original", has_adapter: bool = False
 ) -> FineLIPSDXLPipeline:
-    """With encoders in the place of those that are replaced, as FineLIPs would be, and the others stretched."""
+    """A pipeline with new encoders in place of the `replaced` ones, as FineLIPs would be, and the others stretched."""
     pipe = build_pipeline(filled, short_prompt_encoder)
     finelips = []
     for name in ENCODERS:
@@ -115,7 +115,7 @@ def build_swapped(
 
 
 def materialize(model: nn.Module, filled: bool) -> nn.Module:
-    """Memory for a model that was made on the meta device; unless it is filled, no page of it is touched."""
+    """Give memory to a model on the meta device. Unless it is filled, no page of the memory is touched."""
     nn.Module.to(model, torch.bfloat16).requires_grad_(False).eval().to_empty(device="cpu")
     for module in model.modules():
         if hasattr(module, "position_ids"):
@@ -127,7 +127,7 @@ def materialize(model: nn.Module, filled: bool) -> nn.Module:
 
 
 def offload(pipe: FineLIPSDXLPipeline, how: str, device: str) -> None:
-    """Have a pipeline run on `device` with as much of it elsewhere as `how` says."""
+    """Move a pipeline to `device`, with offloading as `how` says."""
     if how == "none":
         pipe.to(device)
     elif how == "model":
@@ -149,7 +149,7 @@ def total(pipe: FineLIPSDXLPipeline) -> int:
 
 
 def counted(pipe: FineLIPSDXLPipeline, how: str) -> list[int]:
-    """Bytes of weights that are on the accelerator at once, in each phase."""
+    """Most bytes of weights on the accelerator at once, in each phase."""
     encoding = [getattr(pipe, name) for name in (*ENCODERS, "conditioning_adapter")]
     phases = [[part for part in encoding if part is not None], [pipe.unet], [pipe.vae]]
     at_once: dict[str, Callable[[nn.Module], int]] = {
@@ -169,7 +169,7 @@ def _size(modules: Iterable[nn.Module]) -> int:
 
 
 def _largest_block(module: nn.Module) -> int:
-    """What Diffusers keeps of a model when it loads one block at a time: that, and all that is in no list of blocks."""
+    """Bytes on the device when Diffusers loads one block at a time: the largest block, and all parts outside blocks."""
     within = getattr(module, "_group_offload_block_modules", None) or ()
     blocks, others = [0], sum(weight.numel() * weight.element_size() for weight in module.parameters(recurse=False))
     for name, child in module.named_children():
@@ -212,7 +212,7 @@ def write_checkpoints(folder: Path) -> None:
 
 
 def measured_swap(folder: Path, replaced: Collection[str]) -> tuple[float, float]:
-    """Bytes that the process grew at most, and seconds, of a swap of these encoders."""
+    """Growth of the process at its peak, in bytes, and seconds of a swap of these encoders."""
     pipe = build_pipeline(filled=False)
     before, started = _most_memory(), time.perf_counter()
     pipe.swap_text_encoders(*(folder / name if name in replaced else None for name in ENCODERS))
@@ -224,7 +224,7 @@ def _most_memory() -> int:
 
 
 def print_swaps() -> None:
-    """The table of swaps."""
+    """Print the table of swaps."""
     print("\n| swap, bfloat16, on the CPU | files | most memory | seconds |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -242,7 +242,7 @@ def print_swaps() -> None:
 
 @torch.no_grad()
 def measured(pipe: FineLIPSDXLPipeline, how: str, device: str, resolution: int) -> list[int]:
-    """Bytes that a GPU has allocated at most, in each phase."""
+    """Peak memory of a GPU in bytes, in each phase."""
     pipe.set_progress_bar_config(disable=True)
     offload(pipe, how, device)
     peaks = []
@@ -255,15 +255,15 @@ def measured(pipe: FineLIPSDXLPipeline, how: str, device: str, resolution: int) 
         return result
 
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    read = dict(zip(names, run(lambda: pipe.encode_prompt(PROMPT)), strict=True))
+    embeddings = dict(zip(names, run(lambda: pipe.encode_prompt(PROMPT)), strict=True))
     size = {"width": resolution, "height": resolution}
-    latents = run(lambda: pipe(**read, **size, num_inference_steps=1, output_type="latent").images)
+    latents = run(lambda: pipe(**embeddings, **size, num_inference_steps=1, output_type="latent").images)
     run(lambda: pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor))
     return peaks
 
 
 def print_pipelines(device: str, resolution: int) -> None:
-    """The table of pipelines."""
+    """Print the table of pipelines."""
     is_measured = device == "cuda"
     what = "measured, activations included" if is_measured else "weights alone, counted"
     print(
@@ -283,9 +283,17 @@ def print_pipelines(device: str, resolution: int) -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--only", choices=("pipelines", "swaps"), help="print one table (default: both)")
-    flags.add_argument("--resolution", type=int, default=1024, help="of pictures, in pixels (default %(default)s)")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    flags.add_argument("--only", choices=("pipelines", "swaps"), help="table to print (default: both)")
+    flags.add_argument(
+        "--resolution",
+        type=int,
+        default=1024,
+        metavar="PIXELS",
+        help="width and height of pictures (default: %(default)s)",
+    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    text = "device to measure (default: cuda if there is one)"
+    flags.add_argument("--device", choices=("cpu", "cuda"), default=default, help=text)
     arguments = flags.parse_args()
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else None
     print(f"{report_header(device=device)}; GiB")

@@ -1,13 +1,13 @@
-"""Where FineLIP's training buys something: aligned FineLIPs beside stock encoders that were only stretched.
+"""Gains of FineLIP's training: aligned FineLIPs beside aligned stock encoders that were only stretched.
 
     python benchmarks/miniature_alignment.py --json runs/alignment-curves.json --plot docs/miniature-alignment.png
 
-Both are aligned the same way with training/align_adapter.py, as LoRAs, from ever less: fewer steps on images, fewer
+Both are aligned the same way with training/align_adapter.py, as LoRAs, with less and less: fewer steps on images, fewer
 images, smaller ranks, texts alone. Each curve is a table, and a column of the figure: the share of described objects
-that are right on unseen scenes, where stock cuts long captions (the mean is that of plain and linked ones), and on
-short captions, which the same encoders read. Aligned by 0 steps means not aligned.
+that are right on unseen scenes, in the part of long captions that stock cuts (with the mean of plain and linked
+sentences), and in short captions, through the same encoders. Aligned by 0 steps means not aligned.
 
-A run that is in --runs is not trained again, and with --json no row is drawn twice.
+A finished run in --runs is not trained again, and with --json no row is drawn twice.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from benchmarks.miniature_pictures import (
     CUT_BY_STOCK,
     ENCODERS,
     SHORT,
-    Reading,
     Results,
+    Row,
     add_drawing_flags,
     all_samples,
     cell,
@@ -48,25 +48,25 @@ from benchmarks.miniature_pictures import (
 
 @dataclass(frozen=True)
 class Alignment:
-    """What a LoRA is trained with; by default on images alone, so that stage 1 does not make up for what they lack."""
+    """Settings of a LoRA's training; by default on images alone, so that stage 1 does not make up for few images."""
 
     text_steps: int = 0
     image_steps: int = 50
     images: int = 2000
     rank: int = 16
 
-    def reading(self, encoders: str, runs: Path, train_flags: str) -> Reading:
+    def row(self, encoders: str, runs: Path, train_flags: str) -> Row:
         if self.text_steps == self.image_steps == 0:
-            return Reading(f"{encoders}, not aligned", partial(open_unaligned, encoders))
+            return Row(f"{encoders}, not aligned", partial(open_unaligned, encoders))
         flags = f"--text-steps {self.text_steps} --image-steps {self.image_steps}"
         flags += f" --captions miniature:{self.images} --rank {self.rank}"
         run = f"{encoders}-{self.text_steps}-{self.image_steps}-{self.images}-{self.rank}"
         weights = runs / run / "last"
         opens = partial(open_aligned, encoders, "lora", f"{flags} {train_flags}", weights)
-        return Reading(f"{encoders}, {flags}", opens, weights)
+        return Row(f"{encoders}, {flags}", opens, weights)
 
 
-# What each curve varies. They meet in the default, which is trained and drawn once.
+# The setting that each curve varies. All curves contain the default, which is trained and drawn once.
 CURVES = {
     "steps on images": {n: Alignment(image_steps=n) for n in (0, 25, 50, 100)},
     "training images": {n: Alignment(images=n) for n in (50, 200, 2000)},
@@ -74,7 +74,7 @@ CURVES = {
     "steps on texts, no images": {n: Alignment(text_steps=n, image_steps=0) for n in (0, 25, 50)},
 }
 
-# Of each curve and encoders, for each value: counts of `miniature_pictures`, (scenes, columns, 2).
+# By curve, encoders and value: counts of `miniature_pictures`, (scenes, columns, 2).
 Counts = dict[str, dict[str, dict[int, np.ndarray]]]
 
 
@@ -122,23 +122,23 @@ def draw_figure(counts: Counts) -> Figure:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_drawing_flags(flags, scenes=100, runs="runs/alignment-curves")
-    text = f"names of curves (default all): {'; '.join(CURVES)}"
+    text = f"names of curves (default: all): {'; '.join(CURVES)}"
     flags.add_argument("--only", nargs="*", default=list(CURVES), choices=list(CURVES), metavar="CURVE", help=text)
     arguments = flags.parse_args()
 
     results = Results(arguments.json, arguments)
-    readings = {
-        (curve, encoders, value): alignment.reading(encoders, arguments.runs, arguments.train_flags)
+    rows = {
+        (curve, encoders, value): alignment.row(encoders, arguments.runs, arguments.train_flags)
         for curve in arguments.only
         for encoders in ENCODERS
         for value, alignment in CURVES[curve].items()
     }
-    draw_missing(list(readings.values()), results, arguments)
+    draw_missing(list(rows.values()), results, arguments)
     samples = all_samples(arguments.scenes)
     counts: Counts = {curve: {encoders: {} for encoders in ENCODERS} for curve in arguments.only}
-    for (curve, encoders, value), reading in readings.items():
-        counts[curve][encoders][value] = counts_of(reading, results, samples)
-    print(circumstances(results, list(readings.values())))
+    for (curve, encoders, value), row in rows.items():
+        counts[curve][encoders][value] = counts_of(row, results, samples)
+    print(circumstances(results, list(rows.values())))
     print_tables(counts)
     if arguments.plot:
         with written_whole(arguments.plot) as temporary:

@@ -1,21 +1,21 @@
-"""What becomes of a fine-tune whose text encoders get 248 positions: of what it learned, and of what it knew before.
+"""Old and new knowledge of a fine-tune after its text encoders get 248 positions.
 
     python benchmarks/miniature_merging.py
 
-The miniature is fine-tuned on a color that it does not know (training/miniature/finetune.py, into --runs, unless it is
-there already). Then its UNet draws unseen scenes from short and from long captions, as read by
+The miniature is fine-tuned on a new color (training/miniature/finetune.py, into --runs, unless it is there already).
+Then its UNet draws unseen scenes from short and from long captions, encoded by
 
 - the fine-tune as it is, which cuts at 77 tokens;
 - its own encoders, stretched;
-- the miniature's FineLIPs in their place, which never met the new word (`finelip_merge="replace"`);
-- its own encoders with what the FineLIPs have learned added (`finelip_merge="delta"`).
+- the miniature's FineLIPs, which never met the new word, in their place (`finelip_merge="replace"`);
+- its own encoders plus the learned change of the FineLIPs (`finelip_merge="delta"`).
 
 The last row is the miniature before fine-tuning, with its FineLIPs. Prints a table: the share of described objects that
-are right in shape, color and place, those in the new color and all others, each with a 95 % interval (bootstrap over
-scenes). All rows draw from the same noise; all but the first read short captions with the encoders that read long ones.
+are right in shape, color and place, for the new color and for all others, each with a 95 % interval (bootstrap over
+scenes). All rows draw from the same noise; all but the first encode short captions with the long encoders.
 """
 
-# ruff: noqa: E402 (the new color comes before what draws)
+# ruff: noqa: E402 (the new color comes before the drawing code)
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from benchmarks.miniature_pictures import Draw, Sample, cell, draw_samples, draw
 FINELIPS = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
 COLUMNS = tuple(
     f"{text}: {color} color{'s' * (color == 'other')}"
-    for text in ("short", "long, read whole", "long, cut by stock")
+    for text in ("short", "long, kept by stock", "long, cut by stock")
     for color in ("new", "other")
 )
-# Captions of the scenes, and the tokens that they have at most.
+# Writers of captions, with their largest number of tokens.
 KINDS = {"short": (short_caption, STOCK_POSITIONS), "long": (long_caption, 248)}
 
 
-def readings(fine_tune: Path) -> dict[str, Callable[[], Draw]]:
+def table_rows(fine_tune: Path) -> dict[str, Callable[[], Draw]]:
     """The table's rows by name."""
 
     def open_pipeline(base: Path | str, **arguments) -> Draw:
@@ -70,7 +70,7 @@ def readings(fine_tune: Path) -> dict[str, Callable[[], Draw]]:
 
 
 def make_samples(count: int, kind: str) -> list[Sample]:
-    """Captions of scenes that no training saw; those that the new word makes too long are left out."""
+    """Captions of unseen scenes. A caption that the new word makes too long is left out."""
     tokenizer = build_tokenizer(max_length=248)
     write, most = KINDS[kind]
     samples: list[Sample] = []
@@ -99,34 +99,38 @@ def count_right(samples: list[Sample], judged: list[str]) -> np.ndarray:
 
 
 def fine_tune_in(runs: Path, flags: str) -> Path:
-    """The folder of the fine-tune, which is trained if it is not there."""
+    """The folder of the fine-tune. A missing one is trained first."""
     folder = runs / "fine_tune"
     if not (folder / "model_index.json").exists():
         command = [sys.executable, str(TRAINING / "finetune.py"), "--runs", str(runs), *flags.split()]
         if subprocess.run(command).returncode:
-            sys.exit(f"This training failed (what it said is above): {' '.join(command[1:])}")
+            sys.exit(f"This training failed (see its messages above): {' '.join(command[1:])}")
     return folder
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--scenes", type=positive, default=100, help="unseen scenes (default %(default)s)")
-    flags.add_argument("--steps", type=positive, default=20, help="Euler steps (default %(default)s)")
-    flags.add_argument("--guidance-scale", type=float, default=3.0, help="(default %(default)s)")
-    flags.add_argument("--runs", type=Path, default=Path("runs/finetune"), help="(default %(default)s)")
-    text = "further ones of training/miniature/finetune.py; a fine-tune that is there is not trained again"
+    flags.add_argument(
+        "--scenes", type=positive, default=100, metavar="N", help="number of scenes (default: %(default)s)"
+    )
+    flags.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (default: %(default)s)")
+    text = "classifier-free guidance (default: %(default)s)"
+    flags.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help=text)
+    text = "folder of the fine-tune (default: %(default)s)"
+    flags.add_argument("--runs", type=Path, default=Path("runs/finetune"), metavar="FOLDER", help=text)
+    text = "further flags of training/miniature/finetune.py; a finished fine-tune is not trained again"
     flags.add_argument("--train-flags", default="", metavar="FLAGS", help=text)
     arguments = flags.parse_args()
 
     fine_tune = fine_tune_in(arguments.runs, arguments.train_flags)
-    logging.set_verbosity_error()  # stock would repeat all that it cuts
+    logging.set_verbosity_error()  # stock would repeat all cut text
     samples = {kind: make_samples(arguments.scenes, kind) for kind in KINDS}
     setting = f"{arguments.scenes} scenes, {arguments.steps} steps, guidance {arguments.guidance_scale}"
     print(f"{report_header()}; {setting}", end="\n\n")
-    print("| read by |", " | ".join(COLUMNS), "|")
+    print("| encoded by |", " | ".join(COLUMNS), "|")
     print("|---" * (len(COLUMNS) + 1) + "|", flush=True)
-    for name, open_reading in readings(fine_tune).items():
-        draw = open_reading()
+    for name, open_row in table_rows(fine_tune).items():
+        draw = open_row()
         counts = np.zeros((arguments.scenes, len(COLUMNS), 2))
         for kind, of_kind in samples.items():
             images = draw_samples(draw, of_kind, arguments.steps, arguments.guidance_scale, f"{name} ({kind})")

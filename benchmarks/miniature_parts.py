@@ -1,10 +1,10 @@
-"""How good the miniature's parts are by themselves, on unseen scenes.
+"""Quality of the miniature's single parts, on unseen scenes.
 
     python benchmarks/miniature_parts.py
 
-Prints how long one picture takes, and two tables: what the scorer makes of clean renderings and of those that went
-through the VAE, with the width of their edges, and what a linear probe reads of each text encoder's penultimate states at the ends of the sentences
-about objects, in short captions.
+Prints the seconds of one picture, and two tables: the scorer's results on clean renderings and on renderings after the
+VAE, with the width of their edges, and the results of a linear probe of each text encoder's penultimate states at the
+ends of the sentences about objects, in short captions.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def states_and_labels(
 
 
 def fit_probe(states: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.nn.Linear:
-    """Multinomial logistic regression with a little weight decay, from zero: the same states give the same probe."""
+    """Multinomial logistic regression with a little weight decay, from zero: the same states lead to the same probe."""
     with torch.enable_grad():
         probe = torch.nn.Linear(states.shape[1], classes)
         for parameter in probe.parameters():
@@ -136,7 +136,7 @@ def time_picture(pipe: StableDiffusionXLPipeline) -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
+    flags.add_argument("--scenes", type=int, default=500, metavar="N", help="number of scenes (default: %(default)s)")
     arguments = flags.parse_args()
     pipe = StableDiffusionXLPipeline.from_pretrained(miniature_path())
     print(f"{report_header()}; {arguments.scenes} scenes")

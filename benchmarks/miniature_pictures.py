@@ -1,7 +1,7 @@
-"""What the miniature's benchmarks share: unseen scenes drawn from their captions by one way of reading them or another,
-what is right in the pictures, and a file that remembers it.
+"""Shared parts of the miniature's benchmarks: rows of a table that encode captions in different ways and draw unseen
+scenes from them, the score of the pictures, and a file of results.
 
-All readings draw from the same noise. Counts are arrays (scenes, columns, 2): right and described objects.
+All rows draw from the same noise. Counts are arrays (scenes, columns, 2): right and described objects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
-from finelip_sdxl.miniature.scoring import score_picture
+from finelip_sdxl.miniature.scoring import ObjectScore, score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import Scene, make_scene
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -38,13 +38,13 @@ BATCH_SIZE = 25
 COLUMNS = (
     "short: plain",
     "short: linked",
-    "long, read whole: plain",
-    "long, read whole: linked",
+    "long, kept by stock: plain",
+    "long, kept by stock: linked",
     "long, cut by stock: plain",
     "long, cut by stock: linked",
 )
 CUT_BY_STOCK, SHORT = slice(4, 6), slice(0, 2)  # columns
-# The two pairs of encoders that read 248 positions: trained, and the stock ones stretched.
+# Two pairs of encoders of 248 positions: trained ones, and stretched stock ones.
 ENCODERS = {
     "FineLIP": ("miniature-finelip-1", "miniature-finelip-2"),
     "stretched": ("miniature-clip-1", "miniature-clip-2"),
@@ -52,19 +52,19 @@ ENCODERS = {
 
 COLORS = {"FineLIP": "tab:blue", "stretched": "tab:orange", "stock": "0.5"}
 
-# Pictures of a batch of captions, from the keyword arguments that every reading shares (steps, guidance, seeds).
+# Pictures of a batch of captions, from the keyword arguments that all rows share (steps, guidance, seeds).
 Draw = Callable[..., list[Image.Image]]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A way of reading captions.
+class Row:
+    """A row of a table: one way to encode captions.
 
     Attributes:
-        name: in tables and in the file of results.
-        open: loads (and, if need be, first trains) what draws captions that are read so.
+        name: its name in tables and in the file of results.
+        open: loads (and, if need be, first trains) the models, and returns their drawing function.
         weights: the folder that `open` loads, if it was trained here.
-        kinds: of captions that it draws.
+        kinds: kinds of captions to draw.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Reading:
     kinds: tuple[str, ...] = ("short", "long")
 
 
-# Readings
+# Rows
 
 
 def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
@@ -82,7 +82,7 @@ def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
 
 
 def open_unaligned(encoders: str, **options: Any) -> Draw:
-    """Encoders of 248 positions, for short captions too, as they are."""
+    """Drawing with unaligned encoders of 248 positions, for short captions too."""
     finelip, finelip_2 = ENCODERS[encoders]
     return draw_with(
         FineLIPSDXLPipeline.from_pretrained(
@@ -97,7 +97,7 @@ def open_unaligned(encoders: str, **options: Any) -> Draw:
 
 
 def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
-    """The same, aligned by training/align_adapter.py with these flags, unless the run of `weights` is there."""
+    """Drawing with encoders aligned by training/align_adapter.py. A missing run of `weights` is trained first."""
     run = weights.parent
     if not (run / "last").exists():
         finelip, finelip_2 = ENCODERS[encoders]
@@ -124,10 +124,10 @@ def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
 def train(flags: str, run: Path) -> None:
     script = Path(__file__).parent.parent / "training" / "align_adapter.py"
     command = [sys.executable, str(script), "--base", "miniature", "--output-dir", str(run), "--validate-every", "0"]
-    # What stage 2 encodes first is the same for many runs.
+    # Many runs share the latents and states of stage 2.
     command += ["--precomputed", str(run.parent / "precomputed"), *flags.split()]
     if subprocess.run(command).returncode:
-        sys.exit(f"This training failed (what it said is above): {' '.join(command[1:])}")
+        sys.exit(f"This training failed (see its messages above): {' '.join(command[1:])}")
 
 
 # Pictures and their scores
@@ -142,7 +142,7 @@ class Sample:
 
     @property
     def columns(self) -> list[int]:
-        """Where each described object is counted. The last token that stock reads is the end token."""
+        """The column of each described object. Stock's last token is the end token."""
         return [
             (mention.kind == "linked") + 2 * (self.kind == "long") + 2 * (end >= STOCK_POSITIONS - 1)
             for mention, end in zip(self.caption.described, self.ends, strict=True)
@@ -150,7 +150,7 @@ class Sample:
 
 
 def make_samples(count: int, kind: str) -> list[Sample]:
-    """Captions of scenes that no training saw."""
+    """Captions of unseen scenes."""
     tokenizer = build_tokenizer(max_length=248)
     write = short_caption if kind == "short" else long_caption
     samples = []
@@ -172,12 +172,15 @@ def draw_samples(draw: Draw, samples: list[Sample], steps: int, guidance_scale: 
     return images
 
 
-def judge(samples: list[Sample], images: list[Image.Image]) -> list[str]:
-    """For each sample a digit for each described object: 1 if it is right in shape, color and place."""
+def judge(
+    samples: list[Sample], images: list[Image.Image], passes: Callable[[ObjectScore], bool] = lambda score: score.right
+) -> list[str]:
+    """For each sample a digit for each described object: 1 if its score passes; by default if it is right in shape,
+    color and place."""
     judged = []
     for sample, image in zip(samples, images, strict=True):
         scores = score_picture(image, sample.scene)
-        judged.append("".join(str(int(scores[mention.index].right)) for mention in sample.caption.described))
+        judged.append("".join(str(int(passes(scores[mention.index]))) for mention in sample.caption.described))
     return judged
 
 
@@ -191,7 +194,7 @@ def count_right(samples: list[Sample], judged: list[str]) -> np.ndarray:
 
 
 def percent(counts: np.ndarray) -> np.ndarray:
-    """Right of described objects in percent, NaN where there are none; (…, columns, 2) to (…, columns)."""
+    """Share of right objects in percent, NaN without objects; (…, columns, 2) to (…, columns)."""
     with np.errstate(invalid="ignore"):
         return 100 * counts[..., 0] / counts[..., 1]
 
@@ -208,12 +211,12 @@ def cell(figure: Sequence[float]) -> str:
     share, low, high = figure
     if np.isnan(share):
         return "–"
-    # Of so few that a bootstrap sample had none, there is no interval.
+    # If a bootstrap sample has no object, there is no interval.
     return f"{share:.1f}" if np.isnan(low) else f"{share:.1f} ({low:.1f}–{high:.1f})"
 
 
 def scale_shares(panel: Axes) -> None:
-    """An axis from 0 to 100 % that shows shares near 100 apart: even in the square root of what is wrong."""
+    """An axis from 0 to 100 % that shows shares near 100 apart: even in the square root of the wrong share."""
     panel.set_yscale("function", functions=(lambda y: -np.sqrt(100 - np.minimum(y, 100)), lambda y: 100 - np.square(y)))
     panel.set(ylim=(0, 100), yticks=(0, 20, 40, 60, 80, 90, 95, 99, 100))
     panel.grid(alpha=0.3)
@@ -223,11 +226,11 @@ def scale_shares(panel: Axes) -> None:
 
 
 class Results:
-    """What was right in the pictures that were drawn, in a file if there is one, so that no row is drawn twice.
+    """Scores of the drawn pictures, kept in a file if one is named, so that no row is drawn twice.
 
     Args:
-        file: need not exist; None for none.
-        arguments: results of other numbers of scenes or steps, or another guidance, are kept apart.
+        file: JSON file, which need not exist; None for none.
+        arguments: scenes, steps and guidance. Results of other settings are kept apart.
     """
 
     def __init__(self, file: Path | None, arguments: argparse.Namespace) -> None:
@@ -235,23 +238,22 @@ class Results:
         self.setting = f"{arguments.scenes} scenes, {arguments.steps} steps, guidance {arguments.guidance_scale}"
         self.entries: dict[str, dict[str, Any]] = self._read().get(self.setting, {})
 
-    def find(self, reading: Reading, kind: str) -> dict[str, Any] | None:
-        """A result; None if there is none, or it is of other weights or older than they are."""
-        entry = self.entries.get(f"{reading.name} ({kind})")
-        weights = reading.weights
+    def find(self, row: Row, kind: str) -> dict[str, Any] | None:
+        """A result, or None if it is missing, of other weights, or older than the weights."""
+        entry = self.entries.get(f"{row.name} ({kind})")
+        weights = row.weights
         if entry is None or entry["weights"] != (weights and str(weights)):
             return None
         return None if weights and weights.exists() and weights.stat().st_mtime > entry["time"] else entry
 
-    def add(
-        self, reading: Reading, kind: str, samples: list[Sample], images: list[Image.Image], started: float
-    ) -> None:
-        name = f"{reading.name} ({kind})"
+    def add(self, row: Row, kind: str, samples: list[Sample], images: list[Image.Image], started: float) -> None:
+        name = f"{row.name} ({kind})"
         self.entries[name] = {
-            "weights": reading.weights and str(reading.weights),
+            "weights": row.weights and str(row.weights),
             "time": started,
             "seconds": round(time.time() - started),
             "right": judge(samples, images),
+            "right_and_clean": judge(samples, images, lambda score: score.right and score.clean),
             "right_by_chance": judge(samples, images[1:] + images[:1]),  # pictures of the next scene
             "pictures": [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images],
         }
@@ -266,7 +268,7 @@ class Results:
             return {}
         try:
             everything = json.loads(self.file.read_text())
-            # Fails where the file is JSON, but none of ours.
+            # Fails if the file is JSON, but no file of results.
             for entries in everything.values():
                 entries.values()
         except (ValueError, AttributeError) as error:
@@ -274,32 +276,32 @@ class Results:
         return everything
 
 
-def draw_missing(readings: list[Reading], results: Results, arguments: argparse.Namespace) -> None:
-    """Draw, score and remember what `results` lacks."""
+def draw_missing(rows: list[Row], results: Results, arguments: argparse.Namespace) -> None:
+    """Draw, score and save the rows that `results` lacks."""
     samples = all_samples(arguments.scenes)
-    for reading in readings:
-        missing = [kind for kind in reading.kinds if results.find(reading, kind) is None]
-        draw = reading.open() if missing else None
+    for row in rows:
+        missing = [kind for kind in row.kinds if results.find(row, kind) is None]
+        draw = row.open() if missing else None
         for kind in missing:
             started = time.time()
-            name = f"{reading.name} ({kind})"
+            name = f"{row.name} ({kind})"
             images = draw_samples(draw, samples[kind], arguments.steps, arguments.guidance_scale, name)
-            results.add(reading, kind, samples[kind], images, started)
+            results.add(row, kind, samples[kind], images, started)
 
 
 def all_samples(count: int) -> dict[str, list[Sample]]:
     return {kind: make_samples(count, kind) for kind in ("short", "long")}
 
 
-def counts_of(reading: Reading, results: Results, samples: dict[str, list[Sample]], what: str = "right") -> np.ndarray:
-    """Counts of a reading's short and long captions together; scenes × columns × 2."""
-    found = {kind: results.find(reading, kind) for kind in reading.kinds}
+def counts_of(row: Row, results: Results, samples: dict[str, list[Sample]], what: str = "right") -> np.ndarray:
+    """Counts of a row's short and long captions together; (scenes, columns, 2)."""
+    found = {kind: results.find(row, kind) for kind in row.kinds}
     return sum(count_right(samples[kind], entry[what]) for kind, entry in found.items() if entry is not None)
 
 
-def circumstances(results: Results, readings: list[Reading]) -> str:
-    """When, where and how the rows of a table were drawn."""
-    entries = [results.find(reading, kind) for reading in readings for kind in reading.kinds]
+def circumstances(results: Results, rows: list[Row]) -> str:
+    """Date, machine and settings of a table's rows."""
+    entries = [results.find(row, kind) for row in rows for kind in row.kinds]
     days = sorted({date.fromtimestamp(entry["time"]).isoformat() for entry in entries if entry is not None})
     drawn = " to ".join(dict.fromkeys((days[0], days[-1])))
     seconds = sum(entry["seconds"] for entry in entries if entry is not None)
@@ -310,19 +312,18 @@ def circumstances(results: Results, readings: list[Reading]) -> str:
 
 
 def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
-    flags.add_argument("--scenes", type=positive, default=scenes, help="unseen scenes (default %(default)s)")
-    flags.add_argument("--steps", type=positive, default=20, help="Euler steps (default %(default)s)")
-    flags.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default %(default)s)"
-    )
-    flags.add_argument(
-        "--runs", type=Path, default=Path(runs), help="folder of the trained weights (default %(default)s)"
-    )
-    text = "further ones of training/align_adapter.py; a run that is there is not trained again"
+    text = "number of unseen scenes (default: %(default)s)"
+    flags.add_argument("--scenes", type=positive, default=scenes, metavar="N", help=text)
+    flags.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (default: %(default)s)")
+    text = "classifier-free guidance (default: %(default)s)"
+    flags.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help=text)
+    text = "folder of the trained weights (default: %(default)s)"
+    flags.add_argument("--runs", type=Path, default=Path(runs), metavar="FOLDER", help=text)
+    text = "further flags of training/align_adapter.py; a finished run is not trained again"
     flags.add_argument("--train-flags", default="", metavar="FLAGS", help=text)
-    text = "results, kept here after each row: what is in it is not drawn again (delete it after a change of code)"
+    text = "file of results, written after each row; its rows are not drawn again (delete it after a change of code)"
     flags.add_argument("--json", type=writable, metavar="FILE", help=text)
-    flags.add_argument("--plot", type=writable, metavar="PNG", help="also draw the figure")
+    flags.add_argument("--plot", type=writable, metavar="PNG", help="file for the figure")
 
 
 def positive(text: str) -> int:
@@ -332,7 +333,7 @@ def positive(text: str) -> int:
 
 
 def writable(text: str) -> Path:
-    """A file in a folder that is there: to be known before hours of drawing."""
+    """A file in an existing folder, checked before hours of drawing."""
     file = Path(text)
     if file.is_dir() or not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not the name of a file in a folder that exists")

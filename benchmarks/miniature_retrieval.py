@@ -1,12 +1,12 @@
-"""What FineLIP's training buys on the miniature world: retrieval of long captions, and what the states know.
+"""Gains of FineLIP's training on the miniature world: retrieval of long captions, and knowledge in the states.
 
     python benchmarks/miniature_retrieval.py
 
-Trains each row of the table with training/train_finelip.py, once for each seed, into --runs (a run that is there is not
-trained again), and evaluates on scenes that no training saw, in families of five that share the four objects which
-their captions name first: 77 tokens do not tell such siblings apart. A linear probe of the penultimate states, which
-SDXL reads, says how often the color of linked objects past token 77 is known where two or more colors were named
-before; and short captions' states are held against stock's.
+Trains each row of the table with training/train_finelip.py, once for each seed, into --runs (a finished run is not
+trained again). It evaluates on unseen scenes in families of five. Siblings share the first four objects of their
+captions, so 77 tokens do not tell them apart. A linear probe of the penultimate states, which SDXL's UNet gets, finds
+how often the color of a linked object past token 77 is known if two or more colors were named before. Last, the states
+of short captions are compared with stock's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from benchmarks.miniature_parts import fit_probe
 BASE = "miniature-clip-1"
 NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --distillation-weight 0"
 AUGMENTED = "--drop-first 0.5 --sample-sentences 0.3 --prefix-padding 16"
-# Rows that are trained here, by the training script's flags; what no flag says is its default for the miniature.
+# Rows that are trained here, with flags of the training script. All other flags have the miniature's defaults.
 TRAINED = {
     "stretched, contrastive loss": f"{NOTHING_ELSE} --triplet-weight 0 --contrastive-weight 1",
     "FineLIP, the paper's loss": NOTHING_ELSE,
@@ -49,7 +49,7 @@ TRAINED = {
 
 
 def models(arguments: argparse.Namespace) -> dict[str, tuple[str, list[Callable[[], FineLIPModel]]]]:
-    """Rows of the table by name: the CLIP that they were made from, and what gives the model of each seed."""
+    """Rows of the table by name: the CLIP that they come from, and a loader of each seed's model."""
     rows = {
         "stock, cut at 77": (BASE, [lambda: load_finelip(BASE, factor=1)]),
         "stretched, not trained": (BASE, [lambda: load_finelip(BASE)]),
@@ -71,7 +71,7 @@ def models(arguments: argparse.Namespace) -> dict[str, tuple[str, list[Callable[
 
 
 def trained(flags: str, folder: Path) -> FineLIPModel:
-    """The model of a run, which is trained if it is not there."""
+    """The model of a run. A missing run is trained first."""
     if not (folder / "last").exists():
         train(f"--base {BASE} --eval-data none {flags}", folder)
     return load_finelip(folder / "last")
@@ -91,7 +91,7 @@ def penultimate_states(model: FineLIPModel, input_ids: torch.Tensor) -> torch.Te
 def late_hard_links(
     model: FineLIPModel, tokenizer: CLIPTokenizer, data: MiniatureScenes
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """States at the ends of sentences past token 77 that link to one of two or more colors; and the colors."""
+    """States at the ends of sentences past token 77 that link to one of two or more colors, and the colors."""
     captions = [data.caption(index) for index in range(len(data))]
     encoding = tokenizer([caption.text for caption in captions], padding=True, return_tensors="pt")
     states = penultimate_states(model, encoding.input_ids)
@@ -106,7 +106,7 @@ def late_hard_links(
 
 
 def probe_links(model: FineLIPModel, tokenizer: CLIPTokenizer, size: int) -> float:
-    """How often the probe is right on unseen scenes."""
+    """Share of right answers of the probe on unseen scenes."""
     states, colors = late_hard_links(model, tokenizer, MiniatureScenes("probe", 4 * size))
     scale = states.std(dim=0)
     probe = fit_probe(states / scale, colors, len(COLORS))
@@ -115,7 +115,7 @@ def probe_links(model: FineLIPModel, tokenizer: CLIPTokenizer, size: int) -> flo
 
 
 def short_error(model: FineLIPModel, base: FineLIPModel, tokenizer: CLIPTokenizer, size: int) -> float:
-    """Squared error of short captions' states over stock's squared norm, a mean over tokens."""
+    """Squared error of short captions' states relative to stock's squared norm, over all tokens."""
     data = MiniatureScenes("test", size)
     input_ids = tokenize(tokenizer, [data.short_caption(index) for index in range(size)])
     target = penultimate_states(base, input_ids)
@@ -141,11 +141,14 @@ def evaluate(model: FineLIPModel, base: str, size: int) -> dict[str, float]:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--runs", type=Path, default=Path("runs/retrieval"), help="folder of the trained models")
-    flags.add_argument("--seeds", type=int, default=3, help="runs of each trained row (default 3)")
-    flags.add_argument("--scenes", type=int, default=500, help="unseen scenes (default 500)")
-    flags.add_argument("--train-flags", default="", metavar="FLAGS", help="further ones for each training")
-    flags.add_argument("--only", nargs="*", default=[], help="names of the rows to print (default all)")
+    text = "folder of the trained models (default: %(default)s)"
+    flags.add_argument("--runs", type=Path, default=Path("runs/retrieval"), metavar="FOLDER", help=text)
+    flags.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="runs of each trained row (default: %(default)s)"
+    )
+    flags.add_argument("--scenes", type=int, default=500, metavar="N", help="number of scenes (default: %(default)s)")
+    flags.add_argument("--train-flags", default="", metavar="FLAGS", help="further flags of train_finelip.py")
+    flags.add_argument("--only", nargs="*", default=[], metavar="ROW", help="names of the rows to print (default: all)")
     arguments = flags.parse_args()
     print(f"{report_header()}; {arguments.scenes} unseen scenes, {arguments.seeds} seeds\n")
 
@@ -161,7 +164,7 @@ def main() -> None:
 
 
 def cell(values: list[float | None], digits: int) -> str:
-    """The mean over seeds, and from the least to the largest."""
+    """The mean over seeds, and the smallest and largest value."""
     if None in values:
         return "–"
     text = f"{np.mean(values):.{digits}f}"

@@ -1,15 +1,15 @@
-"""How much of a prompt each way of reading it brings into the picture, on unseen scenes of the miniature world.
+"""Share of a prompt that each way of encoding brings into the picture, on unseen scenes of the miniature world.
 
     python benchmarks/miniature_story.py --json runs/story.json --plot docs/miniature-story-positions.png
 
-Prints a table: the share of described objects that are right in shape, color and place, apart by short and long
-captions, by plain and linked sentences, and by whether stock's 77 tokens hold the sentence whole, each with a 95 %
-interval (bootstrap over scenes). All rows draw from the same noise; all but stock, compel and the default read short
-captions with the encoders that read long ones. Chance is what pictures score against another scene.
+Prints a table: the share of described objects that are right in shape, color and place, apart for short and long
+captions, for plain and linked sentences, and for sentences that stock's 77 tokens keep whole or cut. Each has a 95 %
+interval (bootstrap over scenes). All rows draw from the same noise; all but stock, compel and the default encode short
+captions with the long encoders. Chance is the score of pictures against another scene.
 
-Rows of aligned encoders are trained with training/align_adapter.py into --runs (a run that is there is not trained
-again); one run of both stages makes two rows. With --json a stopped benchmark goes on where it was, and rows can be
-drawn in several calls (--only), also at the same time.
+Rows of aligned encoders are trained with training/align_adapter.py into --runs (a finished run is not trained again);
+one run of both stages makes two rows. With --json a stopped benchmark goes on, and rows can be drawn in several calls
+(--only), also at the same time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from benchmarks.miniature_pictures import (
     COLORS,
     COLUMNS,
     Draw,
-    Reading,
     Results,
+    Row,
     Sample,
     add_drawing_flags,
     all_samples,
@@ -60,49 +60,49 @@ from benchmarks.miniature_pictures import (
 )
 
 STOCK, DEFAULT = "stock, cut at 77", "FineLIP-SDXL's default"
-# What is trained here, by the name of its run: encoders, and the method of training/align_adapter.py.
+# Runs of training by name: encoders, and the method of training/align_adapter.py.
 RUNS = {
     "adapter": ("FineLIP", "adapter"),
     "lora": ("FineLIP", "lora"),
     "stretched-adapter": ("stretched", "adapter"),
     "stretched-lora": ("stretched", "lora"),
 }
-# The folders of a run, and what they were trained on.
+# The folders of a run, with the data of their training.
 STAGES = {"after-text": "text", "last": "text and images"}
 METHODS = {"adapter": "adapter", "lora": "LoRA"}
 
 SHEET_COLUMNS = 6
-# The figure. Of fewer objects a share says nothing.
+# The figure. A share of fewer objects says nothing.
 BINS, BIN_TOKENS, LEAST_OBJECTS = 10, 25, 10
 MARKERS = {"adapter": "o", "LoRA": "s", "compel": "x", "published": "v", "": "."}
 
 
-def readings(runs: Path, train_flags: str = "") -> dict[str, Reading]:
+def table_rows(runs: Path, train_flags: str = "") -> dict[str, Row]:
     """The table's rows by name."""
     rows = [
-        Reading(STOCK, lambda: draw_with(load_stock())),
-        Reading(DEFAULT, lambda: draw_with(FineLIPSDXLPipeline.from_pretrained("miniature")), kinds=("short",)),
-        Reading("compel, windows of 77", open_windows),
-        Reading("stretched, not aligned", partial(open_unaligned, "stretched")),
+        Row(STOCK, lambda: draw_with(load_stock())),
+        Row(DEFAULT, lambda: draw_with(FineLIPSDXLPipeline.from_pretrained("miniature")), kinds=("short",)),
+        Row("compel, windows of 77", open_windows),
+        Row("stretched, not aligned", partial(open_unaligned, "stretched")),
         *aligned("stretched", runs, train_flags),
-        Reading("FineLIP, published states", partial(open_unaligned, "FineLIP", hidden_states="last")),
-        Reading("FineLIP, not aligned", partial(open_unaligned, "FineLIP")),
+        Row("FineLIP, published states", partial(open_unaligned, "FineLIP", hidden_states="last")),
+        Row("FineLIP, not aligned", partial(open_unaligned, "FineLIP")),
         *aligned("FineLIP", runs, train_flags),
     ]
     return {row.name: row for row in rows}
 
 
-def aligned(of: str, runs: Path, train_flags: str) -> Iterator[Reading]:
+def aligned(of: str, runs: Path, train_flags: str) -> Iterator[Row]:
     for run, (encoders, method) in RUNS.items():
         for folder, stages in STAGES.items():
             weights = runs / run / folder
             opens = partial(open_aligned, encoders, method, train_flags, weights)
             if encoders == of:
-                yield Reading(f"{encoders} + {METHODS[method]}, {stages}", opens, weights)
+                yield Row(f"{encoders} + {METHODS[method]}, {stages}", opens, weights)
 
 
 def load_stock() -> StableDiffusionXLPipeline:
-    logging.set_verbosity_error()  # it would repeat all that it cuts
+    logging.set_verbosity_error()  # it would repeat all cut text
     return StableDiffusionXLPipeline.from_pretrained(miniature_path())
 
 
@@ -111,8 +111,8 @@ def open_windows() -> Draw:
     windows, draw = CompelForSDXL(stock), draw_with(stock)
 
     def draw_windows(texts: list[str], **arguments) -> list[Image.Image]:
-        read = windows(texts)
-        return draw(None, prompt_embeds=read.embeds, pooled_prompt_embeds=read.pooled_embeds, **arguments)
+        found = windows(texts)
+        return draw(None, prompt_embeds=found.embeds, pooled_prompt_embeds=found.pooled_embeds, **arguments)
 
     return draw_windows
 
@@ -120,31 +120,40 @@ def open_windows() -> Draw:
 # The table
 
 
-def print_table(rows: list[Reading], results: Results, samples: dict[str, list[Sample]]) -> None:
+def print_table(rows: list[Row], results: Results, samples: dict[str, list[Sample]]) -> None:
     print(circumstances(results, rows), end="\n\n")
-    print("| read by |", " | ".join(COLUMNS), "|")
-    print("|---" * (len(COLUMNS) + 1) + "|")
-    counts = {row.name: counts_of(row, results, samples) for row in rows}
+    print("| encoded by |", " | ".join((*COLUMNS, "clean, of the right ones")), "|")
+    print("|---" * (len(COLUMNS) + 2) + "|")
     for row in rows:
-        if row.name == STOCK:
-            counts["chance"] = counts_of(row, results, samples, "right_by_chance")
-    for name, found in counts.items():
-        print(f"| {name} |", " | ".join(map(cell, with_interval(found))), "|")
+        counts = counts_of(row, results, samples)
+        clean = counts_of(row, results, samples, "right_and_clean")
+        print_row(row.name, counts, clean)
+    if STOCK in (row.name for row in rows):
+        by_chance = counts_of(next(row for row in rows if row.name == STOCK), results, samples, "right_by_chance")
+        print_row("chance", by_chance, np.zeros_like(by_chance))
     pictures = [results.find(row, "short")["pictures"] for row in rows if row.name in (STOCK, DEFAULT)]
     if len(pictures) == 2:
         equal = sum(a == b for a, b in zip(*pictures, strict=True))
         print(f"\nShort captions: {equal} of {len(pictures[0])} default pictures equal stock's bit for bit.")
 
 
+def print_row(name: str, counts: np.ndarray, clean: np.ndarray) -> None:
+    """A row of the table, from its counts and from those of clean objects; both (scenes, columns, 2)."""
+    of_right = np.stack([clean[..., 0].sum(axis=1), counts[..., 0].sum(axis=1)], axis=-1)[:, None]
+    if not clean.any():
+        of_right[:] = 0  # no share
+    print(f"| {name} |", " | ".join(map(cell, with_interval(np.concatenate([counts, of_right], axis=1)))), "|")
+
+
 # The figure
 
 
 def counts_by_position(samples: list[Sample], judged: list[str]) -> np.ndarray:
-    """Right and described objects by plain or linked and by the position of the sentence's end; (2, bins, 2)."""
+    """Right and described objects, plain and linked, by the position of the sentence's end; (2, bins, 2)."""
     counts = np.zeros((2, BINS, 2))
     for sample, digits in zip(samples, judged, strict=True):
         for mention, end, digit in zip(sample.caption.described, sample.ends, digits, strict=True):
-            # After the start token, three bins hold just what stock reads.
+            # After the start token, three bins hold exactly stock's tokens.
             counts[int(mention.kind == "linked"), (end - 1) // BIN_TOKENS] += int(digit), 1
     return counts
 
@@ -160,7 +169,7 @@ def style(name: str) -> dict[str, str]:
 
 
 def draw_figure(counts: dict[str, np.ndarray]) -> Figure:
-    """Of `counts_by_position` for each reading."""
+    """A figure of `counts_by_position` for each row."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     middles = (np.arange(BINS) + 0.5) * BIN_TOKENS + 0.5
@@ -181,7 +190,7 @@ def draw_figure(counts: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """The described scenes above what each reading made of their captions, twice as large."""
+    """The described scenes, and below them each row's pictures of their captions, twice as large."""
     rows = {"the scene": [draw_scene(sample.scene) for sample in samples], **rows}
     size, label, gap = 2 * IMAGE_SIZE, 28, 8
     sheet = Image.new("RGB", (len(samples) * (size + gap) - gap, len(rows) * (size + label + gap) - gap), "white")
@@ -197,15 +206,15 @@ def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Ima
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_drawing_flags(flags, scenes=500, runs="runs/alignment")
-    names = list(readings(Path()))
-    text = f"names of rows (default all): {'; '.join(names)}"
+    names = list(table_rows(Path()))
+    text = f"names of rows (default: all): {'; '.join(names)}"
     flags.add_argument("--only", nargs="*", default=names, choices=names, metavar="ROW", help=text)
-    text = "also write a PNG here: the first scenes, a row for each reading of their long captions"
+    text = "file for pictures of the first scenes, with a row for each way of encoding their long captions"
     flags.add_argument("--sheet", type=writable, metavar="PNG", help=text)
     arguments = flags.parse_args()
 
     results = Results(arguments.json, arguments)
-    rows = [row for name, row in readings(arguments.runs, arguments.train_flags).items() if name in arguments.only]
+    rows = [row for name, row in table_rows(arguments.runs, arguments.train_flags).items() if name in arguments.only]
     draw_missing(rows, results, arguments)
     samples = all_samples(arguments.scenes)
     print_table(rows, results, samples)
@@ -216,7 +225,7 @@ def main() -> None:
         with written_whole(arguments.plot) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
     if arguments.sheet:
-        # A batch as it was drawn for the table: in another, pictures differ in their last bits.
+        # The same batch as for the table: in another batch, pictures differ in their last bits.
         batch = samples["long"][:BATCH_SIZE]
         images = {
             row.name: draw_samples(row.open(), batch, arguments.steps, arguments.guidance_scale, f"{row.name} (sheet)")

@@ -1,6 +1,6 @@
 """Late interaction written naively, in the manner of the published code: one caption after the other.
 
-What `clim.py` measures ours against, and what the tests compare it with.
+The opponent of the package's own way in `clim.py`, and its oracle in the tests.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from finelip_sdxl.console import quiet_transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-MAX_UPLOAD = "32mb"  # more than a PNG of this page has
+MAX_UPLOAD = "32mb"  # more than any PNG of this page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
-    """Load, and open the page; `wait` stays until somebody presses Ctrl+C. Files go to `folder`."""
-    # Before Gradio is imported, which would send figures of use to its makers.
+    """Load the models and open the page. Files go to `folder`. With `wait` this returns after Ctrl+C."""
+    # Before Gradio is imported: it would send usage figures to its makers.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     device, dtype = device_and_dtype(options)
@@ -57,7 +57,7 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
     page = build_page(comparison, folder / "pictures", options.max_side)
     bypass_proxy(options.host)
     try:
-        # Closed: what is posted past the queue would draw beside those who wait for their turn.
+        # Closed: a request past the queue would draw beside those who wait for their turn.
         page.queue(max_size=options.max_waiting, api_open=False).launch(
             server_name=options.host,
             server_port=options.port,
@@ -80,11 +80,11 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
 
 
 def bypass_proxy(host: str) -> None:
-    """Have this process ask itself directly, as Gradio does to see whether the page is up, whatever proxy is set."""
+    """Exempt this host from any proxy: Gradio asks its own page whether it is up."""
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = [*given.split(","), "localhost", "127.0.0.1", "::1", host]
     direct = dict.fromkeys(name.strip() for name in hosts if name.strip())
-    # Some programs read the one, some the other.
+    # Some programs look at one name, some at the other.
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(direct)
 
 
@@ -96,14 +96,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_refiner(parser)
     group = parser.add_argument_group("the page")
     add = group.add_argument
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on; 0.0.0.0 lets other machines in (default: "
-        "%(default)s)")  # fmt: skip
-    add("--port", type=_port, metavar="N", help="to listen on (default: the first free one from 7860 on)")
-    add("--share", action="store_true", help="also a public address, through Gradio's servers")
-    add("--max-side", type=count, default=1536, metavar="PIXELS", help="largest width and height that can be asked for "
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address of the page; 0.0.0.0 lets other machines in "
         "(default: %(default)s)")  # fmt: skip
-    add("--max-waiting", type=count, default=20, metavar="N", help="runs that may wait for their turn (default: "
-        "%(default)s)")  # fmt: skip
+    add("--port", type=_port, metavar="N", help="port of the page (default: the first free one from 7860 on)")
+    add("--share", action="store_true", help="open a public address, too, through Gradio's servers")
+    add("--max-side", type=count, default=1536, metavar="PIXELS", help="largest width and height of a picture "
+        "(default: %(default)s)")  # fmt: skip
+    add("--max-waiting", type=count, default=20, metavar="N", help="number of runs that may wait for their turn "
+        "(default: %(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,4 @@
-"""The prompt meter: how much of a prompt each column of the demo reads, as HTML in the colors of the Gradio page.
+"""The prompt meter: the plan of a prompt in each column of the demo, as HTML in the colors of the Gradio page.
 
 `render_meter` fills `templates/meter.html`; `styles/meter.css` is its CSS. Their classes begin with `meter-`.
 """
@@ -13,7 +13,7 @@ from finelip_sdxl.prompts.plan import EncoderPlan
 STOCK = "stock"
 MARKERS = 2  # start and end token
 
-HINT = "Write a prompt, and see here how much of it is read."
+HINT = "Write a prompt, and see here how much of it is encoded."
 
 
 def render_meter(
@@ -22,26 +22,26 @@ def render_meter(
     titles: Mapping[str, str],
     pending: Collection[str] = (),
 ) -> str:
-    """How much of a prompt each column reads: a line with a bar for each, then the prompt with what is lost struck out.
+    """Show the plans of a prompt: a line with a bar for each column, then the prompt with the left-out text struck out.
 
-    Start and end token are counted once, however many windows have them, so that the columns' numbers can be compared.
+    Start and end token are counted once, however many windows there are, so that the columns' numbers can be compared.
 
     Args:
         prompt: the text as it was written.
-        plans: for each column, such as `"stock"`, what its encoder gets of it. Windows must know their tokens.
-        titles: for each column its name for people.
+        plans: for each column, such as `"stock"`, the plan of its first encoder. Windows must hold their tokens.
+        titles: for each column, its name on the page.
         pending: columns whose plan follows.
 
     Returns:
-        HTML; text that came in is escaped. Where a column's windows do not join to the prompt (compel's
-        syntax of weights is taken out before it reads), they are counted but not marked in the text.
+        HTML, with all text escaped. Where a column's windows do not join to the prompt (compel takes its syntax of
+        weights out first), they are counted but not marked in the text.
 
     Example:
         >>> from finelip_sdxl.prompts.plan import Window
         >>> windows = (Window("a fox & ", (320, 3240, 261)), Window("a hare", (320, 14036)))
         >>> plan = EncoderPlan("text_encoder", "prompt", 0, windows, positions=5)
         >>> html = render_meter("a fox & a hare", {"compel": plan}, {"compel": "compel"})
-        >>> "reads all 7 tokens in 2 windows of 5" in html, "a fox &amp; <span" in html
+        >>> "encodes all 7 tokens in 2 windows of 5" in html, "a fox &amp; <span" in html
         (True, True)
     """
     if not prompt.strip():
@@ -61,12 +61,12 @@ def render_meter(
 
 @dataclass(frozen=True)
 class _Line:
-    """A column's line: a sentence, and a bar whose parts are as long as their tokens are many."""
+    """A column's line: a sentence, and a bar. Each part of the bar is as long as its number of tokens."""
 
     column: str
     sentence: str
     parts: tuple[tuple[str, int], ...] = ()
-    loses: bool = False
+    leaves_out: bool = False
     is_pending: bool = False
 
 
@@ -80,21 +80,21 @@ class _Piece:
 
 def _line(column: str, plan: EncoderPlan | None) -> _Line:
     if plan is None:
-        return _Line(column, "is still reading", is_pending=True)
-    parts = [("read", len(window.token_ids)) for window in plan.windows]
+        return _Line(column, "is still planning", is_pending=True)
+    parts = [("encoded", len(window.token_ids)) for window in plan.windows]
     if plan.cut_tokens:
-        parts.append(("dropped", plan.cut_tokens))
-    return _Line(column, _sentence(plan), tuple(parts), loses=bool(plan.cut_tokens))
+        parts.append(("left-out", plan.cut_tokens))
+    return _Line(column, _sentence(plan), tuple(parts), leaves_out=bool(plan.cut_tokens))
 
 
 def _sentence(plan: EncoderPlan) -> str:
-    read = sum(len(window.token_ids) for window in plan.windows) + MARKERS
+    encoded = sum(len(window.token_ids) for window in plan.windows) + MARKERS
     if plan.cut_tokens:
         are = "is" if plan.cut_tokens == 1 else "are"
-        return f"reads {read:,} of {read + plan.cut_tokens:,} tokens; {plan.cut_tokens:,} {are} dropped"
+        return f"encodes {encoded:,} of {encoded + plan.cut_tokens:,} tokens; {plan.cut_tokens:,} {are} left out"
     if len(plan.windows) == 1:
-        return f"reads all {read:,} tokens at once"
-    return f"reads all {read:,} tokens in {len(plan.windows)} windows of {plan.positions}"
+        return f"encodes all {encoded:,} tokens at once"
+    return f"encodes all {encoded:,} tokens in {len(plan.windows)} windows of {plan.positions}"
 
 
 def _praise(plans: Mapping[str, EncoderPlan], titles: Mapping[str, str]) -> str:
@@ -102,12 +102,12 @@ def _praise(plans: Mapping[str, EncoderPlan], titles: Mapping[str, str]) -> str:
         return ""
     short = all(len(plan.windows) == 1 for plan in plans.values())
     first = titles[next(iter(plans))]
-    who = {1: f"{first} reads", 2: "both read", 3: "all three read"}[len(plans)]
-    return f"{'Short enough' if short else 'Nothing is lost'}: {who} the whole prompt."
+    who = {1: f"{first} encodes", 2: "both encode", 3: "all three encode"}[len(plans)]
+    return f"{'Short enough' if short else 'Nothing is left out'}: {who} the whole prompt."
 
 
 def _legend(prompt: str, plans: Mapping[str, EncoderPlan]) -> Iterator[tuple[str, str]]:
-    """Columns, and what their marks in the text mean, or why they have none."""
+    """Columns, each with the meaning of its marks in the text, or the reason why it has none."""
     for column, plan in plans.items():
         parted = len(plan.windows) > 1 or plan.cut_tokens
         if parted and not _joins(prompt, plan):
@@ -119,8 +119,8 @@ def _legend(prompt: str, plans: Mapping[str, EncoderPlan]) -> Iterator[tuple[str
 
 
 def _text(prompt: str, plans: Mapping[str, EncoderPlan]) -> tuple[list[_Piece], list[_Piece]]:
-    """The prompt up to where stock stops, and the rest, both in pieces that begin where a window does."""
-    windows: dict[int, tuple[tuple[str, int], ...]] = {}  # by the character before which they begin
+    """The prompt up to stock's cut, and the rest, both in pieces. A piece begins where a window begins."""
+    windows: dict[int, tuple[tuple[str, int], ...]] = {}  # by their first character
     stop = len(prompt)
     for column, plan in plans.items():
         if not _joins(prompt, plan):

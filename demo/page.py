@@ -1,4 +1,4 @@
-"""The page: one prompt, read in three ways, drawn side by side."""
+"""The page: one prompt, encoded in three ways, drawn side by side."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ EXAMPLES = Path(__file__).parent / "examples"
 MAX_CHARACTERS = 6000
 MAX_STEPS = 100
 MAX_SEEDS = 8
-KEPT_SECONDS = 3600  # pictures of those who never say that they leave, such as clients of the API
+KEPT_SECONDS = 3600  # pictures of visitors who never announce that they leave, such as clients of the API
 OUTPUTS = 5  # components of each column
-# The settings in the order in which events take them.
+# The settings in the order of the events' inputs.
 FIELDS = (
     "prompt",
     "negative_prompt",
@@ -51,9 +51,9 @@ def build_page(comparison: Comparison, folder: Path, max_side: int) -> gr.Blocks
     """The Gradio page of a comparison.
 
     Args:
-        comparison: what draws.
-        folder: for pictures that can be downloaded; each visitor's are deleted when the page is closed.
-        max_side: the largest width and height in pixels that can be asked for.
+        comparison: the models that draw.
+        folder: place of the pictures to download. A visitor's pictures are deleted when the page is closed.
+        max_side: the largest width and height, in pixels.
     """
     return _Page(comparison, folder, max_side).build()
 
@@ -61,7 +61,7 @@ def build_page(comparison: Comparison, folder: Path, max_side: int) -> gr.Blocks
 class _Page:
     def __init__(self, comparison: Comparison, folder: Path, max_side: int) -> None:
         self.comparison, self.folder = comparison, folder
-        self.max_side = min(max_side, 4 * max(comparison.size))  # larger ones no SDXL can draw well
+        self.max_side = min(max_side, 4 * max(comparison.size))  # no SDXL draws larger ones well
         self.visitors = Visitors()
         self.examples = _read_examples(EXAMPLES / ("miniature" if comparison.is_miniature else "sdxl"))
         steps, guidance = (20, 3.0) if comparison.is_miniature else (30, 5.0)
@@ -88,7 +88,7 @@ class _Page:
                 elem_id="examples",
                 api_visibility="private",
             )
-            reading = gr.HTML(self._meter(self.defaults.prompt), elem_id="meter")
+            meter_html = gr.HTML(self._meter(self.defaults.prompt), elem_id="meter")
             fields, random_seed, columns, upload = self._build_options(prompt)
             with gr.Tabs():
                 with gr.Tab("Compare"):
@@ -98,10 +98,10 @@ class _Page:
             self._build_notes()
 
             private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-            # compel's parser takes seconds for long texts: its part follows, and what is typed does not wait for it.
+            # compel's parser takes seconds for long texts: its part follows, and typing does not wait for it.
             soon: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **private}
-            prompt.change(self.render_meter, prompt, reading, **soon).then(
-                self.render_whole_meter, prompt, reading, **soon
+            prompt.change(self.render_meter, prompt, meter_html, **soon).then(
+                self.render_whole_meter, prompt, meter_html, **soon
             )
             upload.upload(self.load_settings, upload, [*fields, random_seed], **private)
             columns.change(self.show_columns, columns, compared, queue=False, **private)
@@ -144,7 +144,7 @@ class _Page:
                     1 if has_adapter else 0,
                     step=0.05,
                     label="Conditioning adapter",
-                    info="How much of it counts in FineLIP-SDXL's column",
+                    info="Its share in FineLIP-SDXL's column",
                     interactive=has_adapter,
                     elem_id="adapter",
                 )
@@ -152,7 +152,7 @@ class _Page:
                     list(HIDDEN_STATES),
                     value=self.comparison.pipe.hidden_states,
                     label="Hidden states",
-                    info="Of FineLIP-SDXL's column" + ("; last switches the adapter off" if has_adapter else ""),
+                    info="In FineLIP-SDXL's column" + ("; last switches the adapter off" if has_adapter else ""),
                     elem_id="hidden-states",
                 )
             upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
@@ -175,7 +175,7 @@ class _Page:
                         show_label=False,
                         buttons=["fullscreen"],
                         interactive=False,
-                        alt_text=f"What {title} drew",
+                        alt_text=f"Picture by {title}",
                         height=360,
                         elem_classes="picture",
                     )
@@ -214,7 +214,7 @@ class _Page:
         if self.comparison.is_miniature:
             gr.Markdown(ABOUT_MINIATURE, padding=True, elem_id="about-miniature")
 
-    # Reading
+    # Planning
 
     def render_meter(self, prompt: str, request: gr.Request) -> str:
         """The meter without compel, at once."""
@@ -233,14 +233,14 @@ class _Page:
         plans, trouble = {}, ""
         for column in (column for column in COLUMNS if column not in pending):
             try:
-                plans |= self.comparison.read(prompt, [column])
-            except ValueError as error:  # such as brackets that compel cannot read, while they are typed
+                plans |= self.comparison.plan(prompt, [column])
+            except ValueError as error:  # such as unfinished brackets, which compel cannot parse
                 trouble += _hint(str(error))
         return meter.render_meter(prompt, plans, COLUMNS, pending) + trouble
 
     def tokens(self, prompt: str) -> dict[str, Any]:
-        """What each column reads of a prompt: its windows, as texts and in tokens, and the text that is cut."""
-        with _answered("Not read"):
+        """The plan of a prompt in each column: the windows, as texts and in tokens, and the cut text."""
+        with _answered("Not planned"):
             _check_text("prompt", prompt)
             return {
                 column: {
@@ -248,16 +248,16 @@ class _Page:
                     "cut_text": plan.cut_text,
                     "cut_tokens": plan.cut_tokens,
                 }
-                for column, plan in self.comparison.read(prompt).items()
+                for column, plan in self.comparison.plan(prompt).items()
             }
 
     # Settings
 
     def settings(self, values: tuple[Any, ...]) -> Settings:
-        """Those of the page's fields, or of a call of the API, checked.
+        """The settings in the page's fields, or in a call of the API, checked.
 
         Raises:
-            ValueError, TypeError: one of them is out of range, or no such thing.
+            ValueError, TypeError: a setting is missing, out of range, or of another type.
         """
         named = dict(zip(FIELDS, values, strict=True))
         for name in ("prompt", "negative_prompt"):
@@ -270,13 +270,13 @@ class _Page:
                 raise ValueError(f"There is no {name}: enter a whole number.")
             named[name] = _whole(named[name])
         if any(isinstance(named[name], int) and named[name] > self.max_side for name in ("width", "height")):
-            raise ValueError(f"Width and height are bounded to {self.max_side} pixels here.")
+            raise ValueError(f"Width and height are limited to {self.max_side} pixels here.")
         if isinstance(named["steps"], int) and named["steps"] > MAX_STEPS:
-            raise ValueError(f"Steps are bounded to {MAX_STEPS} here.")
+            raise ValueError(f"Steps are limited to {MAX_STEPS} here.")
         return Settings(**named)
 
     def load_settings(self, file: str) -> list[Any]:
-        """The page's fields as a PNG says that it was drawn. The uploaded file is deleted."""
+        """The page's fields from the parameters in a PNG. The uploaded file is deleted."""
         with _answered("Not loaded"):
             try:
                 settings = Settings.from_parameters(read_parameters(file))
@@ -284,7 +284,7 @@ class _Page:
                 with suppress(OSError):
                     Path(file).unlink()
         values = [getattr(settings, name) for name in FIELDS]
-        # What is out of the page's bounds is shown, and named when it is to be drawn.
+        # A value out of the page's bounds is shown now, and refused when it is to be drawn.
         gr.Info(f"Loaded from the picture: prompt, seed {settings.seed}, {settings.steps} steps.")
         return [*(gr.skip() if value is None else value for value in values), False]
 
@@ -292,7 +292,7 @@ class _Page:
 
     def ask(self, request: gr.Request) -> None:
         self.visitors.ask(_session(request))
-        shutil.rmtree(self._folder_of(request), ignore_errors=True)  # the pictures that the page shows no more
+        shutil.rmtree(self._folder_of(request), ignore_errors=True)  # of pictures that the page no longer shows
 
     def stop(self, request: gr.Request) -> None:
         self.visitors.stop(_session(request))
@@ -305,7 +305,7 @@ class _Page:
         return [gr.update(visible=column in columns) for column in COLUMNS]
 
     def draw_columns(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        """The columns one after the other, each with its steps."""
+        """Draw the columns one after the other, and yield the page's outputs at every step."""
         with _answered(), self.visitors.running(_session(request)) as flag:
             *values, is_random, columns = values
             settings = self.settings(_with_seed(values, is_random))
@@ -342,21 +342,21 @@ class _Page:
     def _show(
         self, drawn: Picture, described: tuple[DescribedObject, ...] | None, request: gr.Request
     ) -> tuple[Any, ...]:
-        """What a column's outputs become when it is drawn."""
+        """The outputs of a drawn column."""
         done = f"{drawn.settings.steps} steps in {drawn.seconds:.1f} s, seed {drawn.settings.seed}"
         picture, share, details = scoring_view.judge(drawn.image, described)
         file = self._save(drawn, request)
         return heading(drawn.column, share), picture, status_line(done), _file_to_download(file), details
 
     def draw_grid(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        """Every column from each seed, then all of them in one picture."""
+        """Draw every column from each seed, then put all pictures into one."""
         with _answered(), self.visitors.running(_session(request)) as flag:
             *values, is_random, columns, seeds = values
             settings = self.settings(_with_seed(values, is_random))
             self._check_columns(columns, settings)
             seeds = _whole(seeds)
             if isinstance(seeds, int) and seeds > MAX_SEEDS:
-                raise ValueError(f"Seeds are bounded to {MAX_SEEDS} here.")
+                raise ValueError(f"Seeds are limited to {MAX_SEEDS} here.")
             rows = settings.over_seeds(seeds)
             yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
             total, pictures = len(rows) * len(columns), []
@@ -385,7 +385,7 @@ class _Page:
         self,
         prompt: str,
         request: gr.Request,
-        columns: list[str] = list(COLUMNS),  # noqa: B006  (Gradio shows it to those who call)
+        columns: list[str] = list(COLUMNS),  # noqa: B006  (Gradio shows it to callers)
         negative_prompt: str = "",
         steps: int = 30,
         guidance_scale: float = 5.0,
@@ -395,8 +395,8 @@ class _Page:
         hidden_states: str | None = None,
         seed: int = 0,
     ) -> Iterator[list[gr.FileData]]:
-        """PNG files of the columns in their order, each with its parameters inside; a width or height of 0 is the
-        model's own. Comes once for each step, with the files so far: between them a call can be canceled."""
+        """PNG files of the columns in their order, each with its parameters inside. A width or height of 0 is the
+        model's own. Each step yields the files so far; between steps a call can be canceled."""
         with _answered(), self.visitors.running(_session(request)) as flag:
             own_width, own_height = self.comparison.size
             size = [
@@ -426,11 +426,11 @@ class _Page:
         return follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
 
     def _check_columns(self, columns: list[str], settings: Settings) -> None:
-        """That there are some, and that each can read what it gets, before the first is drawn."""
+        """Check, before the first is drawn, that there are columns, and that each can plan the texts."""
         if not columns:
             raise ValueError("No column is chosen: choose at least one under Advanced.")
         for text in (settings.prompt, settings.negative_prompt):
-            self.comparison.read(text, columns)
+            self.comparison.plan(text, columns)
 
     def _describe(self, prompt: str) -> tuple[DescribedObject, ...] | None:
         return parse_description(prompt) if self.comparison.is_miniature else None
@@ -444,7 +444,7 @@ class _Page:
 
     def _new_file(self, request: gr.Request, name: str) -> Path:
         for folder in self.folder.glob("*"):
-            with suppress(OSError):  # others come and go meanwhile
+            with suppress(OSError):  # other visitors come and go meanwhile
                 if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
                     shutil.rmtree(folder)
         folder = self._folder_of(request)
@@ -452,12 +452,12 @@ class _Page:
         return folder / name
 
     def _folder_of(self, request: gr.Request) -> Path:
-        # A session's name is the browser's: of whatever it consists, its digest is one folder, and nobody else's.
+        # The browser chooses a session's name. Its digest is the name of one folder, and of nobody else's.
         return self.folder / hashlib.sha256(_session(request).encode("utf-8", "replace")).hexdigest()[:32]
 
 
 def _session(request: gr.Request) -> str:
-    """A visitor's name; one that has none has nothing in common with others, not even with itself."""
+    """A visitor's name. A visitor without one gets a new name at each call."""
     return request.session_hash if isinstance(request.session_hash, str) else secrets.token_hex(16)
 
 
@@ -466,13 +466,13 @@ _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "dra
 
 
 def _start(button: gr.Button, ask: Callable, draw: Callable, inputs: list[Any], outputs: list[Any]) -> None:
-    """On a click, note at once that a run is wanted, so that it can be stopped while it waits; then run it."""
+    """On a click, note the run at once, so that it can be stopped while it waits. Then run it."""
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     button.click(ask, queue=False, **private).then(draw, inputs, outputs, **private, **_ONE_AT_A_TIME)
 
 
 def _read_examples(folder: Path) -> dict[str, str]:
-    """Texts by their names for people."""
+    """Example prompts by their names on the page."""
     return {
         file.stem.replace("-", " ").capitalize(): file.read_text(encoding="utf-8").strip()
         for file in sorted(folder.glob("*.txt"))
@@ -481,21 +481,21 @@ def _read_examples(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _answered(title: str = "Not drawn") -> Iterator[None]:
-    """Whatever goes wrong is answered with its sentence, on the page as to those who call.
+    """Turn every error into a message on the page, and for callers of the API.
 
-    The page takes messages for HTML, and sentences hold what came from outside, such as a file's name or a value in
-    it: so they are escaped here, and nowhere else is a message made.
+    The page takes messages for HTML, and they hold text from outside, such as a file's name. So they are escaped here,
+    the one place that makes messages.
     """
     try:
         yield
     except (ValueError, TypeError, MemoryError, Stopped) as error:
-        # The visitor's, so no traceback is printed here.
+        # The visitor's mistake, so no traceback is printed.
         raise gr.Error(escape(str(error), quote=False), title=title, print_exception=False) from error
-    except OSError as error:  # whose text names files of this machine
+    except OSError as error:  # its text names files of this machine
         raise gr.Error(f"A file could not be written here: {error.strerror or 'unknown'}.", title=title) from error
     except Exception as error:
         text = escape(f"{type(error).__name__}: {error}", quote=False)
-        raise gr.Error(f"This is a fault of the page, whose log says more. {text}", title=title) from error
+        raise gr.Error(f"This is a fault of the page; its log says more. {text}", title=title) from error
 
 
 def _check_text(name: str, text: Any) -> None:
@@ -506,12 +506,12 @@ def _check_text(name: str, text: Any) -> None:
 
 
 def _whole(number: Any) -> Any:
-    """A number without a fraction as the integer that it is; sliders and JSON make no difference."""
+    """A float without a fraction as an integer: sliders and JSON know no difference."""
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _too_long(text: str) -> str:
-    return f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read here: shorten it."
+    return f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed here: shorten it."
 
 
 def _hint(sentence: str) -> str:

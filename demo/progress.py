@@ -1,4 +1,4 @@
-"""Drawing beside the page: steps as they happen, and a stop that is heard at the next one."""
+"""Drawing in a thread beside the page: steps as they happen, and a stop at the next step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-MAX_VISITORS = 1000  # of whom something is remembered while nothing runs for them; anybody can invent sessions
+MAX_VISITORS = 1000  # sessions that are remembered while nothing runs for them; anybody can invent sessions
 Value = TypeVar("Value")
 
 
@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """A step of a drawing: its number, how many there are, and the seconds since the first."""
+    """A step of a drawing: its number, the number of all steps, and the seconds since the start."""
 
     step: int
     steps: int
@@ -31,8 +31,8 @@ class Progress:
 
 
 class Visitors:
-    """What each session asked for, so that it can be stopped, and the text that it typed last. Nothing is kept of
-    what is over, and no more than `MAX_VISITORS` of what never began."""
+    """The runs of each session, so that they can be stopped, and the text that it typed last. Runs that are over are
+    forgotten, and at most `MAX_VISITORS` runs that never began are kept."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,13 +41,13 @@ class Visitors:
         self._typed: dict[str, str] = {}
 
     def ask(self, session: str) -> None:
-        """A new run is asked for. It may have to wait for others, and can be stopped before it begins."""
+        """Note a new run. It may wait for others, and can be stopped before it begins."""
         with self._lock:
             _remember(self._asked, session, threading.Event())
 
     @contextmanager
     def running(self, session: str) -> Iterator[threading.Event]:
-        """A run, from its beginning to its end: the flag that stops it."""
+        """Within this context a run goes on; the value is the flag that stops it."""
         with self._lock:
             flag = self._asked.pop(session, None) or threading.Event()
             self._running.setdefault(session, set()).add(flag)
@@ -66,7 +66,7 @@ class Visitors:
                 flag.set()
 
     def leave(self, session: str) -> None:
-        """The page was closed: what it asked for is stopped, and forgotten."""
+        """Stop and forget the runs of a session whose page was closed."""
         self.stop(session)
         with self._lock:
             self._asked.pop(session, None)
@@ -89,10 +89,10 @@ def _remember(values: dict[str, Value], session: str, value: Value) -> None:
 
 
 def follow(draw: Callable[[Callable[[int, int], None]], Any], flag: threading.Event) -> Iterator[Progress | Any]:
-    """Draw in a thread, and hand out its steps as they happen, and last what it drew.
+    """Draw in a thread, and yield its steps as they happen, and its result last.
 
     Args:
-        draw: gets what it must call after each step, with the step's number and how many there are.
+        draw: a function of `on_step`, which it calls after each step with its number and the number of all steps.
         flag: ends the drawing at the next step.
 
     Yields:
@@ -100,7 +100,7 @@ def follow(draw: Callable[[Callable[[int, int], None]], Any], flag: threading.Ev
 
     Raises:
         Stopped: the flag was set.
-        Exception: what `draw` raised.
+        Exception: the error of `draw`.
 
     Example:
         >>> list(follow(lambda on_step: on_step(1, 1) or "a picture", threading.Event()))[-1]
@@ -119,7 +119,7 @@ def follow(draw: Callable[[Callable[[int, int], None]], Any], flag: threading.Ev
             if flag.is_set():
                 raise Stopped
             events.put(("result", draw(on_step)))
-        except BaseException as error:  # whatever it is, whoever follows must hear of it
+        except BaseException as error:  # any error must reach the follower
             events.put(("error", error))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -132,7 +132,7 @@ def follow(draw: Callable[[Callable[[int, int], None]], Any], flag: threading.Ev
             yield value
             if kind == "result":
                 return
-    finally:  # also when nobody follows any more: the models must be free before others use them
+    finally:  # also when the follower is gone: the models must be free before others use them
         if thread.is_alive():
             flag.set()
         thread.join()

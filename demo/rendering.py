@@ -1,4 +1,4 @@
-"""HTML from the templates in `templates/`, which escape every value that they show, and CSS from `styles/`."""
+"""HTML from the templates in `templates/`, with every value escaped, and CSS from `styles/`."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from jinja2.ext import Extension
 
 
 class _OneLine(Extension):
-    """Takes out the line breaks and indents of a template, which would show where white space does."""
+    """Takes out the line breaks and indents of a template, since some elements show white space."""
 
     def preprocess(self, source: str, name: str | None, filename: str | None = None) -> str:
         return re.sub(r"\n\s*", "", source)

@@ -1,4 +1,4 @@
-"""What a picture of the miniature has right: marks on the picture, and a list beside it."""
+"""Right and wrong objects of the miniature's pictures: marks on the picture, and a list beside it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from finelip_sdxl.miniature.scoring import ObjectScore, score_objects
 
 
 def judge(image: Image.Image, described: tuple[DescribedObject, ...] | None) -> tuple[Image.Image, str, str]:
-    """What a picture has right of the objects that its prompt describes.
+    """Score a picture against the objects that its prompt describes.
 
     Args:
         image: a picture of the miniature, or of another model.
-        described: from `finelip_sdxl.miniature.parsing.parse_description`; None for another model, of which nothing is
-            known.
+        described: the result of `finelip_sdxl.miniature.parsing.parse_description`; None for another model, whose
+            pictures cannot be scored.
 
     Returns:
-        The picture enlarged and marked, how many objects are right, and a list of them as HTML; for another
-        model the picture as it is and two empty texts.
+        The enlarged and marked picture, the number of right objects, and a list of them as HTML. For another model the
+        unchanged picture and two empty texts.
     """
     if described is None:
         return image, "", ""
@@ -38,7 +38,7 @@ def _entry(thing: DescribedObject, score: ObjectScore) -> dict[str, str]:
 
 
 def _fault(score: ObjectScore) -> str:
-    """What is wrong with an object; nothing for one that is right."""
+    """The fault of an object; empty for a right one."""
     if score.right:
         return ""
     if not score.shape:

@@ -1,4 +1,4 @@
-"""Takes README's pictures of the page: drawn in light, and several seeds in dark.
+"""Take README's pictures of the page: a comparison in light, and several seeds in dark.
 
     python demo/screenshots.py --out docs
 
@@ -30,7 +30,9 @@ ALL_DRAWN = "[...document.querySelectorAll('.heading-share')].filter(share => sh
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--out", type=Path, default=Path("docs"), help="folder of the pictures (default: %(default)s)")
-    flags.add_argument("--chromium", default=shutil.which("chromium"), help="its program (default: %(default)s)")
+    flags.add_argument(
+        "--chromium", default=shutil.which("chromium"), help="program of Chromium (default: %(default)s)"
+    )
     options = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         served = app.serve(app.parse([]), Path(folder), wait=False)
@@ -56,7 +58,7 @@ def draw_columns(page: Any) -> None:
 
 def draw_seeds(page: Any) -> None:
     page.get_by_role("tab", name="Many seeds").click()
-    page.wait_for_timeout(1000)  # what was only just mounted takes its first value once more
+    page.wait_for_timeout(1000)  # a new component takes its first value once more
     page.locator("#seeds input[type=number]").fill("2")
     page.locator("#seeds input[type=number]").blur()
     page.click("#draw-grid")

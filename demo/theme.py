@@ -1,4 +1,4 @@
-"""How the page looks: theme, styles and the small pieces of HTML that its events write anew."""
+"""The look of the page: theme, styles and the small pieces of HTML that its events replace."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from demo.rendering import read_style, render
 from finelip_sdxl.options import COLUMNS
 
 INTRO = """<h1>FineLIP-SDXL</h1>
-<p>SDXL stops reading a prompt after 77 tokens. Here one prompt is read in three ways and drawn from the same noise by
-the same UNet, so that whatever differs comes from what was read.</p>"""
+<p>SDXL encodes the first 77 tokens of a prompt and leaves out the rest. Here one prompt is encoded in three ways and
+drawn from the same noise by the same UNet, so every difference comes from the encoding.</p>"""
 
 ABOUT_MINIATURE = """This is the *miniature*, a small SDXL that comes with FineLIP-SDXL and draws scenes of nine
 objects. It knows nothing but its own world: click on an example and change its places, shapes and colors. Because every
 object is known, each is marked right or wrong in shape, color and place. With `--base` the same page runs any SDXL."""
 
 ABOUT = {
-    "stock": "reads 77 tokens, drops the rest",
-    "compel": "reads windows of 77 tokens, each by itself",
-    "finelip": "reads up to 248 tokens at once",
+    "stock": "encodes 77 tokens, leaves out the rest",
+    "compel": "encodes windows of 77 tokens, each by itself",
+    "finelip": "encodes up to 248 tokens at once",
 }
 
-# What stands before the names of what draws.
+# Titles before the names of the parts that draw.
 SOURCES = {
     "base": "",
     "finelip": "FineLIP ",
@@ -35,7 +35,7 @@ SOURCES = {
 
 THEME = gr.themes.Soft(
     primary_hue="cyan", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-).set(  # Text has a contrast of at least 4.5 to what is behind it, and what can be pressed or filled in one of 3.
+).set(  # Text has a contrast of at least 4.5 to its background, and controls a contrast of at least 3.
     body_text_color_subdued="*neutral_600",
     block_title_text_color="*body_text_color",
     block_title_background_fill="none",
@@ -76,12 +76,12 @@ STYLE = "\n".join(map(read_style, ("meter", "verdict", "page")))
 
 
 def heading(column: str, share: str = "") -> str:
-    """A column's title, what it does and, once it is drawn, how much is right."""
+    """A column's title, its way of encoding and, once it is drawn, its share of right objects."""
     return render("heading", title=COLUMNS[column], share=share, about=ABOUT[column])
 
 
 def sources_line(sources: Mapping[str, str]) -> str:
-    """What draws, by the `sources` of a comparison.
+    """The names of the parts that draw, from the `sources` of a comparison.
 
     Example:
         >>> sources_line({"base": "sdxl-base", "finelip": "longclip", "dtype": "float16"})
@@ -92,5 +92,5 @@ def sources_line(sources: Mapping[str, str]) -> str:
 
 
 def status_line(text: str, done: float | None = None) -> str:
-    """What a column is at, with a bar if it is under way; `done` is a share."""
+    """The state of a column, with a bar if it is under way; `done` is a share."""
     return render("status", text=text, percent=None if done is None else f"{100 * done:.0f}")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class ConditioningAdapter(ModelMixin, ConfigMixin):
-    """Small networks that bring replaced text encoders back into the space that SDXL's UNet was trained on.
+    """Small networks that bring the states of replaced text encoders to where SDXL's UNet knows them.
 
-    Each text encoder's penultimate states, token by token, and the pooled vector get a residual of their own,
+    Each text encoder's penultimate states, token by token, and the pooled vector have a residual of their own,
     LayerNorm → Linear → GELU → Linear. The last layer starts at zero, so a new adapter is exactly the identity.
     `training/align_adapter.py` trains one; in a pipeline it is the component `conditioning_adapter`.
 
@@ -22,7 +22,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         hidden_dim: width of the hidden layers.
 
     Raises:
-        ValueError: if a width is no whole number of at least 1, or there is none of states.
+        ValueError: a width is no whole number of at least 1, or `state_dims` is empty.
 
     Example:
         >>> import torch
@@ -39,7 +39,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 1 for width in widths):
             raise ValueError(
                 f"ConditioningAdapter got state_dims={state_dims!r}, pooled_dim={pooled_dim!r} and "
-                f"hidden_dim={hidden_dim!r}: all widths must be at least 1, in whole numbers, one or more of states."
+                f"hidden_dim={hidden_dim!r}; expected whole numbers of at least 1, and one or more state_dims."
             )
         self.states = nn.ModuleList(_residual(dim, hidden_dim) for dim in state_dims)
         self.pooled = _residual(pooled_dim, hidden_dim)
@@ -50,15 +50,15 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         """Adapt the states and the pooled vector of the text encoders.
 
         Args:
-            states: of each text encoder, (batch, tokens, dim); None for one whose states are left as they are.
-            pooled: (batch, pooled dim); None if it is left as it is.
-            scale: of the residuals, from 0 (changes nothing) to 1.
+            states: states of each text encoder, (batch, tokens, dim); None for an encoder to leave out.
+            pooled: (batch, pooled dim); None to leave it out.
+            scale: factor of the residuals, from 0 (no change) to 1.
 
         Returns:
             States and pooled vector of the same shapes, None where None was passed.
 
         Raises:
-            ValueError: if there are not as many states as text encoders, or of other widths.
+            ValueError: the number of states is not the number of text encoders, or a width differs.
         """
         parts, residuals = [*states, pooled], [*self.states, self.pooled]
         if len(parts) != len(self.widths) or any(
@@ -78,9 +78,9 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
         return [*self.config["state_dims"], self.config["pooled_dim"]]
 
     def mismatch(self, found: str) -> ValueError:
-        """The error to raise where other widths were found than its own."""
+        """The error for widths other than the adapter's own."""
         return ValueError(
-            "The conditioning adapter was made for states and a pooled vector of widths "
+            "The conditioning adapter takes states and a pooled vector of widths "
             f"{', '.join(map(str, self.widths))}, but {found}: use it with the SDXL that it was trained on."
         )
 

@@ -1,4 +1,4 @@
-"""What a command prints: its answer alone, whatever its libraries say, and whatever the terminal can show."""
+"""The output of a command: its answer without messages of its libraries, on any terminal."""
 
 import logging
 import os
@@ -7,19 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-# What these say while they are imported is about parts of theirs that no SDXL needs here.
+# Messages of these modules at import are about parts that no SDXL needs here.
 _TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "transformers.utils.import_utils")
 
 
 def quiet_imports() -> None:
-    """Errors only of what Diffusers, Transformers and peft import along with themselves, when a command is about to
-    import them."""
+    """Let modules that Diffusers, Transformers and peft import log errors only. Call it before these imports."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_transformers() -> None:
-    """`quiet_imports`, errors only of Transformers itself, and no bar for weights that load in milliseconds."""
+    """As `quiet_imports`, and let Transformers log errors only and show no progress bars."""
     quiet_imports()
     from transformers import utils
 
@@ -30,8 +29,10 @@ def quiet_transformers() -> None:
 
 @contextmanager
 def printing_stops_nothing() -> Iterator[None]:
-    """A report on standard output that cannot be shown ends no work: characters that the terminal does not know are
-    spelled by their numbers, and what nobody reads any more (`| head -1`) is dropped.
+    """Keep work going if its report cannot be printed on standard output.
+
+    Characters that the terminal does not know are printed by their numbers, and text after a closed pipe (`| head -1`)
+    is dropped.
 
     Example:
         >>> with printing_stops_nothing():
@@ -71,7 +72,7 @@ class _Lenient:
         try:
             yield
         except BrokenPipeError:
-            # The rest goes nowhere, also what Python itself writes out when it ends.
+            # Drop the rest, also what Python itself flushes at its end.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

@@ -1,7 +1,7 @@
-"""Files and folders that are whole whenever they are there, whatever stops the one who writes them.
+"""Files and folders that are written completely or not at all, even if the writer is stopped.
 
-What is written lies first in a workplace: a hidden folder beside its place, so on the same disk. It is held by a lock
-that goes with its process, and the next one that writes in the same place removes what a dead one has left.
+They are first written to a workplace: a hidden folder beside their place, so on the same disk. A lock protects it as
+long as its process lives. The next process that writes in the same place removes the workplaces of dead processes.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 logger = logging.getLogger(__name__)
 
 _WORKPLACE = ".finelip-sdxl-"
-# How libraries in Rust (safetensors, tokenizers) and in C++ (torch) say that a file could not be written.
+# Messages of libraries in Rust (safetensors, tokenizers) and in C++ (torch) about files that could not be written
 _OS_ERROR = re.compile(r"os error (\d+)\)")
 _TORCH_ERROR = re.compile(r"inline_container|PytorchStreamWriter|iostream error")
 
@@ -33,7 +33,7 @@ _TORCH_ERROR = re.compile(r"inline_container|PytorchStreamWriter|iostream error"
 
 
 def check_writable(folder: Path) -> None:
-    """See whether files can be written to a folder, or where it is to be made, before they cost work.
+    """Check that files can be written to a folder, which may not exist yet, before work is spent on them.
 
     Raises:
         OSError: they cannot.
@@ -52,10 +52,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """See whether a file of this name can be written, before it costs work.
+    """Check that a file of this name can be written, before work is spent on it.
 
     Raises:
-        OSError: it is a directory, too long a name, or in a place where nothing can be written.
+        OSError: it is a directory, its name is too long, or nothing can be written in its place.
 
     Example:
         >>> check_file(Path("not/yet/there.txt"))
@@ -72,13 +72,13 @@ def check_file(file: Path) -> None:
 
 @contextmanager
 def written_whole(file: Path) -> Iterator[Path]:
-    """Another name to write under first, which takes the place of `file` when that went well.
+    """A temporary name to write to. At the end of the block the file takes the place of `file`.
 
-    A link stays, and what it leads to is replaced. A device, a pipe or an open descriptor (`/dev/stdout`) is written
-    to. A file that is replaced hands on its mode; a new one's follows from the umask, whatever the writer gives it.
+    If the block fails, nothing changes. A link stays, and its target is replaced. A device, a pipe or an open
+    descriptor (`/dev/stdout`) is written to. The new file gets the mode of the old one, or else the mode of the umask.
 
     Raises:
-        OSError: the file cannot be written; what was there is as it was.
+        OSError: the file cannot be written; nothing has changed.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -110,21 +110,22 @@ def written_whole(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_folder(folder: Path, replaced: Callable[[Path], Collection[str]] | None = None) -> Iterator[Path]:
-    """An empty folder to write to, which takes the place of `folder` when that went well.
+    """An empty temporary folder to write to. At the end of the block it takes the place of `folder`.
 
-    At every instant the old folder or the new one is there whole, with all that others keep in it. Where the system
-    cannot exchange two folders in one step (Linux can), a kill between two steps can leave the old one in the
-    workplace: the next one that writes or checks there puts it back.
+    If the block fails, nothing changes. At every instant the old folder or the new one is there, complete, with all
+    other files that people keep in it. On systems that cannot exchange two folders in one step (Linux can), a kill
+    between two steps can leave the old folder in the workplace; the next process that writes or checks there puts it
+    back.
 
     Args:
-        folder: a link is followed, and stays.
-        replaced: gives the names in a folder that is there that the new one takes the place of; everything else in it
-            is kept (`os.listdir` keeps nothing). None: a folder that is there is not touched.
+        folder: the folder; a link is followed, and stays.
+        replaced: a function that returns the names in an existing folder that the new one replaces; all others are
+            kept (`os.listdir` keeps none). With None an existing folder is never replaced.
 
     Raises:
-        FileExistsError: the folder is there (another process may have been faster), or a name in the new one is that
-            of something that is kept.
-        OSError: the folder cannot be written; what was there is as it was.
+        FileExistsError: the folder exists and `replaced` is None (another process may have been faster), or the new
+            folder has the name of a file that is kept.
+        OSError: the folder cannot be written; nothing has changed.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -148,7 +149,7 @@ def written_folder(folder: Path, replaced: Callable[[Path], Collection[str]] | N
         with _locked(target.parent):
             if os.path.lexists(target):
                 if replaced is None:
-                    raise FileExistsError(f"{folder} exists by now: pass another place, or have it replaced.")
+                    raise FileExistsError(f"{folder} exists by now: pass another place, or remove it.")
                 _replace(target, new, place, replaced(target))
             else:
                 os.rename(new, target)
@@ -157,11 +158,12 @@ def written_folder(folder: Path, replaced: Callable[[Path], Collection[str]] | N
 
 @contextmanager
 def writing_errors(target: Path) -> Iterator[None]:
-    """A full disk or a bad place in one sentence, whichever library writes. `written_whole` and `written_folder` do
-    this for what is written in them.
+    """Turn the writing errors of all libraries (a full disk, a bad place) into one sentence.
+
+    `written_whole` and `written_folder` include this.
 
     Raises:
-        OSError: says what cannot be written to, and why.
+        OSError: `target` cannot be written to, and the reason.
 
     Example:
         >>> with writing_errors(Path("model")):
@@ -179,7 +181,7 @@ def writing_errors(target: Path) -> Iterator[None]:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks the process to end; `number` is the signal's."""
+    """A signal to end the process; `number` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -188,10 +190,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP stop as Ctrl-C does, so that what is half written is removed.
+    """Let SIGTERM and SIGHUP stop the process as Ctrl-C does, so half-written files are removed.
 
     Raises:
-        Stopped: one of them came.
+        Stopped: one of these signals came.
 
     Example:
         >>> with stopped_by_signals():
@@ -200,7 +202,7 @@ def stopped_by_signals() -> Iterator[None]:
     process = os.getpid()
 
     def stop(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # a child that was forked has nothing to clear away
+        if os.getpid() != process:  # a forked child has nothing to remove
             os._exit(128 + number)
         raise Stopped(number)
 
@@ -222,10 +224,10 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _workplace(parent: Path) -> Iterator[Path]:
-    """A folder of this writer's own in `parent`, which is gone afterwards."""
+    """A folder for this writer alone in `parent`; it is removed afterwards."""
     parent.mkdir(parents=True, exist_ok=True)
     place = parent / f"{_WORKPLACE}{secrets.token_hex(8)}"
-    with _locked(parent):  # else another one could take a workplace that is not locked yet for a dead one's
+    with _locked(parent):  # else another writer could remove this workplace before it is locked
         _clear_dead(parent)
         place.mkdir(mode=0o700)
         lock = _lock(place / "lock")
@@ -242,28 +244,28 @@ def _workplace(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(parent: Path) -> Iterator[None]:
-    """One writer of this user's at a time, for as long as folders take each other's places."""
+    """One writer of this user at a time, while folders are exchanged."""
     file = parent / f"{_WORKPLACE}{os.getuid() if hasattr(os, 'getuid') else ''}.lock"
-    file.touch()  # fails where nothing can be written; a lock would wait there
+    file.touch()  # raises where nothing can be written; a lock would wait without end
     lock = _lock(file)
     lock.acquire(poll_interval=0.01)
     try:
         yield
     finally:
-        with suppress(OSError):  # whoever waits for it sees that it is gone, and makes another
+        with suppress(OSError):  # the next in line notices that it is gone, and makes another
             file.unlink()
         lock.release()
 
 
 def _lock(file: Path) -> Any:
-    from filelock import FileLock  # as slow to import as all else that a command needs to start
+    from filelock import FileLock  # here, since its import would double the time that a command needs to start
 
     return FileLock(file)
 
 
 def _clear_dead(parent: Path) -> None:
     for place in parent.glob(f"{_WORKPLACE}*"):
-        with suppress(OSError):  # its writer lives or has just removed it, or it is another user's
+        with suppress(OSError):  # its writer lives, or has just removed it, or is another user
             found = place.lstat()
             if stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid()):
                 with _lock(place / "lock").acquire(timeout=0):
@@ -271,13 +273,13 @@ def _clear_dead(parent: Path) -> None:
 
 
 def _clear(place: Path) -> None:
-    """Remove a workplace, after a folder that was to be replaced is back where it was if nothing took its place."""
+    """Remove a workplace. An old folder in it goes back to its place first, if no new one is there."""
     aside = place / "old"
     for old in aside.iterdir() if aside.exists() else ():
         home = place.parent / old.name
         if not os.path.lexists(home):
             os.rename(old, home)
-            logger.warning("%s is there as it was: what was to replace it did not come to its end.", home)
+            logger.warning("%s is as it was before: the process that was to replace it was stopped.", home)
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -285,11 +287,11 @@ def _clear(place: Path) -> None:
 
 
 def _replace(target: Path, new: Path, place: Path, names: Collection[str]) -> None:
-    """`new` in the place of `target`, with all in it but `names`; the old one is left in the workplace."""
+    """Put `new` in the place of `target`, with its other files than `names`; the old folder stays in the workplace."""
     kept = [name for name in os.listdir(target) if name not in names]
     for name in kept:
         if os.path.lexists(new / name):
-            raise FileExistsError(f"{target / name} is in the way, and no part of what is replaced: move it away.")
+            raise FileExistsError(f"{target / name} is in the way, and would not be replaced: move it away.")
         _link(target / name, new / name)
     shutil.copymode(target, new)
     _sync(new)
@@ -298,18 +300,18 @@ def _replace(target: Path, new: Path, place: Path, names: Collection[str]) -> No
     else:
         old = place / "old" / target.name
         old.parent.mkdir()
-        os.rename(target, old)  # should all end here, `_clear` puts it back
+        os.rename(target, old)  # if the process is killed here, `_clear` puts it back
         os.rename(new, target)
-    for name in os.listdir(old):  # what somebody added meanwhile
+    for name in os.listdir(old):  # files that were added meanwhile
         if name not in names:
             _link(old / name, target / name)
 
 
 def _link(source: Path, copy: Path) -> None:
-    """What somebody keeps in a folder, in another one as well: no copy where the disk can. What is there stays."""
+    """Put a kept file or folder into another folder as well, by a hard link if the disk can. Existing names stay."""
     if source.is_dir() and not source.is_symlink():
-        if os.path.ismount(source):  # it would go with the old folder
-            raise FileExistsError(f"{source} is where a disk is mounted, so nothing can take its folder's place.")
+        if os.path.ismount(source):  # it would stay in the old folder
+            raise FileExistsError(f"{source} is a mounted disk, so its folder cannot be replaced: pass another place.")
         copy.mkdir(exist_ok=True)
         for name in os.listdir(source):
             _link(source / name, copy / name)
@@ -322,7 +324,7 @@ def _link(source: Path, copy: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Give two folders each other's names in one step; False where the system cannot."""
+    """Exchange the names of two folders in one step; False where the system cannot."""
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "renameat2"):
         return False
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>
@@ -331,13 +333,13 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _finish(file: Path, mode: int) -> None:
-    """All of a file on the disk, and readable to whom its mode says: safetensors gives files to their owner alone."""
+    """Put all of a file on the disk and set its mode; safetensors makes files readable to their owner alone."""
     _sync(file)
     file.chmod(mode)
 
 
 def _sync(path: Path) -> None:
-    """All of a file, or the names in a folder, on the disk."""
+    """Put all of a file, or the names in a folder, on the disk."""
     if os.name == "posix":  # elsewhere folders cannot be opened, nor files synced that are only read
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -347,7 +349,7 @@ def _sync(path: Path) -> None:
 
 
 def _is_stream(file: Path) -> bool:
-    """Whether bytes go through a name to somewhere else: a device, a pipe, a descriptor.
+    """Whether a name stands for a device, a pipe or an open descriptor.
 
     Raises:
         OSError: it is a directory, or a link that leads back to itself.
@@ -362,7 +364,7 @@ def _is_stream(file: Path) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    """As `os.path.lexists`, which also says no to a name that is too long or in a place that is no directory."""
+    """As `os.path.lexists`, but with an error for a name that is too long, or in a place that is no directory."""
     with suppress(FileNotFoundError):
         path.lstat()
         return True
@@ -370,9 +372,9 @@ def _is_there(path: Path) -> bool:
 
 
 def _descriptor(file: Path) -> int | None:
-    """The number of this process's open file that a name such as `/dev/stdout` leads to."""
+    """The number of this process's open file behind a name such as `/dev/stdout`; None for other names."""
     name = os.path.abspath(file)
-    for _ in range(40):  # links, of which systems follow no more
+    for _ in range(40):  # systems follow at most 40 links
         name = os.path.join(os.path.realpath(os.path.dirname(name)), os.path.basename(name))
         if found := re.fullmatch(rf"/proc/{os.getpid()}/fd/(\d+)", name):
             return int(found[1])
@@ -386,12 +388,12 @@ def _open_stream(file: Path) -> BinaryIO:
     number = _descriptor(file)
     if number is None:
         return file.open("wb")
-    sys.stdout.flush()  # what was printed comes first
+    sys.stdout.flush()  # printed text comes first
     return os.fdopen(os.dup(number), "wb")
 
 
 def _reason(error: Exception, target: Path) -> str | None:
-    """Why something could not be written, unless an error is about something else."""
+    """The reason in an error that `target` cannot be written; None if the error is about something else."""
     if isinstance(error, OSError):
         named = Path(os.path.realpath(error.filename)) if isinstance(error.filename, str) else target
         related = named.is_relative_to(target.parent) or target.is_relative_to(named)

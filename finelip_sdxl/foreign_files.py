@@ -1,7 +1,7 @@
-"""Read configs and weights that others wrote: whole, or refused in one sentence that names the file.
+"""Configs and weights from other people: loaded completely, or refused in one sentence with the file's name.
 
-Nothing here runs code from a file or allocates much more than a file's own size, and a config is held against the
-shapes of the weights beside it before anything is built of it.
+No code in a file is run, and no more memory is used than about a file's own size. A config is checked against the
+shapes of the weights beside it before a model is built.
 """
 
 import json
@@ -19,9 +19,9 @@ from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LARGEST_JSON = 1 << 26  # bytes; tokenizers have the largest, of a few million
+_LARGEST_JSON = 1 << 26  # bytes; the largest real files, of tokenizers, have a few million
 _DEEPEST_JSON = 32
-_LARGEST_NUMBER = 1 << 31  # of a model's config; no size, count or token id comes near
+_LARGEST_NUMBER = 1 << 31  # in a model's config; real sizes, counts and token ids are far below
 _AGAIN = "copy or download it again"
 
 
@@ -29,7 +29,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: it is no JSON, no object, larger or deeper than any config, or holds text that is no Unicode.
 
     Example:
@@ -54,16 +54,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if too_deep:
         raise ValueError(f"{file} is nested deeper than any config: {_AGAIN}.")
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, but a config is an object of fields: {_AGAIN}.")
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected an object with fields: {_AGAIN}.")
     return content
 
 
 def read_tensors(file: Path) -> Any:
-    """What a `.safetensors` or PyTorch file holds, on the CPU: a state dict, or what a training script nested it in.
+    """The content of a `.safetensors` or PyTorch file, on the CPU: a state dict, or a dict around it.
 
     Raises:
-        OSError: it cannot be read, or is not whole.
-        ValueError: it holds code or other objects beside tensors, or unpacks to more than itself.
+        OSError: the file cannot be read, or is not whole.
+        ValueError: it holds code or objects other than tensors, or unpacks to more than its size.
     """
     _check_kind(file)
     if file.suffix != ".safetensors":
@@ -73,10 +73,10 @@ def read_tensors(file: Path) -> Any:
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file of weights, without the weights.
+    """Shapes of the tensors in a file of weights; the weights themselves are not loaded.
 
     Raises:
-        OSError, ValueError: see `read_tensors`.
+        OSError, ValueError: as in `read_tensors`.
     """
     _check_kind(file)
     if file.suffix != ".safetensors":
@@ -87,15 +87,15 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index of sharded weights names: all beside it, none elsewhere.
+    """The names of files in an index of sharded weights.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no index, or leads out of its folder.
+        OSError: the index cannot be read.
+        ValueError: it is no index, or names a file outside its folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map that says which file holds which weight: {_AGAIN}.")
+        raise ValueError(f"{index} has no weight_map, the table of weights and their files: {_AGAIN}.")
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", "..") or name != PurePosixPath(name).name or "\\" in name:
             raise ValueError(f"{index} names {name!r}, which is no file beside it: get these weights elsewhere.")
@@ -103,10 +103,10 @@ def shard_names(index: Path) -> list[str]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
-    """That no weight is NaN or infinite. Tensors without data, on the meta device, pass.
+    """Check that no weight is NaN or infinite. Tensors without data, on the meta device, pass.
 
     Raises:
-        ValueError: one is.
+        ValueError: a weight is; the message names it.
 
     Example:
         >>> check_finite({"a": torch.tensor([1.0, torch.nan])}, "x.pt")
@@ -117,23 +117,23 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     if broken:
         raise ValueError(
             f"{name} holds NaN or infinite values in {len(broken)} of {len(tensors)} weights, such as {broken[0]!r}:"
-            " its training has diverged, or the file is damaged, so use an earlier checkpoint or fetch it again."
+            " its training has diverged, or the file is damaged; use an earlier checkpoint, or fetch it again."
         )
 
 
 def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str, largest: int = _LARGEST_NUMBER) -> None:
-    """That no number or list of a config asks for more than the weights beside it could fill.
+    """Check that a config describes no larger model than the weights beside it can fill.
 
-    Building even an empty model takes time and memory for each layer, so that this comes before.
+    This comes before a model is built, since even an empty model takes time and memory for each layer.
 
     Args:
         config: content of the file.
-        weights: how many tensors there are.
-        file: of the config, for messages.
-        largest: whole number that may be in it; none may be negative.
+        weights: number of tensors.
+        file: name of the file, for messages.
+        largest: largest number that is allowed; negative ones are not.
 
     Raises:
-        ValueError: the field by name, and what is wrong with it.
+        ValueError: a number or list is too large; the message names its field.
 
     Example:
         >>> check_numbers({"layers_per_block": 10**6}, weights=400, file="unet/config.json")
@@ -155,9 +155,9 @@ def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str, lar
 
 @contextmanager
 def config_errors(file: Path | str) -> Iterator[None]:
-    """Whatever a library raises while it makes a config or an empty model of a file, in a sentence that names it.
+    """Turn all errors of a library that builds a config or an empty model into a sentence with the file's name.
 
-    Nothing but the file's content is unknown there, so that any exception is about it.
+    The file's content is the only unknown there, so any exception is about it.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def config_errors(file: Path | str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 200 characters."""
+    """The message of an exception, in one line of at most 200 characters."""
     said = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, KeyError) or not said:
         said = f"{type(error).__name__}: {said}"
@@ -187,7 +187,7 @@ def _check_kind(file: Path) -> None:
     if not start:
         raise OSError(f"{file} is empty: {_AGAIN}.")
     if start.startswith(b"version https://"):
-        raise OSError(f"{file} is a Git LFS pointer, not the weights it points to: fetch them with `git lfs pull`.")
+        raise OSError(f"{file} is a Git LFS pointer in place of weights: fetch them with `git lfs pull`.")
     if file.suffix != ".safetensors" and start[:2] != b"PK" and start[:1] != b"\x80":
         raise OSError(f"{file} is neither a PyTorch file nor named .safetensors: it begins with {start[:8]!r}.")
 
@@ -200,16 +200,16 @@ def _read_pickle(file: Path, device: str) -> Any:
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise ValueError(
                 f"{file} is a TorchScript archive, which holds code as well: save its weights alone, "
-                "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt'), and load those."
+                "torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt'), and load that file."
             )
-        # PyTorch stores tensors as they are, so that the parts of its files never add up to more than the file.
+        # PyTorch stores tensors uncompressed, so the parts of its files never add up to more than the file.
         _check_unpacked(file, sum(entry.file_size for entry in entries), size)
     with _pytorch_errors(file):
         content = torch.load(file, map_location=device, weights_only=True)
     tensors = list(_tensors(content))
     if any(t.device.type != device or t.layout != torch.strided or t.is_quantized for t in tensors):
         raise ValueError(f"{file} holds tensors that are sparse, quantized or without data: save plain ones.")
-    # Views may claim a large shape over little memory. Some do no harm: checkpoints hold weights twice at times.
+    # Views may have a large shape and little memory. Up to four times is normal: some checkpoints hold weights twice.
     _check_unpacked(file, sum(tensor.nbytes for tensor in tensors), 4 * size)
     return content
 
@@ -217,8 +217,8 @@ def _read_pickle(file: Path, device: str) -> Any:
 def _check_unpacked(file: Path, unpacked: int, bound: int) -> None:
     if unpacked > bound:
         raise ValueError(
-            f"{file} unpacks to {unpacked / 1e6:.0f} MB from {file.stat().st_size / 1e6:.1f} MB, which no file of"
-            " weights does: get it elsewhere."
+            f"{file} unpacks to {unpacked / 1e6:.0f} MB from {file.stat().st_size / 1e6:.1f} MB, and files of weights"
+            " do not: get it elsewhere."
         )
 
 
@@ -236,7 +236,7 @@ def _safetensors_errors(file: Path) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # of the library's own kind, or about types that PyTorch does not have
+    except Exception as error:  # the library's own error, or one about types that PyTorch lacks
         kind = "" if isinstance(error, SafetensorError) else f"{type(error).__name__}: "
         raise OSError(f"{file} is not a whole safetensors file ({kind}{one_line(error)}): {_AGAIN}.") from error
 
@@ -247,15 +247,15 @@ def _pytorch_errors(file: Path) -> Iterator[None]:
         yield
     except UnpicklingError as error:
         raise ValueError(
-            f"{file} holds Python objects besides tensors, and loading those could run code: "
-            "save its state dict alone, torch.save(model.state_dict(), 'weights.pt'), and load that."
+            f"{file} holds Python objects besides tensors, and loading them could run code: "
+            "save its state dict alone, torch.save(model.state_dict(), 'weights.pt'), and load that file."
         ) from error
-    except Exception as error:  # a damaged pickle fails in any way
+    except Exception as error:  # damaged pickles raise errors of all types
         raise OSError(f"{file} is not a whole PyTorch file: {_AGAIN}.") from error
 
 
 def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """All values in a config with the names of their fields, those in lists with that of the list."""
+    """All values in a config with the names of their fields; values in a list have the name of the list."""
     yield name, value
     inner: Iterable[tuple[str, Any]] = ()
     if isinstance(value, Mapping):

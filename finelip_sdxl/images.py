@@ -1,4 +1,4 @@
-"""PNG files that say how they were made, and grids of pictures with labels."""
+"""PNG files with the parameters of their pictures, and grids of pictures with labels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from PIL.PngImagePlugin import PngInfo, PngStream
 
 from finelip_sdxl.files import written_whole
 
-MAX_BYTES, MAX_CHUNKS = 64 * 2**20, 20_000  # of a PNG whose parameters are read; a chunk of pixels has 8 KiB or more
+MAX_BYTES, MAX_CHUNKS = 64 * 2**20, 20_000  # limits of a PNG to read; a chunk of pixels has 8 KiB or more
 
-INFOTEXT_KEY, OWN_KEY = "parameters", "finelip_sdxl"  # of the texts in a PNG
+INFOTEXT_KEY, OWN_KEY = "parameters", "finelip_sdxl"  # keys of the texts in a PNG
 
-MIN_SIDE = 256  # of a picture in a grid: smaller ones leave no room for labels
+MIN_SIDE = 256  # pixels of a picture's side in a grid; smaller ones leave no room for labels
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _INK, _GRAY = (24, 24, 27), (95, 95, 102)
-# A1111's names of samplers, by the classes of Diffusers that compute the same.
+# A1111's names of samplers, by Diffusers' classes of the same method.
 _SAMPLERS = {
     "DDIMScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM++ 2M",
@@ -42,13 +42,13 @@ _SAMPLERS = {
 
 
 def to_image(pixels: Any) -> Image.Image:
-    """A picture from the pixels that a pipeline returns, as Diffusers makes it, but never from NaN.
+    """A picture from the pixels that a pipeline returns, by Diffusers' own conversion, after a check for NaN.
 
     Args:
-        pixels: (3, height, width) from 0 to 1, as `output_type="pt"` returns them.
+        pixels: (3, height, width) from 0 to 1, as from `output_type="pt"`.
 
     Raises:
-        ValueError: some are NaN.
+        ValueError: a pixel is NaN.
 
     Example:
         >>> import torch
@@ -71,15 +71,15 @@ def to_image(pixels: Any) -> Image.Image:
 
 
 def save_png(image: Image.Image, file: str | os.PathLike[str], parameters: dict[str, Any]) -> None:
-    """Write a PNG that says how it was made.
+    """Write a PNG with the parameters of its picture.
 
-    Its texts are the prompt under `prompt`, the main parameters in the words of A1111 under `parameters`, as other
-    programs read them, and all parameters as JSON under `finelip_sdxl`.
+    Its texts are the prompt under `prompt`, the main parameters under `parameters` in A1111's format, which other
+    programs read, and all parameters as JSON under `finelip_sdxl`.
 
     Args:
         image: the picture.
-        file: to write, whole or not at all.
-        parameters: parameters that it was made with, of the types of JSON, with the prompt as `"prompt"`.
+        file: the file, written completely or not at all.
+        parameters: parameters of the picture, of JSON's types, with the prompt as `"prompt"`.
 
     Raises:
         OSError: the file cannot be written.
@@ -100,7 +100,7 @@ def save_png(image: Image.Image, file: str | os.PathLike[str], parameters: dict[
 
 
 def infotext(parameters: dict[str, Any]) -> str:
-    """Parameters in the words of A1111: the prompt, the negative prompt, and a line of further settings.
+    """Parameters in A1111's format: the prompt, the negative prompt, and a line of further settings.
 
     Args:
         parameters: as for `save_png`.
@@ -129,7 +129,7 @@ def infotext(parameters: dict[str, Any]) -> str:
 
 
 def sampler_name(scheduler: Any) -> str:
-    """The name of a Diffusers scheduler among A1111's samplers, or its own where A1111 has none.
+    """A1111's name of a Diffusers scheduler, or its own name if A1111 has none.
 
     Example:
         >>> from diffusers import EulerAncestralDiscreteScheduler
@@ -141,40 +141,41 @@ def sampler_name(scheduler: Any) -> str:
 
 
 def read_parameters(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parameters in a PNG that this package wrote. Its pixels are never decoded, however many it claims to have.
+    """The parameters in a PNG that this package wrote. Its pixels are not decoded.
 
     Args:
         file: a PNG of up to 64 MiB.
 
     Returns:
-        The parameters that were passed to `save_png`. The file may have been edited since: check values before use.
+        The parameters that were passed to `save_png`. The file may have been edited: check values before use.
 
     Raises:
-        ValueError: no such file, one that is too large or of too many chunks, no PNG, a damaged one, or one without
-            parameters of ours.
+        ValueError: the file does not exist, is too large or has too many chunks, is no PNG or a damaged one, or holds
+            no parameters of this package.
     """
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{path.name} does not exist or is not a file: pass a PNG that FineLIP-SDXL wrote.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(
-            f"{path.name} has {path.stat().st_size:,} bytes; at most {MAX_BYTES:,} are read: pass a PNG as FineLIP-SDXL"
+            f"{path.name} has {path.stat().st_size:,} bytes; expected at most {MAX_BYTES:,}: pass a PNG as FineLIP-SDXL"
             " wrote it."
         )
     texts = _png_texts(path)
-    text = texts.get(OWN_KEY, texts.get(INFOTEXT_KEY))  # the first pictures have the JSON under the latter
+    text = texts.get(OWN_KEY, texts.get(INFOTEXT_KEY))  # the oldest pictures have the JSON under the second key
     if text is None:
         raise ValueError(
-            f"{path.name} holds no parameters: it was not written by FineLIP-SDXL, or another program removed them."
+            f"{path.name} holds no parameters, since FineLIP-SDXL did not write it, or another program removed them:"
+            " pass another PNG."
         )
     try:
         parameters = json.loads(text)
-    except (ValueError, RecursionError):  # such as those of other programs, which are plain text
+    except (ValueError, RecursionError):  # other programs write plain text, for example
         parameters = None
     if not isinstance(parameters, dict) or not isinstance(parameters.get("prompt"), str):
         raise ValueError(
-            f"{path.name} was not written by FineLIP-SDXL: its parameters are those of another program"
-            " (expected a JSON object with a prompt)."
+            f"{path.name} holds parameters of another program; expected a JSON object with a prompt: pass a PNG that"
+            " FineLIP-SDXL wrote."
         )
     return parameters
 
@@ -188,16 +189,16 @@ def label_grid(
 ) -> Image.Image:
     """One picture of many: rows and columns with labels, below a title.
 
-    Pictures with a side of less than 256 pixels are enlarged, others stay as they are. Labels grow with them. Lines
-    break where there is no more room, so that nothing is left out. Letters that Pillow's font lacks, such as Chinese
-    ones, show as boxes.
+    Pictures with a side of less than 256 pixels are enlarged, others keep their size. The size of labels follows the
+    pictures. Long lines are broken, so nothing is left out. Letters that Pillow's font lacks, such as Chinese ones,
+    become boxes.
 
     Args:
-        rows: pictures, all of one size, as many in each row.
-        row_labels: one for each row, at its left.
-        column_labels: one for each column, above it.
-        title: such as the prompt, above all.
-        captions: one for each picture, below it.
+        rows: pictures, all of one size, equally many in each row.
+        row_labels: labels of the rows, at their left.
+        column_labels: labels of the columns, above them.
+        title: text above the grid, such as the prompt.
+        captions: texts below the pictures, one for each.
 
     Returns:
         The grid, in RGB.
@@ -245,7 +246,7 @@ def label_grid(
 
 
 def _infotext_value(value: Any) -> str:
-    """A value that other programs find the end of: quoted where it holds what separates one from the next."""
+    """A value for the line of settings: quoted if it holds a separator."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value)
@@ -253,11 +254,11 @@ def _infotext_value(value: Any) -> str:
 
 
 def _png_texts(file: Path) -> dict[str, str]:
-    """The texts of a PNG by their keywords, wherever they stand in it. Everything else is skipped."""
+    """The texts of a PNG, anywhere in it, by their keywords. Other chunks are skipped."""
     with file.open("rb") as stream:
         if stream.read(len(_SIGNATURE)) != _SIGNATURE:
             raise ValueError(f"{file.name} is not a PNG: pass a PNG that FineLIP-SDXL wrote.")
-        chunks = PngStream(stream)  # limits what texts may unpack to
+        chunks = PngStream(stream)  # it limits the size of unpacked texts
         try:
             for _ in range(MAX_CHUNKS):
                 kind, position, length = chunks.read()
@@ -268,15 +269,13 @@ def _png_texts(file: Path) -> dict[str, str]:
                 else:
                     stream.seek(length + 4, os.SEEK_CUR)  # the checksum has four bytes
         except (OSError, SyntaxError, ValueError, struct.error) as error:
-            raise ValueError(
-                f"{file.name} is a PNG that is damaged or cut short: pass it as it was written."
-            ) from error
+            raise ValueError(f"{file.name} is a PNG that is damaged or cut short: pass the original file.") from error
     raise ValueError(f"{file.name} has more than {MAX_CHUNKS:,} chunks: pass a PNG as FineLIP-SDXL wrote it.")
 
 
 @dataclass(frozen=True)
 class _Text:
-    """Lines of text with the room that they take."""
+    """Lines of text and their size in pixels."""
 
     lines: tuple[str, ...]
     font: ImageFont.FreeTypeFont
@@ -284,7 +283,7 @@ class _Text:
 
     @classmethod
     def wrapped(cls, text: str, font: ImageFont.FreeTypeFont, width: int, color: tuple[int, int, int]) -> _Text:
-        """Lines of up to `width` pixels, broken between words, or within a word that is wider than a line."""
+        """Lines of up to `width` pixels, broken between words, or within words wider than a line."""
         length = cache(font.getlength)
         lines = list[str]()
         for paragraph in text.splitlines():
@@ -314,19 +313,19 @@ class _Text:
         return len(self.lines) * self.line_height
 
     def draw(self, pen: ImageDraw.ImageDraw, x: int, y: int, anchor: str) -> None:
-        """Below `y`, with `x` at their left (`"l"`), middle (`"m"`) or right (`"r"`)."""
+        """Draw the lines below `y`, with `x` at their left (`"l"`), middle (`"m"`) or right (`"r"`)."""
         for number, line in enumerate(self.lines):
             pen.text((x, y + number * self.line_height), line, fill=self.color, font=self.font, anchor=f"{anchor}a")
 
 
 def _font(size: float) -> ImageFont.FreeTypeFont:
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(round(size)))
-    # Spaces letters evenly at small sizes, and alike on every machine.
+    # The basic layout spaces letters evenly at small sizes, and equally on every machine.
     return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
 
 
 def _enlarged(size: tuple[int, int]) -> tuple[int, int]:
-    """A whole number of times as large, so that no side is shorter than `MIN_SIDE`."""
+    """The size times the smallest whole number that makes no side shorter than `MIN_SIDE`."""
     factor = max(1, math.ceil(MIN_SIDE / min(size)))
     return size[0] * factor, size[1] * factor
 
@@ -342,12 +341,12 @@ def _check_grid(
     sizes = sorted({picture.size for row in rows for picture in row})
     if len(sizes) > 1:
         given = " and ".join(f"{width} × {height}" for width, height in sizes)
-        raise ValueError(f"The pictures of a grid must have one size, but have {given}: draw or resize them alike.")
+        raise ValueError(f"The pictures of the grid have sizes {given}; expected one size: draw or resize them alike.")
     if len(row_labels) != len(rows):
         raise ValueError(f"The grid has {len(rows)} rows but {len(row_labels)} row labels: pass one for each.")
     for name, table in (("pictures", rows), ("captions", rows if captions is None else captions)):
         if len(table) != len(rows) or any(len(row) != len(column_labels) for row in table):
             raise ValueError(
-                f"The {name} of the grid are {[len(row) for row in table]} a row: expected {len(rows)} rows of"
+                f"The {name} of the grid are {[len(row) for row in table]} in its rows; expected {len(rows)} rows of"
                 f" {len(column_labels)}, one for each column label."
             )

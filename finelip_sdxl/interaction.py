@@ -6,39 +6,40 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 NEGATIVE_SLOPE = 0.1
-# Similarities between single tokens that are held at a time: 16 MiB in float32.
+# Similarities between single tokens in memory at a time: 16 MiB in float32.
 _BLOCK = 2**22
 
 
 def late_interaction(
     image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None
 ) -> Tensor:
-    """Returns how well each text fits each image, token by token.
+    """Returns the similarity of each image and each text, token by token.
 
-    The result is the mean over the text's tokens of the best image token's similarity, plus the mean over the image's
-    tokens of the best text token's.
+    It is the sum of two means: over the text's tokens, of each token's similarity to its best image token, and over the
+    image's tokens, of each token's similarity to its best text token. The similarity of two tokens is LeakyReLU₀.₁ of
+    their cosine.
 
-    The similarity of two tokens is LeakyReLU₀.₁ of their cosine. Images are compared block by block, and each block's
-    similarities are computed again in the backward pass, so that memory grows no faster than inputs and result.
+    Images are compared block by block, and each block is computed again in the backward pass, so memory grows no faster
+    than inputs and result.
 
     Source: FineLIP (arXiv 2504.01916), section 3.
 
     Args:
         image_tokens: (images, image tokens, dim); normalized here.
         text_tokens: (texts, text tokens, dim); normalized here.
-        image_mask: (images, image tokens), True where a token counts; at least one in each row. None if all count.
+        image_mask: (images, image tokens), True where a token counts, at least once in each row. None if all count.
         text_mask: (texts, text tokens), likewise.
 
     Returns:
         (images, texts), each entry between -0.2 and 2.
 
     Raises:
-        ValueError: if shapes do not fit together, or a row of a mask holds no token.
+        ValueError: shapes do not match, or a mask has a row without any token.
 
     Example:
         >>> image = torch.eye(3)[None]               # one image of three orthogonal tokens
         >>> texts = torch.eye(3)[:, None]            # three texts of one token each
-        >>> late_interaction(image, texts)           # 1, the token's best, plus the mean of (1, 0, 0)
+        >>> late_interaction(image, texts)           # 1, the text token's best, plus the mean of (1, 0, 0)
         tensor([[1.3333, 1.3333, 1.3333]])
     """
     image_mask = _check("image", image_tokens, image_mask)
@@ -65,15 +66,15 @@ def late_interaction(
 
 
 def _compare(images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
-    """`late_interaction` of normalized tokens, all at once."""
+    """`late_interaction` of normalized tokens, in one block."""
     similarity = torch.einsum("ivc,jtc->ivjt", images, texts)
     for_texts, for_images = similarity, similarity
-    # Below every cosine, and far from an overflow in half precision.
+    # -2 is below every cosine, and far from an overflow in half precision.
     if image_mask is not None:
         for_texts = similarity.masked_fill(~image_mask[:, :, None, None], -2)
     if text_mask is not None:
         for_images = similarity.masked_fill(~text_mask[None, None], -2)
-    # LeakyReLU is increasing: after the maximum the result is the same, on fewer numbers.
+    # LeakyReLU is increasing, so it commutes with the maximum, and has fewer numbers to transform after it.
     of_texts = F.leaky_relu(for_texts.amax(dim=1), NEGATIVE_SLOPE)  # (images, texts, text tokens)
     of_images = F.leaky_relu(for_images.amax(dim=3), NEGATIVE_SLOPE)  # (images, image tokens, texts)
     return _mean(of_texts, None if text_mask is None else text_mask[None], dim=2) + _mean(
@@ -86,7 +87,7 @@ def _mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:
 
 
 def _normalize(tokens: Tensor) -> Tensor:
-    # In float32 at least: float16 holds neither the square of a large token nor the constant that guards a zero one.
+    # In float32 at least: in float16 the squares of large tokens overflow, and the guard against a zero norm vanishes.
     exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return F.normalize(exact, dim=-1).to(tokens.dtype)
 

@@ -11,21 +11,21 @@ def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN,
     """Returns the bidirectional triplet margin loss over a batch of pairs, summed.
 
     For each pair, max(0, margin + s(negative) - s(pair)) is summed over the texts that do not belong to its image, and
-    over the images that do not belong to its text; or, with `hardest`, only the largest of either counts.
+    over the images that do not belong to its text. With `hardest`, only the largest in each direction counts.
 
     Source: FineLIP (arXiv 2504.01916), section 3; hardest negatives as in VSE++ (arXiv 1707.05612).
 
     Args:
         similarity: (pairs, pairs), of image i and text j; the pairs are on the diagonal.
-        ids: (pairs,), of the images: pairs of equal id are no negatives of each other.
-        margin: the distance by which a pair should surpass its negatives.
-        hardest: count the hardest negative only.
+        ids: (pairs,), ids of the images: pairs of equal id are no negatives of each other.
+        margin: the least difference between a pair's similarity and its negatives'.
+        hardest: whether to count the hardest negative only.
 
     Returns:
         A scalar, of float32 at least, since a sum over a large batch exceeds float16; 0 for a single pair.
 
     Raises:
-        ValueError: if `similarity` is not square, or there is not one id for each pair.
+        ValueError: `similarity` is not square, or there is not one id for each pair.
 
     Example:
         >>> similarity = torch.tensor([[0.9, 0.5], [0.8, 0.7]])
@@ -49,14 +49,14 @@ def contrastive_loss(similarity: Tensor, ids: Tensor, scale: Tensor | float) -> 
 
     Args:
         similarity: (pairs, pairs), of image i and text j; the pairs are on the diagonal.
-        ids: (pairs,), of the images: pairs of equal id are no negatives of each other.
+        ids: (pairs,), ids of the images: pairs of equal id are no negatives of each other.
         scale: factor of the similarities, the inverse of the softmax's temperature.
 
     Returns:
         A scalar of float32 at least, the mean over the pairs and both directions; 0 for a single pair.
 
     Raises:
-        ValueError: if `similarity` is not square, or there is not one id for each pair.
+        ValueError: `similarity` is not square, or there is not one id for each pair.
 
     Example:
         >>> contrastive_loss(torch.eye(2), torch.tensor([0, 1]), scale=100.0)

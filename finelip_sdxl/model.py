@@ -30,21 +30,21 @@ from finelip_sdxl.token_refinement import TokenRefinement
 
 logger = logging.getLogger(__name__)
 
-GLOBAL_WEIGHT = 0.8  # of the cosine of embeddings in the fused similarity; the rest is late interaction's
+GLOBAL_WEIGHT = 0.8  # weight of the embeddings' cosine in the fused similarity; late interaction has the rest
 
 
 @strict
 class FineLIPConfig(PreTrainedConfig):
-    """What a `FineLIPModel` is made of. Fields that nobody knows are left out, with a warning.
+    """The config of a `FineLIPModel`. Unknown fields are left out, with a warning.
 
     Args:
-        text_config: of the text tower, a `CLIPTextConfig` or a dict of its fields.
-        vision_config: of the image tower, a `CLIPVisionConfig` or a dict of its fields; None for a model that
-            only reads texts.
-        projection_dim: width of the embeddings that texts and images share; None for a text tower without a
-            projection, such as SDXL's first text encoder.
-        refined_image_tokens: tokens that the refinement makes of an image (K in the paper); None without one.
-        refined_text_tokens: tokens that the refinement makes of a text; None without one.
+        text_config: config of the text tower, a `CLIPTextConfig` or a dict of its fields.
+        vision_config: config of the image tower, a `CLIPVisionConfig` or a dict of its fields; None for a model that
+            encodes texts only.
+        projection_dim: width of the common embeddings of texts and images; None for a text tower without a projection,
+            such as SDXL's first text encoder.
+        refined_image_tokens: number of refined tokens of an image (K in the paper); None without a refinement.
+        refined_text_tokens: number of refined tokens of a text; None without a refinement.
         logit_scale_init_value: initial logarithm of the scale of similarities.
         initializer_factor: scale of the random weights of a new model, as in CLIP.
         initializer_range: standard deviation of the random weights of new refinement layers.
@@ -72,7 +72,7 @@ class FineLIPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers has no types for it
-        # What is neither a field nor transformers' own has become an attribute, and would be saved for ever.
+        # Other names than fields and transformers' own have become attributes, and would be saved again and again.
         own = vars(PreTrainedConfig()).keys() | {"model_type"}
         if unknown := sorted(kwargs.keys() & vars(self).keys() - own - {field.name for field in fields(self)}):
             logger.warning("A FineLIP's config has no fields %s: they are left out.", ", ".join(unknown))
@@ -82,15 +82,15 @@ class FineLIPConfig(PreTrainedConfig):
 
 @dataclass
 class FineLIPTextOutput(ModelOutput):
-    """What `FineLIPModel.encode_text` returns; n is the number of positions given, C the embedding size.
+    """The result of `FineLIPModel.encode_text`; n is the number of positions of the input, C the embedding size.
 
     Attributes:
         embeds: (batch, C), the projected state of the end token, not normalized; None without a projection.
         tokens: (batch, n, C), the projected states of all positions; None without a projection.
         refined_tokens: (batch, K + 1, C), the text's refined tokens and its end token; None without a refinement.
         last_hidden_state: (batch, n, width), after the final norm.
-        hidden_states: layers + 1 tensors (batch, n, width), before the final norm, if they were asked for.
-            `hidden_states[-2]` is what SDXL's UNet was trained on.
+        hidden_states: layers + 1 tensors (batch, n, width), before the final norm; None unless they were asked for.
+            SDXL's UNet was trained on `hidden_states[-2]`.
     """
 
     embeds: Tensor | None = None
@@ -102,14 +102,14 @@ class FineLIPTextOutput(ModelOutput):
 
 @dataclass
 class FineLIPImageOutput(ModelOutput):
-    """What `FineLIPModel.encode_image` returns; C is the embedding size.
+    """The result of `FineLIPModel.encode_image`; C is the embedding size.
 
     Attributes:
         embeds: (batch, C), the projected class token, not normalized.
         tokens: (batch, 1 + patches, C), projected, class token first.
         refined_tokens: (batch, 1 + K, C), the class token and the patches' refined tokens; None without a refinement.
         last_hidden_state: (batch, 1 + patches, width), after the post-norm.
-        hidden_states: layers + 1 tensors (batch, 1 + patches, width), before the post-norm, if they were asked for.
+        hidden_states: layers + 1 tensors (batch, 1 + patches, width), before the post-norm; None unless asked for.
     """
 
     embeds: Tensor | None = None
@@ -121,15 +121,15 @@ class FineLIPImageOutput(ModelOutput):
 
 @dataclass
 class FineLIPOutput(ModelOutput):
-    """What `FineLIPModel.forward` returns: each part is None where its input was not given.
+    """The result of `FineLIPModel.forward`; a part is None where its input was not passed.
 
     Attributes:
-        loss: the triplet margin loss of the paper, of late interaction's similarity (of the cosine, without a token
-            refinement); None without `ids`.
-        similarity: (images, texts), what FineLIP retrieves by: 0.8 · global + 0.2 · fine, or global alone.
+        loss: the paper's triplet margin loss of the late interaction (of the cosine, without a token refinement); None
+            without `ids`.
+        similarity: (images, texts), FineLIP's retrieval score: 0.8 · global + 0.2 · fine, or global alone.
         global_similarity: (images, texts), the cosine of the embeddings.
         fine_similarity: (images, texts), late interaction of the refined tokens; None without a token refinement.
-        text, image: what `encode_text` and `encode_image` return.
+        text, image: the results of `encode_text` and `encode_image`.
     """
 
     loss: Tensor | None = None
@@ -144,7 +144,7 @@ class FineLIPModel(CLIPPreTrainedModel):
     """CLIP's two towers with a long text encoder (FineLIP, arXiv 2504.01916).
 
     Weights come from `finelip_sdxl.load_finelip`, or from `from_pretrained` for a directory that `save_pretrained`
-    wrote. The keys are those of transformers' `CLIPModel`, plus `image_refinement.*` and `text_refinement.*`.
+    wrote. Its keys are transformers' `CLIPModel`'s, plus `image_refinement.*` and `text_refinement.*`.
 
     Example:
         >>> config = FineLIPConfig(
@@ -174,7 +174,7 @@ class FineLIPModel(CLIPPreTrainedModel):
         self.visual_projection = None
         if vision_config is not None:
             if dim is None:
-                raise ValueError("A FineLIP with an image tower needs a projection_dim, got None.")
+                raise ValueError("projection_dim is None; expected a width, which an image tower needs.")
             self.vision_model = CLIPVisionModel._from_config(vision_config)
             self.visual_projection = nn.Linear(vision_config.hidden_size, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
@@ -184,7 +184,7 @@ class FineLIPModel(CLIPPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Everything that is in no state dict must be set here: loading builds on the meta device.
+        # All parameters that a state dict may lack are set here: loading builds on the meta device.
         super()._init_weights(module)  # type: ignore[no-untyped-call]  # transformers has no types for it
         if isinstance(module, TokenRefinement):
             init.ones_(module.scale)
@@ -206,15 +206,15 @@ class FineLIPModel(CLIPPreTrainedModel):
 
         Args:
             input_ids: (batch, n), start token first, with an end token in each row; n is at most the number of
-                positions. Attention is causal, so that what follows the end token changes nothing before it.
+                positions. Attention is causal, so tokens after the end token change nothing before it.
             output_hidden_states: whether to return the states of every layer.
 
         Raises:
-            ValueError: if n exceeds the number of positions.
+            ValueError: n exceeds the number of positions.
         """
         positions = self.text_model.embeddings.position_embedding.weight.shape[0]
         if input_ids.shape[-1] > positions:
-            raise ValueError(f"The text has {input_ids.shape[-1]} tokens, but this model reads at most {positions}.")
+            raise ValueError(f"The text has {input_ids.shape[-1]} tokens; expected at most {positions}: shorten it.")
         out = self.text_model(input_ids=input_ids, output_hidden_states=output_hidden_states)
         project = self.text_projection
         tokens = None if project is None else project(out.last_hidden_state)
@@ -222,7 +222,7 @@ class FineLIPModel(CLIPPreTrainedModel):
         if self.text_refinement is not None and tokens is not None:
             at = torch.arange(input_ids.shape[-1], device=input_ids.device)
             end = end_positions(input_ids, self.config.text_config.eos_token_id)[:, None]
-            # A text that is nothing but its end token has no other to refine.
+            # In a text without any other token, the end token itself is refined.
             few = self.text_refinement(tokens, mask=at < end.clamp(min=1))
             refined = torch.cat([few, tokens.gather(1, end[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1)
         return FineLIPTextOutput(
@@ -241,10 +241,10 @@ class FineLIPModel(CLIPPreTrainedModel):
             output_hidden_states: whether to return the states of every layer.
 
         Raises:
-            ValueError: if the model has no image tower, or the images have another size.
+            ValueError: the model has no image tower, or the images have another size.
         """
         if self.vision_model is None or self.visual_projection is None:
-            raise ValueError("This FineLIP was loaded from a text encoder alone: it has no image tower.")
+            raise ValueError("This FineLIP has no image tower: load it from a whole CLIP, not from a text encoder.")
         out = self.vision_model(pixel_values=pixel_values, output_hidden_states=output_hidden_states)
         states = self.vision_model.post_layernorm(out.last_hidden_state)
         tokens = self.visual_projection(states)
@@ -262,16 +262,16 @@ class FineLIPModel(CLIPPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, ids: Tensor | None = None
     ) -> FineLIPOutput:
-        """Encode texts, images or both, and compare each image with each text if both are given.
+        """Encode texts, images or both, and compare each image with each text if both are passed.
 
         Args:
             input_ids: (texts, n), see `encode_text`.
             pixel_values: (images, 3, height, width), see `encode_image`.
-            ids: (pairs,), of the images, to get the loss: text i then belongs to image i, and pairs of equal id are no
+            ids: (pairs,), ids of the images, for the loss: text i then belongs to image i, and pairs of equal id are no
                 negatives of each other.
 
         Raises:
-            ValueError: see `encode_text` and `encode_image`; or if `ids` come without as many texts and images.
+            ValueError: as in `encode_text` and `encode_image`; or `ids` come without equally many texts and images.
         """
         text = None if input_ids is None else self.encode_text(input_ids)
         image = None if pixel_values is None else self.encode_image(pixel_values)
@@ -285,24 +285,24 @@ class FineLIPModel(CLIPPreTrainedModel):
             if ids is not None:
                 out.loss = triplet_margin_loss(trained, ids)
         elif ids is not None:
-            raise ValueError("ids were given without texts and images to compare: pass input_ids and pixel_values.")
+            raise ValueError("ids were passed without texts and images to compare: pass input_ids and pixel_values.")
         return out
 
     def add_token_refinement(self, num_tokens: int | None = None) -> None:
-        """Give a model that has none, such as one made from a plain CLIP, a new token refinement for both towers.
+        """Add a new token refinement to both towers of a model without one, for example of a plain CLIP.
 
         Args:
-            num_tokens: refined tokens K of an image and of a text; by default ⌊patches · 0.4 · 0.5⌋, as published, and
-                at least one.
+            num_tokens: number K of refined tokens of an image and of a text; by default ⌊patches · 0.4 · 0.5⌋, as
+                published, and at least one.
 
         Raises:
-            ValueError: if the model has a token refinement, or lacks an image tower or the text projection.
+            ValueError: the model has a token refinement, or lacks an image tower or the text projection.
         """
         vision, dim = self.config.vision_config, self.config.projection_dim
         if self.image_refinement is not None or self.text_refinement is not None:
-            raise ValueError("This FineLIP has a token refinement: load another base, or train the one that is there.")
+            raise ValueError("This FineLIP has a token refinement already: train that one, or load another model.")
         if vision is None or dim is None:
-            raise ValueError("Token refinement needs an image tower and a text projection, and this model lacks them.")
+            raise ValueError("This model lacks an image tower or a text projection, and token refinement needs both.")
         if num_tokens is None:
             num_tokens = max(1, (vision.image_size // vision.patch_size) ** 2 // 5)
         for name in ("image_refinement", "text_refinement"):
@@ -312,7 +312,7 @@ class FineLIPModel(CLIPPreTrainedModel):
         self.config.refined_image_tokens = self.config.refined_text_tokens = num_tokens
 
     def to_text_encoder(self, projection: bool) -> TextEncoder:
-        """The text tower as a plain transformers model, as SDXL takes it.
+        """The text tower as a plain transformers model, for SDXL.
 
         Args:
             projection: True for a `CLIPTextModelWithProjection` (SDXL's second encoder), False for a
@@ -323,7 +323,7 @@ class FineLIPModel(CLIPPreTrainedModel):
             memory of this model's weights: `copy.deepcopy` it to train one without the other.
 
         Raises:
-            ValueError: if a projection is asked of a model that has none.
+            ValueError: `projection` is True, and the model has no projection.
         """
         tensors = text_encoder_tensors(self.text_model)
         if self.text_projection is not None:
@@ -332,15 +332,15 @@ class FineLIPModel(CLIPPreTrainedModel):
 
 
 def text_encoder_of(config: FineLIPConfig, tensors: Mapping[str, Tensor], projection: bool) -> TextEncoder:
-    """The text tower of a FineLIP whose weights fit its config, as `FineLIPModel.to_text_encoder` returns it.
+    """`FineLIPModel.to_text_encoder` for a config and weights that match it, without a model.
 
     Args:
-        config: of the FineLIP.
-        tensors: its weights. Only those of the text tower and its projection are taken.
+        config: config of the FineLIP.
+        tensors: weights of the FineLIP. Only the text tower and its projection are used.
         projection: whether the encoder has a projection.
 
     Raises:
-        ValueError: if a projection is asked of weights that have none.
+        ValueError: `projection` is True, and the weights have no projection.
     """
     text_config = copy.deepcopy(config.text_config)
     if config.projection_dim is not None:
@@ -358,9 +358,9 @@ def text_encoder_of(config: FineLIPConfig, tensors: Mapping[str, Tensor], projec
 
 
 def end_positions(input_ids: Tensor, end_token: int) -> Tensor:
-    """Where each text ends: (batch,), by the rule of transformers' `CLIPTextModel`.
+    """The position of each text's end token, (batch,), by the rule of transformers' `CLIPTextModel`.
 
-    Configs that call the end token 2 are older than textual inversion: there the largest id is the end token.
+    Configs with an end token of 2 are older than textual inversion: there the largest id is the end token.
 
     Args:
         input_ids: (batch, n), with an end token in each row.
@@ -379,5 +379,5 @@ def _refinement(dim: int | None, num_tokens: int | None) -> TokenRefinement | No
     if num_tokens is None:
         return None
     if dim is None:
-        raise ValueError("A FineLIP with token refinement needs a projection_dim, got None.")
+        raise ValueError("projection_dim is None; expected a width, which token refinement needs.")
     return TokenRefinement(dim, num_tokens)

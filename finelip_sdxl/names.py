@@ -1,6 +1,6 @@
-"""From a name to files: a file, a folder, a hub id, or a name of weights that ship with the package.
+"""Names of models and their files: a file, a folder, a hub id, or the name of weights that ship with the package.
 
-Everywhere that a model is named, `resolve` says where its files are, and in the same words why they are nowhere.
+All names of models go through `resolve`, so all errors about them have the same words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Bundled: weights that ship with the package, by the names that stand for them.
+# Bundled weights: they ship with the package and have names of their own.
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class BundledModel:
 
     Attributes:
         config: its `config.json`.
-        weights: its files, which share no key. They ship in half precision, and are meant to be used in float32.
+        weights: its files, which share no key. They are in half precision, for use in float32.
         tokenizer: the folder of its tokenizer.
-        base: the name of the bundled SDXL whose text encoder it has, or was trained from.
+        base: the name of the bundled SDXL with the text encoder that it has, or was trained from.
     """
 
     config: Path
@@ -38,10 +38,10 @@ class BundledSDXL:
     """An SDXL that ships with the package.
 
     Attributes:
-        folder: in Diffusers' layout.
-        finelips: for each text encoder, the name of the bundled FineLIP that was trained from it.
-        conditioning_adapter: the folder of the adapter that was trained with both.
-        license: of all its weights.
+        folder: its folder, in Diffusers' layout.
+        finelips: the name of the bundled FineLIP that was trained from each text encoder.
+        conditioning_adapter: the folder of the adapter that was trained with both FineLIPs.
+        license: license of all its weights.
     """
 
     folder: Path
@@ -82,7 +82,7 @@ _MODELS = {
 
 
 def bundled_model(name: Any) -> BundledModel | None:
-    """The CLIP or FineLIP that ships under this name; None for anything else.
+    """The CLIP or FineLIP that ships under this name; None for all other names.
 
     Example:
         >>> bundled_model("miniature-finelip-2").config.parent.name
@@ -94,7 +94,7 @@ def bundled_model(name: Any) -> BundledModel | None:
 
 
 def bundled_sdxl(name: Any) -> BundledSDXL | None:
-    """The SDXL that ships under this name; None for anything else.
+    """The SDXL that ships under this name; None for all other names.
 
     Example:
         >>> bundled_sdxl("miniature").folder.name
@@ -104,7 +104,7 @@ def bundled_sdxl(name: Any) -> BundledSDXL | None:
 
 
 def sdxl_path(name: str | os.PathLike[str]) -> str:
-    """The name of an SDXL as Diffusers takes it: the folder of one that ships with the package, any other unchanged.
+    """The name of an SDXL for Diffusers: the folder of one that ships with the package, any other name unchanged.
 
     Example:
         >>> sdxl_path("stabilityai/stable-diffusion-xl-base-1.0")
@@ -122,7 +122,7 @@ class Location:
     """The place of a model's files.
 
     Attributes:
-        name: as it was given.
+        name: the name that was passed.
         path: a file or folder on this machine; None for a hub repository.
         hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, for a hub repository.
     """
@@ -135,11 +135,13 @@ class Location:
         """A file of a folder or hub repository on this machine; None if there is none of that name.
 
         Args:
-            is_optional: whether another file of the repository was found. One that is not in the cache is taken for
-                absent then, if the hub cannot be reached.
+            filename: name of the file.
+            subfolder: folder of the file in the folder or repository.
+            is_optional: whether another file of the repository was found before. If the hub cannot be reached, a file
+                that is not in the cache is then taken for absent.
 
         Raises:
-            OSError: the hub does not give the repository, or cannot be reached.
+            OSError: the hub cannot be reached, or refuses.
         """
         if self.path is not None:
             file = self.path / subfolder / filename
@@ -158,7 +160,7 @@ class Location:
                 return None
 
     def names(self, subfolder: str = "") -> list[str]:
-        """The names of all files in a folder of it; none of a hub repository that cannot be reached."""
+        """The names of all files in one of its folders; an empty list if the hub cannot be reached."""
         if self.path is not None:
             return [file.name for file in (self.path / subfolder).iterdir()]
         from huggingface_hub import list_repo_files
@@ -172,10 +174,10 @@ class Location:
             return []
 
     def folder(self, patterns: Collection[str]) -> Path:
-        """The folder on this machine that holds all of its files whose names match a pattern.
+        """The folder on this machine with all of its files that match a pattern.
 
         Raises:
-            OSError: the hub does not give the repository, or cannot be reached.
+            OSError: the hub cannot be reached, or refuses.
         """
         if self.path is not None:
             return self.path
@@ -197,19 +199,19 @@ class Location:
             yield
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise OSError(
-                f"{self.name} is no path here, and the hub cannot be reached to look for it there."
+                f"{self.name} is no path here, and the hub cannot be reached to look for it: pass a path, or connect."
             ) from error
         except (HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise OSError(f"{self.name} is no path here, and the hub does not give it ({reason}).") from error
+            raise OSError(f"{self.name} is no path here, and the hub refuses it ({reason}).") from error
 
 
 def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub id", **hub_arguments: Any) -> Location:
-    """The place of the files behind a name. Nothing is fetched before one of them is asked for.
+    """The place of a model's files. Nothing is fetched before a file is asked for.
 
     Args:
         name: a file, a folder, a hub id, or the name of an SDXL that ships with the package.
-        expected: what to give instead of a name that stands for nothing, for the message.
+        expected: the kinds of names to pass, for the message.
         **hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -220,12 +222,12 @@ def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub 
         'model_index.json'
         >>> resolve("/nowhere")
         Traceback (most recent call last):
-        FileNotFoundError: /nowhere does not exist: give a directory or a hub id.
+        FileNotFoundError: /nowhere does not exist: pass a directory or a hub id.
     """
     path = Path(sdxl_path(name))
-    if path.exists():
+    if os.fspath(name).strip() and path.exists():  # to pathlib, an empty name is the current folder
         return Location(os.fspath(name), path)
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
     if not isinstance(name, str) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"{name} does not exist: give {expected}.")
+        raise FileNotFoundError(f"{os.fspath(name).strip() or repr(name)} does not exist: pass {expected}.")
     return Location(name, None, hub_arguments)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 MAX_CHARACTERS = 20_000
-"""Longest text that is read, in characters. Longer ones are refused before any work is done on them."""
+"""Highest number of characters of a text. Longer texts are refused before any work is done on them."""
 
 MAX_POSITIONS = 100 * 248
-"""Most positions that the windows of a text may have: the UNet takes in all of them at every step."""
+"""Highest number of positions of a text's windows in all: the UNet uses all of them at every step."""
 
 STOCK_POSITIONS = 77
-"""Positions of CLIP's own text encoders, to which stock SDXL pads every prompt."""
+"""Number of positions of CLIP's own text encoders; stock SDXL pads every prompt to it."""
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-"""SDXL's text encoders, each with its tokenizer, by the names of a pipeline's components."""
+"""SDXL's text encoders and their tokenizers, by the names of a pipeline's components."""
 
 ShortPromptEncoder = Literal["original", "long"]
 Overflow = Literal["window", "truncate", "error"]
@@ -25,18 +25,24 @@ HiddenStates = Literal["penultimate", "last"]
 FineLIPMerge = Literal["replace", "delta"]
 Weighting = Literal["compel", "a1111"]
 
-# The values of each, for checks and flags.
+# The values of each type, for checks and flags.
 SHORT_PROMPT_ENCODER: tuple[str, ...] = get_args(ShortPromptEncoder)
 OVERFLOW: tuple[str, ...] = get_args(Overflow)
 HIDDEN_STATES: tuple[str, ...] = get_args(HiddenStates)
 FINELIP_MERGE: tuple[str, ...] = get_args(FineLIPMerge)
-WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None leaves texts as they are
+WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompts are plain text
 
 LENGTH_BUCKETS = (77, 154)
 
-# Names of a pipeline's options: the parts that it is made of, and the ways in which it encodes prompts.
+# Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
+
+# The kinds of data with images, for help texts.
+DATA_KINDS = (
+    "KIND:PATH, where KIND is sharegpt4v, docci, urban1k, coco, flickr30k, csv or jsonl, or miniature:SCENES for drawn "
+    "scenes"
+)
 
 # Columns of a comparison by their keys, with their titles.
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
@@ -48,15 +54,16 @@ class _AsSaved:
 
 
 AS_SAVED: Any = _AsSaved()
-"""Default of an option that a saved pipeline may bring; where it brings none, the class's default counts."""
+"""Default of an option: the value in a saved pipeline, or else the default of the class."""
 
 
 def check_texts(name: str, value: Any) -> list[str]:
     """`value` as a list of texts.
 
     Raises:
-        TypeError: not a string or a list of strings.
-        ValueError: an empty list, more than `MAX_CHARACTERS` characters, or half of a surrogate pair.
+        TypeError: it is no string and no list of strings.
+        ValueError: it is an empty list, or a text has more than `MAX_CHARACTERS` characters, or half of a surrogate
+            pair.
     """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple):
@@ -68,21 +75,29 @@ def check_texts(name: str, value: Any) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"{place} must be a string, but is {_a(text)}.")
         if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"{place} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read: shorten it.")
+            raise ValueError(f"{place} has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}: shorten it.")
         if re.search(r"[\ud800-\udfff]", text):
-            raise ValueError(f"{place} holds half of a surrogate pair, which is no character: decode the text anew.")
+            raise ValueError(f"{place} holds half of a surrogate pair, which is no character: decode the text again.")
     return list(texts)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """`value` if it is one of `choices`, else a ValueError that names them."""
+    """`value`, if it is one of `choices`.
+
+    Raises:
+        ValueError: it is another; the message names the choices.
+    """
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r:.60}.")
     return value
 
 
 def check_length_buckets(value: Any) -> tuple[int, ...]:
-    """`value` as an ascending tuple of lengths; None is the empty one, which pads everything to full length."""
+    """`value` as an ascending tuple of lengths; None becomes the empty one, for padding to full length always.
+
+    Raises:
+        ValueError: it is no list of lengths of at least 3.
+    """
     buckets = () if value is None else value
     if not isinstance(buckets, list | tuple) or not all(type(length) is int and length > 2 for length in buckets):
         raise ValueError(
@@ -93,7 +108,11 @@ def check_length_buckets(value: Any) -> tuple[int, ...]:
 
 
 def check_config(base: str, config: str | None) -> None:
-    """Refuse a config for a base that is no single file, and so has configs of its own."""
+    """Refuse a config for a base that is no single file and so has its own configs.
+
+    Raises:
+        ValueError: both a config and such a base are passed.
+    """
     if config is not None and not Path(base).is_file():
         raise ValueError(f"The config {config} goes with a single file, but {base} is none: leave it out.")
 

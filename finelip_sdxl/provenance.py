@@ -1,7 +1,7 @@
-"""The record of where weights came from, in the configs of pipelines and text encoders, by names that others may know.
+"""The sources of weights, recorded in the configs of pipelines and text encoders by their public names.
 
 This module alone reads and writes these keys. In the config of a text encoder they are `stretched_from`,
-`stretch_keep`, `stretch_factor`, `made_from` and `merged_with`; in that of a pipeline, `_finelip_sdxl_base`.
+`stretch_keep`, `stretch_factor`, `made_from` and `merged_with`; in the config of a pipeline, `_finelip_sdxl_base`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _ADDRESS = re.compile(r"(https?://)(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the weights of a text encoder came from, as its config records it.
+    """The source of a text encoder's weights, as its config records it.
 
-    A config from elsewhere may hold anything under these keys: `check_rows` and `public_name` are for such values.
+    A config from elsewhere may hold anything under these keys: check such values by `check_rows` and `public_name`.
 
     Attributes:
-        stretched_from: the positions of the table before its stretch. The weights are exactly the original's then. None
-            where nothing was stretched, or where it was trained since.
-        stretch_keep: the leading positions that the stretch left alone.
-        stretch_factor: the positions that the stretch made of each later one.
-        made_from: the source of the weights, where they took the place of an SDXL's own.
-        merged_with: the source of the weights whose difference was added.
+        stretched_from: number of positions before a stretch. The weights are then exactly the original's. None if the
+            table was not stretched, or was trained afterwards.
+        stretch_keep: number of leading positions that the stretch left unchanged.
+        stretch_factor: number of positions that the stretch made from each later one.
+        made_from: the source of the weights that replaced an SDXL's own.
+        merged_with: the source of the weights in a delta merge.
 
     Example:
         >>> from transformers import CLIPTextConfig
@@ -62,7 +62,7 @@ class Provenance:
         return cls(**{field.name: getattr(config, field.name, None) for field in fields(cls)})
 
     def write(self, config: Any) -> None:
-        """Make this the record in the config of a text encoder, in place."""
+        """Write this record to the config of a text encoder, in place."""
         for name, value in asdict(self).items():
             if value is not None:
                 setattr(config, name, value)
@@ -74,15 +74,15 @@ class Provenance:
         return replace(self, stretched_from=stretched_from, stretch_keep=keep, stretch_factor=factor)
 
     def without_stretch(self) -> Provenance:
-        """The record after training, or of weights that are not this SDXL's: no rows of stock stand in the table."""
+        """The record without a stretch: after training, and for the weights of another SDXL."""
         return replace(self, stretched_from=None, stretch_keep=None, stretch_factor=None)
 
     def is_stock(self, positions: int) -> bool:
-        """Whether an encoder of so many positions has stock's weights, its table stretched or not."""
+        """Whether an encoder of this number of positions has stock's weights, with or without a stretched table."""
         return positions <= STOCK_POSITIONS or self.stretched_from == STOCK_POSITIONS
 
     def original_row_indices(self) -> Tensor | None:
-        """The rows of a stretched table, (rows,), that are the original table; None where nothing was stretched."""
+        """Indices of the original table's rows in a stretched table, (rows,); None if nothing was stretched."""
         if self.stretched_from is None:
             return None
         assert self.stretch_keep is not None
@@ -90,14 +90,14 @@ class Provenance:
         return stretched_row_indices(self.stretched_from, keep=self.stretch_keep, factor=self.stretch_factor)
 
     def check_rows(self, rows: int, name: str) -> None:
-        """Check that the stretch on record makes a table of so many rows.
+        """Check that the recorded stretch makes a table of this number of rows.
 
         Args:
-            rows: of the positional table.
-            name: the owner of the config, for messages.
+            rows: number of rows of the positional table.
+            name: name of the config's owner, for messages.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it makes another number.
         """
         record: Any = (self.stretched_from, self.stretch_keep, self.stretch_factor)
         before, keep, factor = record
@@ -114,7 +114,7 @@ class Provenance:
 
 
 def forget_stretch(config: Any) -> None:
-    """Remove the record of a stretch from a text encoder's config, in place: training keeps no row as it was.
+    """Remove the record of a stretch from a text encoder's config, in place: training changes all rows.
 
     Example:
         >>> from transformers import CLIPTextConfig
@@ -127,20 +127,20 @@ def forget_stretch(config: Any) -> None:
 
 
 def base_of(config: Mapping[str, Any]) -> Any:
-    """The name of the SDXL that a pipeline was made from, in its config or `model_index.json`; None if it has none."""
+    """The name of the SDXL that a pipeline was made from, by its config or `model_index.json`; None if it has none."""
     return config.get(_BASE)
 
 
 def record_base(pipe: ConfigMixin, name: str) -> None:
-    """Record in the config of a pipeline the name of the SDXL that it was made from."""
+    """Record the name of the SDXL that a pipeline was made from, in its config."""
     pipe.register_to_config(**{_BASE: name})
 
 
 def public_name(source: Any) -> str:
-    """The name of a source of weights as others may know it.
+    """The name of a source of weights without private parts.
 
-    A hub id stays as it is, and an address without what signs in. Of a path only its last part stays, on this machine
-    or another.
+    A hub id stays as it is. An address loses its user, password and query. A path, on this machine or another, keeps
+    its last part only.
 
     Example:
         >>> public_name("zer0int/LongCLIP-L-Diffusers")
@@ -168,7 +168,7 @@ class _HasComponents(Protocol):
 
 
 def without_paths(pipe: _HasComponents) -> None:
-    """Leave only public names of sources in the configs of a pipeline and its parts, which are saved with them."""
+    """Replace the sources in the configs of a pipeline and its parts by their public names, before they are saved."""
     for part in (pipe, *pipe.components.values()):
         for module in part.modules() if isinstance(part, nn.Module) else (part,):
             if isinstance(module, ConfigMixin):

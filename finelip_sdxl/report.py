@@ -1,4 +1,4 @@
-"""When, where and by which command figures were found: a line above a table, or entries of a JSON file."""
+"""Date, machine and command of figures: a line above a table, or entries of a JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report_header(day: str | None = None, device: str | None = None) -> str:
 
     Args:
         day: the day or days of the figures (default: today).
-        device: what computed them beside the CPU's cores, such as the name of a GPU.
+        device: further hardware beside the CPU's cores, such as the name of a GPU.
 
     Example:
         >>> report_header("2026-11-27", "1 threads")  # doctest: +ELLIPSIS
@@ -53,7 +53,7 @@ def report_entries(command: str, device: torch.device) -> dict[str, Any]:
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
-    """A command as a shell takes it.
+    """A command, quoted for a shell.
 
     Example:
         >>> command_line("finelip-sdxl", ["tokens", "a red star"])

@@ -1,4 +1,4 @@
-"""The sizes of real SDXL's models, as in the configs of stabilityai/stable-diffusion-xl-base-1.0, for measurements."""
+"""The sizes of real SDXL's models, from the configs of stabilityai/stable-diffusion-xl-base-1.0, for measurements."""
 
 from typing import Any
 

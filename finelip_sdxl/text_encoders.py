@@ -1,7 +1,7 @@
-"""Plain `transformers` CLIP text encoders: build them from tensors, stretch them to 248 positions.
+"""Plain `transformers` CLIP text encoders: built from tensors, stretched to 248 positions, and checked.
 
-A FineLIP text encoder is a stock `CLIPTextModel` or `CLIPTextModelWithProjection` with a longer positional table,
-so nothing here defines a model class.
+A FineLIP text encoder is a stock `CLIPTextModel` or `CLIPTextModelWithProjection` with a longer positional table, so
+there is no model class here.
 """
 
 import copy
@@ -35,7 +35,7 @@ TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 def num_positions(encoder: TextEncoder) -> int:
-    """How many tokens an encoder reads: the rows of its positional table, whatever its config says.
+    """Number of an encoder's positions: the rows of its positional table, not the number in its config.
 
     Example:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
@@ -48,15 +48,15 @@ def num_positions(encoder: TextEncoder) -> int:
 
 
 def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = FACTOR) -> TextEncoder:
-    """A new text encoder of the same class whose positional table is stretched, 77 positions to 248.
+    """A new text encoder of the same class with a stretched positional table, 248 positions from 77.
 
     The argument is not modified, and its weights are not copied: on the CPU, all parameters but the positional table
     share memory with it. `copy.deepcopy` the result before training it, if the original is still needed.
 
-    The config records `stretched_from` (the positions before), `stretch_keep` and `stretch_factor`; they survive
-    `save_pretrained`. They say that the weights are exactly the original's and that the rows
-    `stretched_row_indices(stretched_from, stretch_keep, stretch_factor)` are its whole table. Whoever trains the
-    result deletes them.
+    The config records `stretched_from` (the positions before), `stretch_keep` and `stretch_factor`, also in saved
+    folders. The record promises that the weights are exactly the original's, and that the rows
+    `stretched_row_indices(stretched_from, stretch_keep, stretch_factor)` are its whole table. Delete it if you train
+    the result (`finelip_sdxl.provenance.forget_stretch`).
 
     Args:
         encoder: a text encoder without adapters (merge or unload a LoRA first).
@@ -67,8 +67,7 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
         The stretched encoder, in evaluation mode, on the device and in the dtype of `encoder`.
 
     Raises:
-        ValueError: if the encoder is stretched already, quantized or carries adapters, or `keep` or `factor` is out of
-            range.
+        ValueError: the encoder is stretched already, quantized or has adapters; or `keep` or `factor` is out of range.
 
     Example:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
@@ -84,8 +83,8 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
         )
     if getattr(encoder, "is_quantized", False):
         raise ValueError(
-            "This text encoder is quantized, so its weights cannot be taken over into a longer one: save the SDXL with"
-            " 248 positions by `finelip-sdxl convert` first, and load that quantized."
+            "This text encoder is quantized, so its weights cannot be stretched: save the SDXL with 248 positions by"
+            " `finelip-sdxl convert` first, and load the result quantized."
         )
     tensors = text_encoder_tensors(encoder)
     config = copy.deepcopy(encoder.config)
@@ -96,12 +95,12 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
 
 
 def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
-    """The text encoder that `stretch_text_encoder` was given, made of its result.
+    """The text encoder before `stretch_text_encoder`, made from its result.
 
     All weights but the positional table are shared with `encoder`, also when either is moved to another device.
 
     Raises:
-        ValueError: if the encoder was not stretched, or was trained since.
+        ValueError: the encoder was not stretched, or was trained afterwards.
 
     Example:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
@@ -113,8 +112,8 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
     rows = record.original_row_indices()
     if rows is None:
         raise ValueError(
-            f"This text encoder of {num_positions(encoder)} positions holds no stock one: it was trained. Pass the"
-            " stock SDXL as base, and this encoder as what replaces its own."
+            f"This text encoder of {num_positions(encoder)} positions was trained and holds no stock one: pass the"
+            " stock SDXL as base, and this encoder as its replacement."
         )
     twin = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
     tower: Any = getattr(twin, "text_model", twin)
@@ -129,10 +128,10 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
 
 
 def with_max_length(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
-    """A copy of a tokenizer that reads `length` tokens, and neither cuts nor pads by itself.
+    """A copy of a tokenizer for `length` tokens, without truncation or padding of its own.
 
-    A deep copy of `CLIPTokenizer` decodes wrongly; and how the last call has cut and padded is saved with a tokenizer,
-    where other programs take it for a rule.
+    (A deep copy of `CLIPTokenizer` decodes wrongly. And truncation and padding of the last call would be saved with
+    the tokenizer, where other programs follow them.)
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -143,20 +142,20 @@ def with_max_length(tokenizer: CLIPTokenizer, length: int) -> CLIPTokenizer:
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
-    """That a tokenizer knows words. Without its files, transformers makes one that knows letters, or nothing, and says
-    nothing of it.
+    """Check that a tokenizer knows words. If its files are missing, transformers silently makes one that knows letters
+    only, or nothing.
 
     Args:
-        tokenizer: of a CLIP.
-        name: of where it comes from, for messages.
+        tokenizer: tokenizer of a CLIP.
+        name: name of its source, for messages.
 
     Raises:
-        ValueError: it does not, or hardly any of its own.
+        ValueError: it has no merges, or too few for its words.
 
     Example:
         >>> check_tokenizer(CLIPTokenizer(), "tokenizer")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: tokenizer knows no words: ...
+        ValueError: tokenizer knows no words, ...
     """
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     added = tokenizer.get_added_vocab()
@@ -164,15 +163,15 @@ def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
     merges = len(model.get("merges", []))  # each makes a word, or the beginning of one
     if merges == 0 or merges < len(words) / 2:
         raise ValueError(
-            f"{name} knows no words: its tokenizer.json, or its vocab.json and merges.txt, are missing or incomplete, "
-            "so fetch them again."
+            f"{name} knows no words, since its tokenizer.json, or its vocab.json and merges.txt, are missing or "
+            "incomplete: fetch them again."
         )
 
 
 def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
-    """The weights of a text encoder under the keys of its file: `text_model.…`, `text_projection.weight`.
+    """The weights of a text encoder under the keys of its file: `text_model.…`, `text_projection.weight`. No copies.
 
-    The in-memory keys of a `CLIPTextModel` lack the prefix since transformers 5.6; the tensors are not copied.
+    (Since transformers 5.6 the keys of a `CLIPTextModel` in memory lack the prefix.)
     """
     tensors = encoder.state_dict()
     if not hasattr(encoder, "text_model"):
@@ -181,14 +180,14 @@ def text_encoder_tensors(encoder: TextEncoder) -> dict[str, Tensor]:
 
 
 def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, Tensor]) -> TextEncoder:
-    """A plain text encoder that holds the given weights and saves them under keys that begin with `text_model.`.
+    """A plain text encoder of these weights that saves them under keys with `text_model.` at the beginning.
 
-    A `CLIPTextModel` constructed by transformers 5.6 or later saves keys without that prefix, and versions before read
-    such a file as random weights with no more than a warning. One that was *loaded* from prefixed keys saves them
-    again, so this one is.
+    A `CLIPTextModel` constructed by transformers 5.6 or later saves keys without that prefix, and older versions load
+    such a file as random weights, with a warning only. An encoder that was *loaded* from prefixed keys saves them
+    again, so this one is loaded.
 
     Args:
-        config: of the encoder; its `max_position_embeddings` must be the rows of the table in `tensors`.
+        config: config of the encoder; its `max_position_embeddings` must be the rows of the table in `tensors`.
         tensors: `text_model.…` and, for a `CLIPTextModelWithProjection`, `text_projection.weight`. On the CPU they are
             not copied: the encoder shares their memory.
 
@@ -197,7 +196,7 @@ def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, Tensor]) ->
         evaluation mode, in the dtype of the tensors.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or of another shape than `config` says.
+        ValueError: a tensor is missing, unknown or of another shape than in `config`.
 
     Example:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
@@ -213,16 +212,16 @@ def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, Tensor]) ->
 def build_model(
     model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor], name: str | None = None
 ) -> ModelT:
-    """`model_class` with exactly the given weights: none missing, none left over, none copied on the CPU.
+    """A model with exactly these weights: none missing, none left over, none copied on the CPU.
 
     Args:
-        model_class: of transformers, or a `FineLIPModel`.
-        config: its own.
-        tensors: all on one device, of one dtype.
-        name: of what they come from, for messages.
+        model_class: a class of transformers, or `FineLIPModel`.
+        config: config of the model.
+        tensors: its weights, all on one device and of one dtype.
+        name: name of their source, for messages.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or of another shape than `config` says, or `config` is broken.
+        ValueError: a tensor is missing, unknown or of another shape than in `config`, or `config` is faulty.
     """
     check_shapes(model_class, config, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
     return fill_model(model_class, config, tensors, name)
@@ -231,7 +230,7 @@ def build_model(
 def fill_model(
     model_class: type[ModelT], config: PreTrainedConfig, tensors: Mapping[str, Tensor], name: str | None = None
 ) -> ModelT:
-    """As `build_model`, for weights that `check_shapes` has seen."""
+    """As `build_model`, for weights that `check_shapes` has checked already."""
     sample = next(iter(tensors.values()))
     with _without_progress_bar(), config_errors(_config_of(model_class, name)):
         model: Any = model_class.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=sample.dtype)
@@ -240,10 +239,10 @@ def fill_model(
 
 
 def check_shapes(model_class: type, config: PreTrainedConfig, shapes: Shapes, name: str | None = None) -> None:
-    """That a model of this config has exactly weights of these shapes. Arguments are as for `build_model`.
+    """Check that a model of this config has exactly weights of these shapes. Arguments are as in `build_model`.
 
     Raises:
-        ValueError: one is missing, unknown or of another shape; or the config makes no model.
+        ValueError: a weight is missing, unknown or of another shape; or no model can be built from the config.
     """
     kind, where = model_class.__name__, "" if name is None else f"{name}: "
     prefix = "text_model." if model_class is CLIPTextModel else ""
@@ -267,15 +266,15 @@ def _config_of(model_class: type, name: str | None) -> str:
 
 
 def check_text_config(config: CLIPTextConfig, shapes: Shapes, name: str) -> None:
-    """That the config of a text tower is that of weights of these shapes, before a model is built of it.
+    """Check that the config of a text tower matches the shapes of its weights, before a model is built.
 
     Args:
-        config: of the tower.
-        shapes: of its weights, under the keys of its file, `text_model.…`.
-        name: of what holds them, for messages.
+        config: config of the tower.
+        shapes: shapes of its weights, under the keys of its file, `text_model.…`.
+        name: name of the source, for messages.
 
     Raises:
-        ValueError: the field that is wrong, by name.
+        ValueError: a field is wrong; the message names it.
 
     Example:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
@@ -292,14 +291,14 @@ def check_text_config(config: CLIPTextConfig, shapes: Shapes, name: str) -> None
     for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value: Any = getattr(config, field)
         if not isinstance(value, int) or not 0 <= value < tokens:
-            if value is None and field != "eos_token_id":  # by which pooling finds the end of a text
+            if value is None and field != "eos_token_id":  # pooling needs this one to find the end of a text
                 continue
             raise ValueError(f"The config of {name} says {field} {value!r}; expected one of its {tokens} token ids.")
     Provenance.of(config).check_rows(rows, name)
 
 
 def check_tower_config(config: Any, shapes: Shapes, tower: str, name: str) -> None:
-    """That the config of a tower, `text_model` or `vision_model`, is that of its weights; see `check_text_config`."""
+    """As `check_text_config`, for the common fields of both towers, `text_model` and `vision_model`."""
     _check_fields(config, tower_sizes(shapes, tower, name), name)
     heads, width = config.num_attention_heads, config.hidden_size
     if heads < 1 or width % heads:
@@ -307,11 +306,11 @@ def check_tower_config(config: Any, shapes: Shapes, tower: str, name: str) -> No
     for field in ("layer_norm_eps", "attention_dropout"):
         value = getattr(config, field)
         if value is None or not 0 <= value < 1:
-            raise ValueError(f"The config of {name} says {field} {value!r}; expected a number from 0 to 1.")
+            raise ValueError(f"The config of {name} says {field} {value!r}; expected a number from 0, and below 1.")
 
 
 def tower_sizes(shapes: Shapes, tower: str, name: str) -> dict[str, int]:
-    """What the weights of a tower, `text_model` or `vision_model`, say of its config.
+    """The sizes in the config of a tower, `text_model` or `vision_model`, from its weights.
 
     Raises:
         ValueError: weights are missing, or of a shape that no CLIP has.
@@ -319,7 +318,7 @@ def tower_sizes(shapes: Shapes, tower: str, name: str) -> dict[str, int]:
     layers = {key.split(".")[3] for key in shapes if key.startswith(f"{tower}.encoder.layers.")}
     first = f"{tower}.encoder.layers.0.mlp.fc1.weight"
     if first not in shapes:
-        raise ValueError(f"{name} lacks the first layer of its {tower}: it is no whole checkpoint.")
+        raise ValueError(f"{name} lacks the first layer of its {tower}: pass a whole checkpoint.")
     if tower == "text_model":
         width = dims(shapes, TOKEN_TABLE, 2, name)[1]
     else:
@@ -329,16 +328,16 @@ def tower_sizes(shapes: Shapes, tower: str, name: str) -> dict[str, int]:
 
 
 def dims(shapes: Shapes, key: str, count: int, name: str) -> tuple[int, ...]:
-    """The shape of a weight that must be there, of `count` dimensions, none of them empty.
+    """The shape of a weight, which must have `count` dimensions, none of them empty.
 
     Raises:
-        ValueError: it is not so.
+        ValueError: the weight is missing, or has another shape.
     """
     shape = shapes.get(key)
     if shape is None:
-        raise ValueError(f"{name} lacks {key!r}: it is no whole checkpoint.")
+        raise ValueError(f"{name} lacks {key!r}: pass a whole checkpoint.")
     if len(shape) != count or 0 in shape:
-        raise ValueError(f"{name} has {key!r} of shape {tuple(shape)}, which no CLIP has.")
+        raise ValueError(f"{name} has {key!r} of shape {tuple(shape)}; expected {count} dimensions, none empty.")
     return tuple(shape)
 
 
@@ -346,14 +345,14 @@ def _check_fields(config: Any, found: Mapping[str, int], name: str) -> None:
     for field, value in found.items():
         if getattr(config, field) != value:
             raise ValueError(
-                f"The config of {name} says {field} {getattr(config, field)}, but its weights have {value}: get the"
+                f"The config of {name} says {field} {getattr(config, field)}, but its weights have {value}: use the"
                 " config that belongs to them."
             )
 
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """No "Loading weights" bar for weights that are in memory already."""
+    """Hide the "Loading weights" bar: the weights are in memory already."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""Text files of users, decoded strictly and cut into lines."""
+"""Users' text files, decoded strictly and cut into lines."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ def read_text(path: Path) -> str:
     """Returns the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        FileNotFoundError: if it is not there, or is no regular file.
-        ValueError: if it is not UTF-8; the message names the line.
+        FileNotFoundError: it is not there, or is no regular file.
+        ValueError: it is not UTF-8; the message names the line.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is no file.")
+        raise FileNotFoundError(f"{path} does not exist, or is no file: pass the name of a text file.")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -26,8 +26,8 @@ def read_text(path: Path) -> str:
 def lines_of(text: str) -> list[tuple[int, str]]:
     """Returns the lines that are not blank, with their numbers from 1.
 
-    Lines end at a line feed, a carriage return, or both. `str.splitlines` also breaks at U+2028, a form feed and
-    others, which stand within captions.
+    Lines end at a line feed, a carriage return, or both. (`str.splitlines` also breaks at U+2028, a form feed and
+    others, and captions hold these.)
 
     Example:
         >>> lines_of("A fox.\\u2028It sleeps.\\r\\n\\nA hare.")

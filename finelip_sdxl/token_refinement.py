@@ -7,18 +7,18 @@ from torch import Tensor, nn
 class TokenRefinement(nn.Module):
     """One aggregator of adaptive token refinement; FineLIP has one for images and one for texts.
 
-    From tokens X, (N, C), it makes A · X, (K, C), with A = softmax over the N tokens of (s · W(X))ᵀ, where W is
-    LayerNorm(C) → Linear(C, ⌊0.2 · C⌋) → GELU → Linear(⌊0.2 · C⌋, K), and s a learned scale that starts at 1.
-    Parameters bear the published names: `weight.0.*` (LayerNorm), `weight.1.*`, `weight.3.*` (linear layers), `scale`.
+    Tokens X, (N, C), become A · X, (K, C), with A = softmax over the N tokens of (s · W(X))ᵀ. W is LayerNorm(C) →
+    Linear(C, ⌊0.2 · C⌋) → GELU → Linear(⌊0.2 · C⌋, K), and s a learned scale that starts at 1. Parameters have the
+    published names: `weight.0.*` (LayerNorm), `weight.1.*`, `weight.3.*` (linear layers), `scale`.
 
     Source: FineLIP (arXiv 2504.01916), section 3.
 
     Args:
         dim: width C of a token, at least 5.
-        num_tokens: refined tokens K.
+        num_tokens: number K of refined tokens.
 
     Raises:
-        ValueError: if one of them is out of range.
+        ValueError: `dim` or `num_tokens` is too small.
 
     Example:
         >>> refine = TokenRefinement(dim=64, num_tokens=3)
@@ -31,8 +31,8 @@ class TokenRefinement(nn.Module):
         hidden = int(dim * 0.2)
         if hidden < 1 or num_tokens < 1:
             raise ValueError(
-                f"TokenRefinement got dim={dim} and num_tokens={num_tokens}: give a dim of at least 5 (a fifth of it "
-                "is the hidden width) and at least one token."
+                f"TokenRefinement got dim={dim} and num_tokens={num_tokens}; expected a dim of at least 5 (the hidden "
+                "width is a fifth of it) and at least one token."
             )
         self.weight = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_tokens))
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
@@ -41,14 +41,14 @@ class TokenRefinement(nn.Module):
         """Refines tokens.
 
         Args:
-            tokens: (batch, tokens, dim), of any number of tokens from 1.
-            mask: (batch, tokens), True where a token counts; at least one in each row. None if all count.
+            tokens: (batch, tokens, dim), with at least one token.
+            mask: (batch, tokens), True where a token counts, at least once in each row. None if all count.
 
         Returns:
             (batch, num_tokens, dim), in the dtype of `tokens`.
 
         Raises:
-            ValueError: if the shape of `mask` is not that of the tokens, or one of its rows holds no token.
+            ValueError: `mask` has another shape, or a row without any token.
         """
         logits = self.weight(tokens) * self.scale  # (batch, tokens, num_tokens)
         if mask is not None:

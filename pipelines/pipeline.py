@@ -1,4 +1,4 @@
-"""The entry for Diffusers' `custom_pipeline=<this directory>`; it uses the installed package.
+"""The pipeline class of this folder for Diffusers' `custom_pipeline=`. It uses the installed package.
 
 Example:
     >>> from diffusers import DiffusionPipeline
@@ -15,9 +15,9 @@ except ImportError as error:
     raise ImportError("This pipeline needs FineLIP-SDXL: run `pip install .` in a clone of its repository.") from error
 
 
-# Diffusers wants exactly one pipeline class to be visible here, hence no import of ours by name.
+# Diffusers wants exactly one visible pipeline class here, hence no import of the parent by name.
 class FineLIPSDXLCustomPipeline(pipelines.FineLIPSDXLPipeline):
-    """`FineLIPSDXLPipeline` that takes its encoders of 248 positions on construction, since Diffusers calls no more."""
+    """`FineLIPSDXLPipeline` that swaps its text encoders in `__init__`, the one method that Diffusers calls."""
 
     def __init__(self, *args: Any, finelip: Any = None, finelip_2: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

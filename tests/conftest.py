@@ -1,6 +1,7 @@
 """What all tests share: the order of random numbers, which skips CI allows, and a tiny SDXL."""
 
 import copy
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
@@ -14,7 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer, make_unet
+from tests.helpers.tiny_sdxl import make_text_encoders, make_tokenizer, make_unet
 
 # Reasons for which a test may be skipped in CI: the machine has no GPU, and some examples need a hub.
 ALLOWED_SKIPS = ("needs a CUDA device", "all tests skipped by +SKIP option")
@@ -23,9 +24,17 @@ ALLOWED_SKIPS = ("needs a CUDA device", "all tests skipped by +SKIP option")
 def _seed(name: str) -> None:
     """Random numbers that depend on a name alone, not on what ran before."""
     seed = zlib.crc32(name.encode())
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` writes the stack down for every absent device
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the half million objects of the libraries: it went through them time and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,7 +70,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def session_components() -> dict:
     """Components of the tiny SDXL, shared by the whole session: change copies only."""
-    text_encoder, text_encoder_2 = make_text_encoder(32, seed=1), make_text_encoder(48, projection_dim=24, seed=2)
+    text_encoders = make_text_encoders()
     torch.manual_seed(0)
     return {
         "vae": AutoencoderKL(
@@ -73,8 +82,7 @@ def session_components() -> dict:
             norm_num_groups=4,
             sample_size=16,
         ).eval(),
-        "text_encoder": text_encoder,
-        "text_encoder_2": text_encoder_2,
+        **text_encoders,
         "tokenizer": make_tokenizer(),
         "tokenizer_2": make_tokenizer(pad_token="!"),
         "unet": make_unet(),

@@ -236,7 +236,7 @@ def test_a_disk_that_is_mounted_in_a_folder_is_not_emptied(tmp_path, monkeypatch
     (out / "loras" / "disk" / "a").write_text("mine")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
     with (
-        pytest.raises(FileExistsError, match="disk is where a disk is mounted"),
+        pytest.raises(FileExistsError, match="disk is a mounted disk"),
         written_folder(out, lambda folder: []),
     ):
         pass

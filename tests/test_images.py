@@ -125,13 +125,13 @@ def test_parameters_of_other_programs_are_refused(file, text) -> None:
     info = PngInfo()
     info.add_text("parameters", text)
     plain().save(file, pnginfo=info)
-    with pytest.raises(ValueError, match=r"^picture.png was not written by FineLIP-SDXL: .* another program"):
+    with pytest.raises(ValueError, match=r"^picture.png holds parameters of another program; expected a JSON object"):
         read_parameters(file)
 
 
 def test_a_picture_without_parameters_is_refused(file) -> None:
     plain().save(file)
-    with pytest.raises(ValueError, match=r"^picture.png holds no parameters: it was not written by FineLIP-SDXL"):
+    with pytest.raises(ValueError, match=r"^picture.png holds no parameters, since FineLIP-SDXL did not write it"):
         read_parameters(file)
 
 
@@ -211,7 +211,7 @@ def test_a_picture_is_made_of_numbers_as_diffusers_makes_it(dtype) -> None:
 def test_a_file_that_is_too_large_is_not_read(file, monkeypatch) -> None:
     save_png(plain(), file, PARAMETERS)
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
-    with pytest.raises(ValueError, match=r"^picture.png has [\d,]+ bytes; at most 1,000 are read: pass"):
+    with pytest.raises(ValueError, match=r"^picture.png has [\d,]+ bytes; expected at most 1,000: pass"):
         read_parameters(file)
 
 
@@ -316,10 +316,10 @@ def test_pictures_of_any_mode_are_shown(mode) -> None:
     [
         ([], [], ["a"], None, "The grid is empty"),
         ([[]], ["a"], [], None, "The grid is empty"),
-        ([[(96, 96), (96, 104)]], ["a"], ["b", "c"], None, "must have one size, but have 96 × 96 and 96 × 104"),
+        ([[(96, 96), (96, 104)]], ["a"], ["b", "c"], None, "have sizes 96 × 96 and 96 × 104; expected one size"),
         ([[(96, 96)]], [], ["b"], None, "has 1 rows but 0 row labels"),
-        ([[(96, 96)]], ["a"], ["b", "c"], None, r"The pictures of the grid are \[1\] a row: expected 1 rows of 2"),
-        ([[(96, 96)]], ["a"], ["b"], [["c", "d"]], r"The captions of the grid are \[2\] a row"),
+        ([[(96, 96)]], ["a"], ["b", "c"], None, r"pictures of the grid are \[1\] in its rows; expected 1 rows of 2"),
+        ([[(96, 96)]], ["a"], ["b"], [["c", "d"]], r"The captions of the grid are \[2\] in its rows"),
         ([[(96, 96)]], ["a"], ["b"], [], "The captions of the grid"),
     ],
 )

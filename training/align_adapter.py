@@ -1,17 +1,17 @@
-"""Align swapped text encoders with SDXL's UNet, which was trained on the states of others.
+"""Align new text encoders with SDXL's UNet, which was trained on the states of its original ones.
 
     python training/align_adapter.py
     python training/align_adapter.py --method lora
     python training/align_adapter.py --base stabilityai/stable-diffusion-xl-base-1.0 --finelip runs/finelip/last \\
         --captions sharegpt4v:captions.json --images /data --mixed-precision bf16
 
-Stage 1 needs texts alone: states are drawn towards those of SDXL's own encoders, on short captions whole, on long ones
-sentence by sentence. Stage 2 draws pictures: the denoising loss through the UNet, which stays as it is.
+Stage 1 needs texts alone: states are drawn towards the states of SDXL's original encoders, on short captions whole, on
+long ones sentence by sentence. Stage 2 needs images, too: it takes the denoising loss through the frozen UNet.
 
 Two methods. An *adapter* is a small network between encoders and UNet, for `conditioning_adapter=`; it leaves the
 encoders as they are, and its scale is set by `pipe.set_conditioning_adapter_scale`. A *LoRA* changes the encoders' own
 weights; it is merged, so that the result is a pair of plain text encoders for `finelip=` and `finelip_2=`, which stock
-Diffusers reads too.
+Diffusers also opens.
 
 Without arguments it aligns the miniature's FineLIPs, in minutes on a CPU. A run that was stopped goes on from its last
 checkpoint with the same command. Defaults are presets, TOML files to copy and change for --config.
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-if __name__ == "__main__":  # before the imports that would speak
+if __name__ == "__main__":  # before the imports that would print warnings
     from finelip_sdxl.console import quiet_imports
 
     quiet_imports()
@@ -53,7 +53,7 @@ from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
+from finelip_sdxl.options import DATA_KINDS, ENCODERS, STOCK_POSITIONS
 from finelip_sdxl.pipelines.checking import loading_errors, single_file_errors
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
@@ -90,6 +90,7 @@ SDXL, MINIATURE = preset_path("align_adapter", "sdxl"), preset_path("align_adapt
 # Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "precomputed", "validate_every", "validation_prompts", "guidance_scale"}
 TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
+VALIDATION_STEPS = 20  # of denoising, for each picture on the way
 # Linear layers of a CLIP text encoder.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -105,7 +106,7 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """`align`, in a folder that no other run writes to."""
+    """Aligns in a folder that no other run writes to."""
     set_seed(arguments.seed)
     data = open_dataset(
         arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
@@ -116,7 +117,7 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     stock = load_stock(arguments)
     pipe = build_pipeline(arguments, stock)
     pictures = None
-    if arguments.image_steps:  # encoded before anything is trained: an adapter gets what the encoders give
+    if arguments.image_steps:  # encoded before training: an adapter gets the states of untrained encoders
         pictures = precompute_pictures(arguments, accelerator, data, pipe, stock)
     method = Lora(pipe, arguments.rank) if arguments.method == "lora" else Adapter(pipe, arguments.hidden_dim)
     if arguments.gradient_checkpointing:
@@ -164,8 +165,8 @@ class Stage:
         first: the run's step that it begins with.
         steps: the number of its steps.
         batches: yields its batches from a number on, without end.
-        models: the models that must be where it computes.
-        result: the name of the model that comes out.
+        models: the models that must be on the device.
+        result: the name of the resulting model.
     """
 
     name: str
@@ -182,7 +183,7 @@ class Stage:
 
 @dataclass
 class Run:
-    """All that the stages share. What is trained is part of `pipe`, and averaged in `average`."""
+    """Everything that the stages share. The trained weights are part of `pipe`, and averaged in `average`."""
 
     arguments: argparse.Namespace
     accelerator: Accelerator
@@ -205,7 +206,7 @@ def stages_of(
     pictures: Precomputed | None,
     pipe: FineLIPSDXLPipeline,
 ) -> tuple[Stage, Stage]:
-    """Returns the text stage and the image stage; one of no steps is left out of a run."""
+    """Returns the text stage and the image stage. A run leaves out a stage without steps."""
     trained_encoders = ENCODERS if arguments.method == "lora" else ()
     text = Stage(
         name="text",
@@ -246,7 +247,7 @@ def train_stage(run: Run, stage: Stage) -> None:
             bar.set_postfix({name: f"{figure:.3g}" for name, figure in figures.items()})
             bar.update()
             accelerator.log({f"{stage.name}/{name}": figure for name, figure in figures.items()}, step=step)
-            if is_last:  # the average is what comes out, and what the next stage begins with
+            if is_last:  # the average is the result, and the beginning of the next stage
                 run.average.copy_to(run.method.parameters)
                 run.optimizer.state.clear()
             if step % arguments.checkpointing_steps == 0 or is_last:
@@ -282,7 +283,7 @@ def take_step(run: Run, stage: Stage, batches: Iterator[dict[str, Any]]) -> dict
 
 
 def validate(run: Run, stage: Stage) -> None:
-    """Draws the validation prompts, with all models where they draw, and then only the stage's."""
+    """Draws the validation prompts, with all models on the device; after it only the stage's models stay there."""
     models, device = models_of(run.pipe, run.stock), run.accelerator.device
     place(models, (*ENCODERS, *TEACHERS, "unet", "vae"), device)
     with together(run.accelerator):
@@ -292,7 +293,7 @@ def validate(run: Run, stage: Stage) -> None:
 
 
 def save_pictures(run: Run) -> None:
-    """Draws by stock, which cuts the prompts, and aligned, by the average; to a file and to TensorBoard."""
+    """Draws with stock, which cuts the prompts, and with the aligned average, to a file and to TensorBoard."""
     step = run.progress["step"]
     run.average.store(run.method.parameters)
     run.average.copy_to(run.method.parameters)
@@ -327,11 +328,11 @@ class Lora:
     def __init__(self, pipe: FineLIPSDXLPipeline, rank: int) -> None:
         self.encoders: dict[str, PeftModel] = {}
         for name in ENCODERS:
-            # A copy: an encoder that was only stretched shares its weights with stock's, which teaches.
+            # A copy: a stretched encoder shares its weights with stock's encoder, the teacher.
             encoder = copy.deepcopy(getattr(pipe, name))
             forget_stretch(encoder.config)
             layers = encoder.config.num_hidden_layers
-            # The states before the last layer are read; behind it is the pooled vector, of the second encoder alone.
+            # The UNet gets the states before the last layer. Behind it comes only the second encoder's pooled vector.
             trained = layers if name == "text_encoder_2" else layers - 1
             config = LoraConfig(
                 r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), layers_to_transform=list(range(trained))
@@ -351,13 +352,13 @@ class Lora:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Checks flags that do not go together, before anything is loaded."""
+    """Checks which flags go together, before anything is loaded."""
     check_run(arguments)
     steps = arguments.text_steps + arguments.image_steps
     if not steps:
         raise ValueError("--text-steps and --image-steps are both 0: give one of the stages steps.")
     if steps > MOST_STEPS:
-        raise ValueError(f"--text-steps and --image-steps are {steps:,} in all: {MOST_STEPS:,} are the most.")
+        raise ValueError(f"--text-steps and --image-steps are {steps:,} in all; expected at most {MOST_STEPS:,}.")
     if arguments.batch_size < 2 or not 0 < arguments.short_share < 1:
         raise ValueError(
             f"--batch-size is {arguments.batch_size} and --short-share {arguments.short_share:g}: each batch needs long"
@@ -395,15 +396,15 @@ def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
     encoders = stock.text_encoder, stock.text_encoder_2
     if any(encoder is None or num_positions(encoder) != STOCK_POSITIONS for encoder in encoders):
         raise ValueError(
-            f"--base {arguments.base} has not the two text encoders of {STOCK_POSITIONS} positions that SDXL was"
-            " trained with: pass a stock SDXL, and what replaces its encoders as --finelip and --finelip-2."
+            f"--base {arguments.base} lacks the two text encoders of {STOCK_POSITIONS} positions that SDXL was"
+            " trained with: pass a stock SDXL, and the encoders that replace them as --finelip and --finelip-2."
         )
     stock.set_progress_bar_config(disable=True)
     return stock
 
 
 def build_pipeline(arguments: argparse.Namespace, stock: StableDiffusionXLPipeline) -> FineLIPSDXLPipeline:
-    """The pipeline that is aligned: stock with its text encoders swapped, and nothing that trains yet."""
+    """Builds the pipeline to align: stock with its text encoders swapped, and no weights that train yet."""
     pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
     pipe.swap_text_encoders(arguments.finelip, arguments.finelip_2)
     for model in models_of(pipe, stock).values():
@@ -441,7 +442,7 @@ def place(models: dict[str, nn.Module], needed: Sequence[str], device: torch.dev
 def save_memory(pipe: FineLIPSDXLPipeline) -> None:
     """Lets activations be computed again in the backward pass, wherever gradients pass through."""
     pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()  # there is no dropout in SDXL: this only turns on what was enabled
+    pipe.unet.train()  # SDXL has no dropout: this only turns checkpointing on
     for name in ENCODERS:
         encoder = getattr(pipe, name)
         encoder.activation_checkpointing_enable()
@@ -449,7 +450,7 @@ def save_memory(pipe: FineLIPSDXLPipeline) -> None:
 
 
 def precomputed_folder(arguments: argparse.Namespace) -> Path:
-    """Returns the folder of latents and states; other flags that change them have another."""
+    """Returns the folder of latents and states. It depends on all flags that change them."""
     names = ("base", "finelip", "finelip_2", "captions", "images", "resolution", "mixed_precision")
     made_of: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
     made_of |= {"states": arguments.method == "adapter", "skip_missing_images": arguments.skip_missing_images}
@@ -537,7 +538,7 @@ def draw(
                 prompt,
                 width=arguments.resolution,
                 height=arguments.resolution,
-                num_inference_steps=20,
+                num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=arguments.guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
             ).images
@@ -557,26 +558,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     shown = partial(add_preset_flag, presets=(SDXL, MINIATURE))
     default = "(default: %(default)s)"
 
-    group = parser.add_argument_group("what is aligned with what (defaults in brackets: SDXL's / the miniature's)")
+    group = parser.add_argument_group("models (two defaults: SDXL's / the miniature's)")
     add = group.add_argument
     add_config_flag(group, (SDXL, MINIATURE))
     add("--base", default="miniature", metavar="SDXL", help="hub id, directory or single file (.safetensors) of any "
-        "SDXL, whose own encoders teach (default: %(default)s, the small one that comes with the package)")  # fmt: skip
+        "SDXL; its encoders teach (default: %(default)s, the small one that comes with the package)")  # fmt: skip
     add("--base-config", metavar="NAME", help="hub id or directory of configs and tokenizers for a single file as base "
         "(default: Diffusers' choice on the hub)")  # fmt: skip
     add("--variant", metavar="NAME", help="variant of the base's files, such as fp16")
-    add("--finelip", metavar="CLIP", help="replaces the first text encoder: hub id, directory or checkpoint file "
-        "(default: that encoder, stretched; for the miniature miniature-finelip-1)")  # fmt: skip
-    add("--finelip-2", metavar="CLIP", help="replaces the second (default: as above)")
-    add("--method", choices=("adapter", "lora"), default="adapter", help=f"what is trained {default}")
+    add("--finelip", metavar="CLIP", help="FineLIP or Long-CLIP for the first encoder: hub id, directory or checkpoint "
+        "file (default: the base's encoder, stretched; for the miniature miniature-finelip-1)")  # fmt: skip
+    add("--finelip-2", metavar="CLIP", help="the same for the second encoder (for the miniature miniature-finelip-2)")
+    add("--method", choices=("adapter", "lora"), default="adapter", help=f"method of alignment {default}")
     shown(group, "--hidden-dim", hidden_dim, "N", "width of the adapter's hidden layers")
     shown(group, "--rank", rank, "N", "rank of the LoRA")
 
-    group = parser.add_argument_group("what it learns from")
+    group = parser.add_argument_group("data (two defaults: SDXL's / the miniature's)")
     add = group.add_argument
-    add("--captions", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or, for stage "
-        "1 alone, txt (a caption a line) and a path, or miniature:SCENES (default for the miniature: "
-        "miniature:2000)")  # fmt: skip
+    add("--captions", metavar="KIND:PATH", help=f"images with captions: {DATA_KINDS}; for stage 1 alone also "
+        "txt:FILE with a caption a line (default for the miniature: miniature:2000)")  # fmt: skip
     add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the captions")
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
     add("--short-share", type=SHARE, default=0.4, metavar="SHARE", help="share of short captions in a batch: without "
@@ -585,7 +585,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precomputed", type=path, metavar="FOLDER", help="folder of latents and text states, which runs can share "
         "(default: precomputed/ in --output-dir)")  # fmt: skip
 
-    group = parser.add_argument_group("optimization")
+    group = parser.add_argument_group("optimization (two defaults: SDXL's / the miniature's)")
     add = group.add_argument
     shown(group, "--text-steps", STEPS_OR_NONE, "N", "steps of stage 1; 0 leaves it out")
     shown(group, "--image-steps", STEPS_OR_NONE, "N", "steps of stage 2; 0 leaves it out")
@@ -593,19 +593,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate of both stages")
     add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help=f"batches in a step {default}")
     add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help=f"weight decay of AdamW {default}")
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the norm; 0 for none {default}")
-    add("--snr-gamma", type=gamma, metavar="X", help="weigh timesteps by min-SNR, customarily with 5 (default: all "
-        "alike)")  # fmt: skip
-    add("--ema-decay", type=decay, default=0.995, metavar="X", help="decay of the average of weights that comes out "
+    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the gradient norm; 0 for none "
+        f"{default}")  # fmt: skip
+    add("--snr-gamma", type=gamma, metavar="X", help="gamma of min-SNR weights for timesteps, usually 5 (default: "
+        "equal weights)")  # fmt: skip
+    add("--ema-decay", type=decay, default=0.995, metavar="X", help="decay of the average of weights, the result "
         f"{default}")  # fmt: skip
     add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and noise {default}")
 
-    run = add_run_flags(parser, Path("runs/alignment"), models="last/ and, of two stages, after-text/ result")
+    run = add_run_flags(parser, Path("runs/alignment"), models="the results last/ and, of two stages, after-text/")
     add = run.add_argument
-    add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="steps between pictures of the "
-        f"validation prompts by stock and aligned, to validation/ and TensorBoard; 0 for none {default}")  # fmt: skip
-    add("--validation-prompts", type=path, metavar="FILE", help="a prompt a line (default: the first four captions)")
-    shown(run, "--guidance-scale", guidance, "X", "guidance scale of those pictures")
+    add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="steps between drawings of the "
+        f"validation prompts, stock and aligned, in validation/ and TensorBoard; 0 for none {default}")  # fmt: skip
+    add("--validation-prompts", type=path, metavar="FILE", help="text file with a prompt a line (default: the first "
+        "four captions)")  # fmt: skip
+    shown(run, "--guidance-scale", guidance, "X", "guidance scale of validation pictures, SDXL's / the miniature's")
     add_accelerator_flags(run)
     options = parse_flags(parser, arguments, choose_presets)
     if options.captions is None:
@@ -619,7 +621,7 @@ def choose_presets(options: argparse.Namespace) -> tuple[Path, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    diffusers_logging.set_verbosity_error()  # stock would name all that it cuts of the validation prompts
+    diffusers_logging.set_verbosity_error()  # stock would warn of all cut text in validation prompts
     diffusers_logging.disable_progress_bar()
     run_recipe("align_adapter.py", align, parse, arguments)
 

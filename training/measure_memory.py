@@ -3,24 +3,26 @@
     python training/measure_memory.py
     python training/measure_memory.py --batch-sizes 4 8 --resolution 512
 
-Each row is measured in a process of its own: what the accelerator has allocated at most, or, on a CPU, by how much the
-process grew. Weights are bfloat16, what is trained is float32, with AdamW and an average of the weights; activations
-are computed twice (--gradient-checkpointing). Models that a stage does not need are not there, as in a real run they
-are not on the accelerator.
+Each row is measured in a process of its own: the most memory that the accelerator allocated or, on a CPU, the growth of
+the process. Frozen weights are bfloat16, trained ones float32, with AdamW and an average of the weights; activations
+are computed twice (--gradient-checkpointing). Models that a stage does not need are left out, as a real run keeps them
+off the accelerator.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports that would print warnings
+    from finelip_sdxl.console import quiet_imports
+
+    quiet_imports()
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -32,6 +34,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import open_dataset
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
+from finelip_sdxl.report import report_header
 from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
 from finelip_sdxl.training.command_line import read_preset
@@ -44,7 +47,7 @@ GIB = 2**30
 
 
 def build_pipeline(stage: str, method: str, device: str) -> StableDiffusionXLPipeline:
-    """Stock, as far as a stage needs it. The miniature's tokenizers do: SDXL's know more words."""
+    """Build the parts of stock that a stage needs. The miniature's tokenizers suffice: SDXL's know more words."""
     tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
     special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
     needs_encoders = stage == "text" or method == "lora"
@@ -66,7 +69,7 @@ def build_pipeline(stage: str, method: str, device: str) -> StableDiffusionXLPip
 
 
 def fill(model: nn.Module, device: str) -> nn.Module:
-    """Memory for a model that was made on the meta device; what the weights are does not matter here."""
+    """Give memory to a model on the meta device. The values of its weights do not matter here."""
     model.to(torch.bfloat16).requires_grad_(False).eval()
     if device == "meta":
         return model
@@ -80,13 +83,13 @@ def fill(model: nn.Module, device: str) -> nn.Module:
 
 
 def measure(stage: str, method: str, batch_size: int, resolution: int, device: str) -> tuple[float, float]:
-    """GiB at most, and seconds, of one step."""
+    """Return the peak memory in GiB, and the seconds, of one step."""
     before = memory(device)
     stock = build_pipeline(stage, method, device)
     pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
     if stage == "text" or method == "lora":
         pipe.swap_text_encoders()
-        for name in ENCODERS:  # a FineLIP shares nothing with stock
+        for name in ENCODERS:  # a FineLIP shares no weights with stock
             stretched = getattr(pipe, name)
             with torch.device("meta"):
                 finelip = type(stretched)(stretched.config)
@@ -144,7 +147,7 @@ def image_batch(batch_size: int, resolution: int, method: str, device: str) -> d
 
 
 def memory(device: str) -> float:
-    """Bytes at most, so far."""
+    """Return the peak memory so far, in bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
@@ -152,16 +155,17 @@ def memory(device: str) -> float:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--stages", nargs="*", choices=("text", "image"), default=("text", "image"))
-    flags.add_argument("--methods", nargs="*", choices=("adapter", "lora"), default=("adapter", "lora"))
-    flags.add_argument(
-        "--batch-sizes", nargs="*", type=int, default=(read_preset(SDXL)["batch_size"],), help="captions a step"
-    )
-    flags.add_argument("--resolution", type=int, default=512, help="of images, in pixels (default %(default)s)")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add, captions, both = flags.add_argument, read_preset(SDXL)["batch_size"], "to measure (default: both)"
+    add("--stages", nargs="+", choices=("text", "image"), default=("text", "image"), help=f"stages {both}")
+    add("--methods", nargs="+", choices=("adapter", "lora"), default=("adapter", "lora"), help=f"methods {both}")
+    text = f"numbers of captions in a step (default: {captions})"
+    add("--batch-sizes", nargs="+", type=int, default=(captions,), metavar="N", help=text)
+    text = "width and height of images (default: %(default)s)"
+    add("--resolution", type=int, default=512, metavar="PIXELS", help=text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="device to measure (default: cuda if there is one)")
     arguments = flags.parse_args()
-    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{os.cpu_count()} cores"
-    print(f"{date.today()}, {platform.machine()}, {machine}, torch {torch.__version__}\n")
+    print(report_header(device=torch.cuda.get_device_name() if arguments.device == "cuda" else None), end="\n\n")
     print("| stage | method | captions a step | resolution | GiB | s |\n|---|---|---|---|---|---|")
     for stage in arguments.stages:
         for method in arguments.methods:

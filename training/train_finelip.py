@@ -8,9 +8,9 @@ Without arguments it trains the miniature's first CLIP on scenes of the miniatur
 defaults are the paper's (arXiv 2504.01916): its triplet loss on late interaction, AdamW, cosine, six epochs. Both are
 presets, TOML files to copy and change for --config.
 
-Batches, captions and augmentation depend on the seed, the epoch and the image alone (those of shards also on the
-number of workers), and the learning rate on the step: a run that was stopped, even by kill -9, goes on from its last
-checkpoint as if nothing had happened.
+Batches, captions and augmentation depend on the seed, the epoch and the image alone (with shards also on the number of
+workers), and the learning rate on the step. So a stopped run, even after kill -9, goes on from its last checkpoint as
+if nothing had happened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-if __name__ == "__main__":  # before the imports that would speak
+if __name__ == "__main__":  # before the imports that would print warnings
     from finelip_sdxl.console import quiet_imports
 
     quiet_imports()
@@ -49,6 +49,7 @@ from finelip_sdxl.data import (
 )
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
 from finelip_sdxl.losses import MARGIN
+from finelip_sdxl.options import DATA_KINDS
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.stretch import KEEP
 from finelip_sdxl.training.command_line import (
@@ -86,7 +87,7 @@ FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every
 
 
 def load_base(name: str) -> FineLIPModel:
-    """Loads any CLIP, stretched if it has 77 positions, with a token refinement, in memory of its own."""
+    """Loads any CLIP in memory of its own, with a token refinement, stretched if it has 77 positions."""
     model = copy.deepcopy(load_finelip(name))
     model.float()  # type: ignore[no-untyped-call]
     if model.vision_model is None or model.text_projection is None:
@@ -100,7 +101,7 @@ def load_base(name: str) -> FineLIPModel:
 
 
 def build_optimizer(model: FineLIPModel, arguments: argparse.Namespace) -> torch.optim.AdamW:
-    """Builds AdamW of two learning rates, without decay of vectors and of positions, whose first rows must stay."""
+    """Builds AdamW with two learning rates. Vectors and positions have no decay: the first rows must stay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         rate = arguments.refinement_learning_rate if "_refinement." in name else arguments.learning_rate
@@ -123,10 +124,10 @@ def build_loader(
         "num_workers": arguments.dataloader_num_workers,
         "generator": torch.Generator(),
     }
-    regions_wanted = f"--region-weight is {arguments.region_weight:g}, but {arguments.data} knows no regions: pass 0."
+    regions_wanted = f"--region-weight is {arguments.region_weight:g}, but {arguments.data} has no regions: pass 0."
     if arguments.data.startswith("webdataset:"):
         if arguments.epoch_size is None:
-            raise ValueError("Shards do not tell how many pairs they hold: pass --epoch-size.")
+            raise ValueError("Shards do not tell their number of pairs: pass --epoch-size.")
         if arguments.region_weight:
             raise ValueError(regions_wanted)
         shards = TrainingShards(
@@ -161,7 +162,7 @@ def set_epoch(loader: DataLoader[Any], epoch: int, first_batch: int) -> None:
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs all of it and returns the progress: the step, the best score, and how often an image was skipped."""
+    """Trains, and returns the progress: the step, the best score, and the number of skipped images."""
     check(arguments)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=not trains_all(arguments))
     accelerator = build_accelerator(arguments, handlers=[parallel])
@@ -172,7 +173,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
-    """`train`, in a folder that no other run writes to."""
+    """Trains in a folder that no other run writes to."""
     set_seed(arguments.seed)
     model = load_base(arguments.base)
     teacher = FrozenTeacher(model) if arguments.distillation_weight else None
@@ -202,9 +203,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     run = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
     progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
     if progress["best"] is not None and not run.holds("best"):
-        accelerator.print(
-            f"{arguments.output_dir / 'best'} is not whole any more: it begins anew with the next evaluation."
-        )
+        accelerator.print(f"{arguments.output_dir / 'best'} is damaged: the next evaluation writes it anew.")
         progress["best"] = None
     steps_an_epoch = len(loader) / arguments.gradient_accumulation_steps
     steps = arguments.max_steps or math.ceil(arguments.epochs * steps_an_epoch)
@@ -267,7 +266,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
                         bar.write(f"step {step}\n{result}")
                         if result.unreadable:
                             count, first = len(result.unreadable), result.unreadable[0]
-                            bar.write(f"left out {count:,} that cannot be read; first {first}")
+                            bar.write(f"left out {count:,} unreadable images; the first is {first}")
                         if progress["best"] is None or figures["recall"] > progress["best"]:
                             progress["best"] = figures["recall"]
                             run.save_model("best", model, tokenizer, image_processor)
@@ -280,7 +279,7 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Checks flags that do not go together, before anything is loaded."""
+    """Checks which flags go together, before anything is loaded."""
     if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
         raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
     is_stream = arguments.data.startswith("webdataset:")
@@ -294,8 +293,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def trains_all(arguments: argparse.Namespace) -> bool:
-    """Returns whether all parameters have gradients: the triplet loss alone has none of the scale, others none of the
-    refinement."""
+    """Returns whether all parameters have gradients. The triplet loss alone has none for the scale, other losses none
+    for the refinement."""
     return bool(arguments.triplet_weight > 0 and arguments.contrastive_weight + arguments.region_weight > 0)
 
 
@@ -320,57 +319,60 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     shown = partial(add_preset_flag, presets=(PAPER, MINIATURE))
     default = "(default: %(default)s)"
 
-    group = parser.add_argument_group("what is trained on what")
+    group = parser.add_argument_group("model and data")
     add = group.add_argument
     add_config_flag(group, (PAPER, MINIATURE))
     add("--base", default="miniature-clip-1", metavar="CLIP", help="any CLIP: hub id, directory, checkpoint file, "
-        f"miniature-clip-1 or -2 {default}")  # fmt: skip
+        f"miniature-clip-1 or miniature-clip-2 {default}")  # fmt: skip
     add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
-    add("--data", metavar="KIND:PATH", help="sharegpt4v, docci, urban1k, coco, flickr30k, csv, jsonl or webdataset and "
-        "a path, or miniature:SCENES (default for the miniature: miniature:20000)")  # fmt: skip
+    add("--data", metavar="KIND:PATH", help=f"images with captions: {DATA_KINDS}, or webdataset:SHARDS (default for "
+        "the miniature: miniature:20000)")  # fmt: skip
     add("--epoch-size", type=COUNT, metavar="PAIRS", help="pairs in an epoch of webdataset shards")
     add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the data")
     add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
-    add("--eval-data", metavar="KIND:PATH", help="data for retrieval, or none (default: none, or for the miniature "
-        "miniature:500)")  # fmt: skip
-    add("--eval-images", type=path, metavar="FOLDER", help="folder of the images to evaluate on")
-    add("--drop-first", type=SHARE, default=0.0, metavar="P", help="drop a caption's first sentence, its summary, with "
-        f"this probability {default}")  # fmt: skip
-    add("--sample-sentences", type=SHARE, default=0.0, metavar="P", help="keep a random part of a caption's sentences "
-        f"with this probability {default}")  # fmt: skip
-    add("--prefix-padding", type=padding, default=0, metavar="TOKENS", help="put up to so many padding tokens before a "
+    add("--eval-data", metavar="KIND:PATH", help="data for retrieval as for --data, but no shards, or none (default: "
+        "none; for the miniature miniature:500)")  # fmt: skip
+    add("--eval-images", type=path, metavar="FOLDER", help="folder of the images of --eval-data, if they are not "
+        "beside it")  # fmt: skip
+    add("--drop-first", type=SHARE, default=0.0, metavar="P", help="probability of dropping a caption's first "
+        f"sentence, its summary {default}")  # fmt: skip
+    add("--sample-sentences", type=SHARE, default=0.0, metavar="P", help="probability of keeping only a random "
+        f"part of a caption's sentences {default}")  # fmt: skip
+    add("--prefix-padding", type=padding, default=0, metavar="TOKENS", help="most padding tokens before a "
         f"caption {default}")  # fmt: skip
 
-    group = parser.add_argument_group("losses (default: the paper's / the miniature's)")
+    group = parser.add_argument_group("losses (two defaults: the paper's / the miniature's)")
     add = group.add_argument
     shown(group, "--triplet-weight", AMOUNT, "X", "weight of the triplet margin loss of late interaction")
     shown(group, "--contrastive-weight", AMOUNT, "X", "weight of CLIP's contrastive loss of the embeddings")
-    shown(group, "--region-weight", AMOUNT, "X", "weight of the loss of phrases against their regions, for data that "
-        "knows them (the miniature)")  # fmt: skip
-    shown(group, "--distillation-weight", AMOUNT, "X", "weight of the distance from the base's own states on short "
-        "captions")  # fmt: skip
+    shown(group, "--region-weight", AMOUNT, "X", "weight of the loss of phrases against their regions, for data with "
+        "regions (the miniature)")  # fmt: skip
+    shown(group, "--distillation-weight", AMOUNT, "X", "weight of the distillation loss: distance from the base's "
+        "states on short captions")  # fmt: skip
     add("--margin", type=margin, default=MARGIN, metavar="X", help=f"margin of the triplet margin loss {default}")
     add("--hardest", action="store_true", help="count a pair's hardest negative only")
     shown(group, "--loss-warmup-epochs", AMOUNT, "X", "epochs over which all losses grow linearly from 0")
 
-    group = parser.add_argument_group("optimization (default: the paper's / the miniature's)")
+    group = parser.add_argument_group("optimization (two defaults: the paper's / the miniature's)")
     add = group.add_argument
     shown(group, "--epochs", number(float, above=0), "X", "passes over the data")
     add("--max-steps", type=STEPS, metavar="N", help="optimizer steps, in place of --epochs")
     shown(group, "--batch-size", BATCH, "PAIRS", "pairs of each process and step; the paper has 512 in all")
-    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help="batches in a step; each finds its "
-        f"negatives in itself {default}")  # fmt: skip
+    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help="batches in a step; negatives come "
+        f"from the same batch {default}")  # fmt: skip
     shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate of CLIP")
     shown(group, "--refinement-learning-rate", AMOUNT, "X", "peak learning rate of the token refinement")
     shown(group, "--weight-decay", AMOUNT, "X", "weight decay of AdamW")
-    shown(group, "--warmup-steps", STEPS_OR_NONE, "N", "steps before the cosine")
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the norm; 0 for none {default}")
+    shown(group, "--warmup-steps", STEPS_OR_NONE, "N", "steps of warm-up before the cosine")
+    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the gradient norm; 0 for none "
+        f"{default}")  # fmt: skip
     add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and augmentation {default}")
 
-    run = add_run_flags(parser, Path("runs/finelip"), models="best/ and last/ model")
+    run = add_run_flags(parser, Path("runs/finelip"), models="the models best/ and last/")
     add = run.add_argument
     add("--eval-every", type=STEPS, default=100, metavar="STEPS", help=f"steps between evaluations {default}")
-    add("--dataloader-num-workers", type=workers, default=0, metavar="N", help=f"processes that prepare data {default}")
+    add("--dataloader-num-workers", type=workers, default=0, metavar="N", help=f"number of processes that prepare data "
+        f"{default}")  # fmt: skip
     add_accelerator_flags(run)
     options = parse_flags(parser, arguments, choose_presets)
     if options.data is None:

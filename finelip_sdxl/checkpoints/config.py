@@ -1,4 +1,4 @@
-"""The config that a checkpoint's tensors call for."""
+"""The config of a checkpoint, from its tensors and from the config beside them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ from finelip_sdxl.text_encoders import (
     tower_sizes,
 )
 
-# The head widths of the authors' models: heads are 64 wide, save in the image towers of open_clip's H, g and bigG.
+# Head widths of the authors' models: 64, except in the image towers of open_clip's H, g and bigG.
 _HEAD_WIDTH = 64
 
 _VISION_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
@@ -30,7 +30,7 @@ _OPEN_CLIP_TEXT_WIDTHS = (1024, 1280)
 def derive_config(
     tensors: Mapping[str, Tensor], given: dict[str, Any] | None, activation: str | None, is_published: bool, name: str
 ) -> FineLIPConfig:
-    """The config of the model: what tensors tell from the tensors, the rest as given or, for a bare file, inferred."""
+    """The config of the model: sizes from the tensors, the rest from the given config, or inferred without one."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     config = _infer_config(shapes, is_published, name) if given is None else _read_config(given, name)
     text = config.text_config
@@ -64,8 +64,8 @@ def check_model_type(config: dict[str, Any], name: str) -> None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _CONFIG_CLASSES:
         raise ValueError(
-            f"{name} is not a CLIP with a text tower: its config says model_type {model_type!r}, and nothing else can"
-            " take the place of SDXL's text encoders."
+            f"{name} is no CLIP with a text tower: its config says model_type {model_type!r}, and SDXL's text encoders"
+            " can be replaced by a CLIP only."
         )
 
 
@@ -86,7 +86,7 @@ def _infer_config(shapes: Shapes, is_published: bool, name: str) -> FineLIPConfi
     text_config = CLIPTextConfig(
         hidden_act=hidden_act,
         vocab_size=vocab_size,
-        # CLIP's vocabularies end in the start and the end token, and its tokenizer pads with 0.
+        # CLIP's vocabularies end with the start and the end token, and its tokenizer pads with 0.
         bos_token_id=max(vocab_size - 2, 0),
         eos_token_id=vocab_size - 1,
         pad_token_id=0,

@@ -1,4 +1,4 @@
-"""The keys of CLIP's weights in every layout, and their way to transformers' keys and back."""
+"""The keys of CLIP's weights in every layout, and their translation to transformers' keys and back."""
 
 import re
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ PATCHES = "vision_model.embeddings.patch_embedding.weight"
 
 _NO_WEIGHTS = ("position_ids", "attn_mask", "input_resolution", "context_length", "vocab_size")
 
-# What only training needs: SmartCLIP's networks that mask images, masks of Long-CLIP's two tables, FG-CLIP's scales.
+# Weights for training only: SmartCLIP's networks that mask images, masks of Long-CLIP's two tables, FG-CLIP's scales.
 _TRAINING_ONLY = r"^\w*mask\w*\.|(^|\.)mask[12]$|^logit_scale_(finegraind|hardneg)$"
 
 _PUBLISHED_ONLY = r"position(al)?_embedding_res|^input_resolution$|^cross_net\."
 
 _CLIP_TEXT_KEY = r"^(?:text_model\.)*(?:embeddings\.)?token_embedding\.weight$"
 
-# OpenAI's names and ours, either way; ^ and $ are the ends of a key.
+# OpenAI's names and ours, for both directions; ^ and $ are the ends of a key.
 _OPENAI_NAMES = (
     ("^token_embedding.weight$", f"^{TOKEN_TABLE}$"),
     ("^positional_embedding$", f"^{POSITION_TABLE}$"),
@@ -48,13 +48,13 @@ _OPENAI_NAMES = (
     ("^cross_net.cap_aggr_net.", "^text_refinement."),
 )
 
-# FG-CLIP reads long texts with the parts on the left, and short ones with those on the right.
+# FG-CLIP encodes long texts with the parts on the left, and short texts with the parts on the right.
 _FOR_LONG_TEXTS = {
     "text_model.embeddings.position_embedding_ori.weight": POSITION_TABLE,
     "text_filip_projection.weight": "text_projection.weight",
 }
 
-_TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # OpenAI multiplies by them from the other side
+_TRANSPOSED = ("text_projection.weight", "visual_projection.weight")  # OpenAI stores the transposed matrices
 
 _TRANSFORMERS_PATTERNS = (
     (r"^(text_model|vision_model)\.(?:\1\.)+", r"\1."),  # wrappers that nest the tower once more
@@ -67,22 +67,22 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
     """Rename the weights of any supported layout to the keys of `FineLIPModel`.
 
     Args:
-        tensors: a state dict; it is emptied on the way.
-        name: of the source, for messages.
+        tensors: a state dict; it is emptied.
+        name: name of the source, for messages.
 
     Returns:
-        The renamed tensors (a second positional table under `…position_embedding_res.weight`), and whether keys were
-        there that only OpenAI's and the published FineLIP and Long-CLIP checkpoints have.
+        The renamed tensors (a second positional table under `…position_embedding_res.weight`), and whether there were
+        keys that only OpenAI's and the published FineLIP and Long-CLIP checkpoints have.
 
     Raises:
-        ValueError: if this is no CLIP with a text tower and, where it has an image tower, a ViT.
+        ValueError: this is no CLIP with a text tower, or its image tower is no ViT.
 
     Example:
         >>> weights = {"token_embedding.weight": torch.zeros(9, 4), "ln_final.bias": torch.ones(4)}
         >>> sorted(to_clip_keys(weights, "x.pt")[0])
         ['text_model.embeddings.token_embedding.weight', 'text_model.final_layer_norm.bias']
     """
-    for prefix in ("module.", "text."):  # of DataParallel, of open_clip's CustomTextCLIP
+    for prefix in ("module.", "text."):  # from DataParallel, and from open_clip's CustomTextCLIP
         for key in [key for key in tensors if key.startswith(prefix)]:
             tensors[key.removeprefix(prefix)] = tensors.pop(key)
     is_published = any(re.search(_PUBLISHED_ONLY, key) for key in tensors)
@@ -91,8 +91,7 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
 
     if _matches(tensors, _UNSUPPORTED_CLIPS) or not any(re.search(_CLIP_TEXT_KEY, key) for key in tensors):
         raise ValueError(
-            f"{name} is not a checkpoint of a CLIP whose text tower can serve here: it looks like"
-            f" {describe_weights(tensors)}."
+            f"{name} is no checkpoint of a CLIP with a supported text tower: it looks like {describe_weights(tensors)}."
         )
 
     is_openai = "token_embedding.weight" in tensors
@@ -106,7 +105,7 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
             continue
         key = _rename(key, _OPENAI_NAMES)
         if ".in_proj_" in key:
-            # Cloned, since views would keep the fused weight alive and be saved and trained as one memory.
+            # Cloned: views would share the memory of the fused weight, in saved files and in training, too.
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 renamed[key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
         else:
@@ -118,13 +117,13 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
 
 
 def to_openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a `FineLIPModel` to the keys of the published FineLIP: the inverse of `to_clip_keys`.
+    """Rename the weights of a `FineLIPModel` to the published FineLIP's keys: the inverse of `to_clip_keys`.
 
     Args:
         tensors: the state dict of a `FineLIPModel`.
 
     Returns:
-        Contiguous tensors; none shares memory with another.
+        Contiguous tensors that share no memory with one another.
 
     Example:
         >>> sorted(to_openai_keys({POSITION_TABLE: torch.zeros(248, 4), "image_refinement.scale": torch.ones(1)}))
@@ -151,15 +150,15 @@ def _rename(key: str, names: Iterable[tuple[str, str]]) -> str:
     return marked[1:-1]
 
 
-# What weights are by the keys that only they have; the first match names them. The first kind has CLIP's token table.
+# Kinds of weights, by the keys that only they have; the first match counts. These have CLIP's token table.
 _UNSUPPORTED_CLIPS = (
     (r"^logit_bias$|^vision_model\.head\.|^text_model\.head\.", "a SigLIP"),
-    (r"rotary|(^|\.)rope\.|inv_freq", "a CLIP with rotary positions (RoPE), and SDXL's encoders have a table of them"),
+    (r"rotary|(^|\.)rope\.|inv_freq", "a CLIP with rotary positions (RoPE), and SDXL's encoders need a table"),
     (r"^visual\.(layer1|attnpool)\.", "a CLIP with a ResNet for images, and only ViT is supported"),
     (
         r"\.theta$",
-        "a CLIP in geometric parametrization (GmP), each of its weights split into theta and r: give the file that its"
-        " author has converted back to plain weights",
+        "a CLIP in geometric parametrization (GmP), with each weight split into theta and r: pass its author's file of"
+        " plain weights",
     ),
     (r"^visual\.trunk\.|^transformer\.(embeddings|encoder)\.", "an open_clip with a tower of another library"),
 )
@@ -172,7 +171,7 @@ _OTHER_WEIGHTS = (
     (r"^(encoder|decoder)\.(down_blocks|up_blocks|down|up|mid)\.|^quant_conv\.", "a VAE"),
     (r"\.SelfAttention\.|^shared\.weight$", "a T5"),
     (r"word_embeddings", "a BERT"),
-    (r"^text_adapter\.", "an LLM2CLIP, whose texts a language model reads"),
+    (r"^text_adapter\.", "an LLM2CLIP, which encodes texts by a language model"),
     (r"^clip_[lg]$|^emb_params$|^string_to_param", "a textual inversion"),
     (r"^vision_model\.|^visual\.|^text_model\.class_embedding", "the image tower of a CLIP, without its text tower"),
     (r"aggr_net\.", "a token refinement without its CLIP"),
@@ -181,7 +180,7 @@ _OTHER_WEIGHTS = (
 
 
 def describe_weights(keys: Iterable[str]) -> str:
-    """What a state dict looks like, for people, by its keys.
+    """A description of a state dict for people, by its keys.
 
     Example:
         >>> describe_weights(["down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"])

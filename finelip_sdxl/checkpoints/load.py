@@ -1,8 +1,8 @@
-"""Load a FineLIP from whatever CLIP weights there are: published checkpoints, open_clip, transformers.
+"""Loading of a FineLIP from CLIP weights of any origin: published checkpoints, open_clip, transformers.
 
-The way of the weights, top-down: read tensors (and a config, if there is one), rename them to the keys of
-transformers' `CLIPModel`, make one positional table of at least 248 rows, derive the config, build the model.
-`save_openai_layout` goes the way back, to a file in the layout of the published checkpoints.
+The steps: read tensors (and a config, if there is one), rename them to the keys of transformers' `CLIPModel`, make one
+positional table of at least 248 rows, derive the config, build the model. `save_openai_layout` is the inverse: it
+writes a file in the layout of the published checkpoints.
 """
 
 import logging
@@ -41,7 +41,7 @@ def load_finelip(
     variant: str | None = None,
     **hub_kwargs: Any,
 ) -> FineLIPModel:
-    """Load CLIP weights of any common layout as a FineLIP whose text tower reads 248 positions.
+    """Load CLIP weights of any common layout as a FineLIP with a text tower of 248 positions.
 
     `source` is one of
 
@@ -49,42 +49,40 @@ def load_finelip(
       SmartCLIP checkpoint, an OpenAI CLIP or open_clip state dict (ViT), also nested under `state_dict` or `model` and
       with `module.` before its keys, or a bare transformers CLIP file;
     - a directory or hub id of a transformers CLIP model (also of Long-CLIP and FG-CLIP v1), of a CLIP text encoder, or
-      of what `FineLIPModel` saved;
-    - `miniature-clip-1` or `-2`, `miniature-finelip-1` or `-2`: of the miniature that comes with this package;
+      of a saved `FineLIPModel`;
+    - `miniature-clip-1` or `-2`, `miniature-finelip-1` or `-2`, from the miniature that ships with this package;
     - a state dict in memory, or a loaded `FineLIPModel`, `CLIPModel`, `CLIPTextModel` or
-      `CLIPTextModelWithProjection`, which is not modified; on the CPU, unchanged weights share its memory.
+      `CLIPTextModelWithProjection`. It is not modified; on the CPU, unchanged weights share its memory.
 
-    The number of positions is that of the tensors, whatever a config says. Two tables (FineLIP and Long-CLIP train the
-    later rows in a second one) are merged: rows before `keep` from the first, the others from the second. Of FG-CLIP,
-    which has parts for short and for long texts, those for long ones are taken. 77 rows are stretched, and the text
-    config then records `stretched_from`, `stretch_keep` and `stretch_factor`; more rows stay.
+    The tensors decide the number of positions, and the config does not. Two positional tables (FineLIP and Long-CLIP
+    train the later rows in a second one) are merged: rows before `keep` from the first, the others from the second.
+    FG-CLIP has parts for short and for long texts; its parts for long texts are taken. A table of 77 rows is stretched,
+    and the text config records `stretched_from`, `stretch_keep` and `stretch_factor`; longer tables stay.
 
-    A file without a config does not say all: heads are taken to be 64 wide (80, 88 and 104 in the image towers of
-    open_clip's H, g and bigG). The activation is QuickGELU if the keys are those of a published checkpoint or of
-    OpenAI's, GELU if the text tower is as wide as open_clip's H, g or bigG, and otherwise QuickGELU, which is right for
-    OpenAI's weights and wrong for LAION's smaller ones: pass `activation="gelu"` there.
+    For a file without a config, heads are assumed to be 64 wide (80, 88 and 104 in the image towers of open_clip's H, g
+    and bigG). The activation is GELU if the text tower is as wide as open_clip's H, g or bigG and the keys are not
+    OpenAI's or a published checkpoint's, and otherwise QuickGELU. That is right for OpenAI's weights and wrong for
+    LAION's smaller ones: pass `activation="gelu"` there.
 
     Args:
         source: see above.
-        keep: leading positions that a stretch leaves alone, and that a second table leaves to the first.
+        keep: leading positions that a stretch leaves unchanged, and that come from the first of two tables.
         factor: positions that a stretch makes of each later one, from 1 to 1000.
-        dtype: of the model; by default the widest in `source`, so that nothing is lost.
-        activation: "quick_gelu" or "gelu", against what the source says or suggests.
-        subfolder: of a directory or hub repository, e.g. "text_encoder" for an SDXL.
-        variant: of the weights in a directory or hub repository, e.g. "fp16" for `model.fp16.safetensors`. Without it,
-            the plain ones, or those of the only variant that is there, which is then logged.
+        dtype: dtype of the model; by default the widest in `source`, so nothing is lost.
+        activation: "quick_gelu" or "gelu", in place of the source's own.
+        subfolder: folder in a directory or hub repository, e.g. "text_encoder" for an SDXL.
+        variant: variant of the weights in a directory or hub repository, e.g. "fp16" for `model.fp16.safetensors`. By
+            default the plain weights; without these, the only variant in the folder, with a message in the log.
         **hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as for `from_pretrained`.
 
     Returns:
-        The model, in evaluation mode. It has an image tower, projections and the weights of a token refinement where
-        `source` has them.
+        The model, in evaluation mode. It has an image tower, projections and a token refinement if `source` has them.
 
     Raises:
-        FileNotFoundError: if a path, or a file that must be in a directory, does not exist.
-        OSError: if a hub repository or a file cannot be read.
-        ValueError: if the weights are not a CLIP's (the message says what they look like), incomplete, not finite or
-            not those that the config speaks of, if a file holds or leads to more than weights, or if an argument is out
-            of range.
+        FileNotFoundError: a path, or a file that must be in a directory, does not exist.
+        OSError: a hub repository or a file cannot be read.
+        ValueError: the weights are no CLIP's (the message describes them), incomplete, not finite, or do not match the
+            config; a file holds, or leads to, more than weights; or an argument is out of range.
 
     Example:
         >>> from transformers import CLIPTextConfig, CLIPTextModel
@@ -107,12 +105,12 @@ def load_finelip(
 
 @dataclass(frozen=True)
 class FineLIPWeights:
-    """A FineLIP before a model is built: weights that were checked, and fit their config.
+    """A FineLIP before a model is built: a config, and checked weights that match it.
 
     Attributes:
-        config: of the model.
-        tensors: under the keys of `FineLIPModel`.
-        name: of the source, for messages.
+        config: config of the model.
+        tensors: weights under the keys of `FineLIPModel`.
+        name: name of the source, for messages.
     """
 
     config: FineLIPConfig
@@ -139,7 +137,7 @@ def read_finelip(
     variant: str | None = None,
     **hub_kwargs: Any,
 ) -> FineLIPWeights:
-    """As `load_finelip`, without a model: all checks are done, and nothing is built."""
+    """As `load_finelip`, with all its checks, but no model is built."""
     kind = "state dict" if isinstance(source, Mapping) else type(source).__name__
     name = str(Path(source, subfolder)) if isinstance(source, str | Path) else f"The given {kind}"
     tensors, config = read_source(source, subfolder, variant, hub_kwargs)
@@ -149,27 +147,27 @@ def read_finelip(
     if isinstance(source, str | Path):
         record = replace(Provenance.of(finelip_config.text_config), made_from=public_name(source))
         record.write(finelip_config.text_config)
-    if not isinstance(source, FineLIPModel):  # which was loaded, and seen through, by this function
+    if not isinstance(source, FineLIPModel):  # a FineLIPModel was checked when it was loaded
         check_finite(tensors, name)
     check_shapes(FineLIPModel, finelip_config, {key: tuple(value.shape) for key, value in tensors.items()}, name)
     return FineLIPWeights(finelip_config, tensors, name)
 
 
 def save_openai_layout(model: FineLIPModel, path: str | Path) -> None:
-    """Write a FineLIP as the published checkpoints are: OpenAI's keys, a second positional table, `cross_net.*`.
+    """Write a FineLIP in the layout of the published checkpoints: OpenAI's keys, two positional tables, `cross_net.*`.
 
-    What a model lacks (image tower, projections, token refinement) its file lacks too. Both positional tables are
-    the whole table, so that their reader may take the rows from either. `load_finelip` gives the same model back, bit
-    for bit; only the record of a stretch (`stretched_from`) has no place in such a file.
+    The file lacks the parts that the model lacks (image tower, projections, token refinement). Both positional tables
+    are the whole table, so other programs can take the rows from either. `load_finelip` returns the same model, bit for
+    bit; only the record of a stretch (`stretched_from`) has no place in such a file.
 
     Args:
-        model: without adapters (merge or unload a LoRA first).
-        path: a `.safetensors` or `.pt` file. It is replaced only once the new one is whole.
+        model: a model without adapters (merge or unload a LoRA first).
+        path: a `.safetensors` or `.pt` file. A file of this name is replaced when the new one is complete.
 
     Raises:
-        ValueError: if `path` has another suffix, or the model is one that this layout, which has no config, cannot
-            tell from others: heads that are not 64 wide, GELU, or other positions, image sizes or end tokens than its
-            tensors suggest. `save_pretrained` writes those.
+        ValueError: `path` has another suffix; or this layout, which has no config, cannot hold the model: heads that
+            are not 64 wide, GELU, or positions, image sizes or end tokens other than the tensors suggest.
+            `save_pretrained` writes such models.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -184,7 +182,7 @@ def save_openai_layout(model: FineLIPModel, path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"{path} is neither named .safetensors nor .pt: give one of these suffixes.")
+        raise ValueError(f"{path} has another suffix than .safetensors or .pt: pass a name with one of these.")
     _check_openai_layout_suffices(model, path)
     tensors = to_openai_keys({key: tensor.detach().cpu() for key, tensor in model.state_dict().items()})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,17 +200,17 @@ def convert_weights(
     activation: str | None = None,
     name: str = "The state dict",
 ) -> tuple[FineLIPConfig, dict[str, Tensor]]:
-    """Convert a state dict to the config and weights of a `FineLIPModel`; also one of tensors on the meta device.
+    """Convert a state dict to the config and weights of a `FineLIPModel`; tensors may be on the meta device.
 
     Args:
-        tensors: of any layout that `load_finelip` takes; emptied on the way, so that fused weights and their parts are
-            not all in memory at once.
+        tensors: a state dict of any layout that `load_finelip` takes. It is emptied, so fused weights and their parts
+            are never all in memory at once.
         config: the content of the `config.json` beside the weights, if there is one.
         keep: see `load_finelip`.
         factor: see `load_finelip`.
         dtype: see `load_finelip`.
         activation: see `load_finelip`.
-        name: of the source, for messages.
+        name: name of the source, for messages.
 
     Returns:
         The config and the weights of a `FineLIPModel`.
@@ -229,7 +227,7 @@ def convert_weights(
         (8, torch.Size([248, 512]))
     """
     if activation not in (None, "quick_gelu", "gelu"):
-        raise ValueError(f"activation={activation!r} is unknown: give 'quick_gelu', 'gelu' or None.")
+        raise ValueError(f"activation is {activation!r}; expected 'quick_gelu', 'gelu' or None.")
     tensors, is_published = to_clip_keys(tensors, name)
     _cast(tensors, dtype, name)
     stretched_from = _settle_positions(tensors, keep, factor, name)
@@ -242,25 +240,29 @@ def convert_weights(
     return finelip_config, tensors
 
 
-# Settling: one dtype, one positional table, and the config that the tensors call for.
+# One dtype and one positional table
 
 
 def _cast(tensors: dict[str, Tensor], dtype: torch.dtype | None, name: str) -> None:
-    """Bring all weights to `dtype`, by default to the widest of theirs, one at a time."""
+    """Cast all weights to `dtype`, by default to the widest among them, one at a time."""
     found = {tensor.dtype for tensor in tensors.values()}
     if odd := found - {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
-        raise ValueError(f"{name} holds {odd.pop()} weights: give them in float16, bfloat16 or float32.")
+        raise ValueError(f"{name} holds {odd.pop()} weights; expected float16, bfloat16 or float32.")
     target = dtype or reduce(torch.promote_types, found)
     for key in tensors:
         tensors[key] = tensors[key].to(target)
 
 
 def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: str) -> int | None:
-    """Leave one positional table for the text, merged and stretched as it needs; the rows before a stretch, if any."""
+    """Merge and stretch the positional table of the text as needed.
+
+    Returns:
+        The rows before a stretch; None if nothing is stretched.
+    """
     if POSITION_TABLE not in tensors:
         raise ValueError(
-            f"{name} lacks the positional table of its text tower: it is no whole checkpoint, or has rotary positions"
-            " (RoPE), and SDXL's encoders have a table of them."
+            f"{name} lacks the positional table of its text tower: it is incomplete, or has rotary positions (RoPE),"
+            " and SDXL's encoders need a table."
         )
     table = tensors[POSITION_TABLE]
     dims({POSITION_TABLE: tuple(table.shape)}, POSITION_TABLE, 2, name)
@@ -270,18 +272,18 @@ def _settle_positions(tensors: dict[str, Tensor], keep: int, factor: int, name: 
         if second.shape != table.shape:
             raise ValueError(
                 f"{name} has two positional tables of different shapes, {tuple(table.shape)} and "
-                f"{tuple(second.shape)}, which cannot be merged."
+                f"{tuple(second.shape)}; expected equal ones, to merge them."
             )
         table = torch.cat([table[:keep], second[keep:]])
     rows = table.shape[0]
     if rows < STOCK_POSITIONS:
-        raise ValueError(f"{name} has {rows} text positions: a CLIP has {STOCK_POSITIONS}, a stretched one more.")
+        raise ValueError(f"{name} has {rows} text positions; expected {STOCK_POSITIONS} or more.")
     is_stock = rows == STOCK_POSITIONS
     tensors[POSITION_TABLE] = stretch_positions(table, keep=keep, factor=factor) if is_stock else table
     return rows if is_stock else None
 
 
-# The fields that an encoder computes with, and that are inferred for a file without a config.
+# Config fields that change an encoder's result, and that are inferred for a file without a config.
 _INFERRED = {
     "text_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "max_position_embeddings", "eos_token_id"),
     "vision_config": ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size"),
@@ -289,7 +291,7 @@ _INFERRED = {
 
 
 def _check_openai_layout_suffices(model: FineLIPModel, path: Path) -> None:
-    """Refuse a model that would be read as another."""
+    """Refuse a model that would be another one when it is loaded again."""
     weights = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
     if adapted := [key for key in weights if "lora" in key or "base_layer" in key]:
         raise ValueError(f"The model has weights such as {adapted[0]!r}: merge or unload the LoRA first.")
@@ -300,9 +302,9 @@ def _check_openai_layout_suffices(model: FineLIPModel, path: Path) -> None:
     for tower, fields in _INFERRED.items():
         for field in fields if getattr(model.config, tower) is not None else ():
             own, inferred = getattr(getattr(model.config, tower), field), getattr(getattr(config, tower), field)
-            # 2 is an old config's way to say that the largest id ends a text, which is what is inferred.
+            # In old configs, 2 stands for the largest id; the inferred value names that id.
             if own != inferred and (field, own) != ("eos_token_id", 2):
                 raise ValueError(
                     f"A published checkpoint cannot hold this model, use save_pretrained: its {tower} has {field} "
-                    f"{own!r}, and {path.name} would be read with {inferred!r}."
+                    f"{own!r}, and {path.name} would be loaded with {inferred!r}."
                 )

@@ -1,4 +1,4 @@
-"""The delta merge: what a FineLIP has learned, added to a fine-tune's text encoder."""
+"""The delta merge: the weights that FineLIP's training changed, added to a fine-tune's text encoder."""
 
 import copy
 
@@ -9,17 +9,17 @@ from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder, text_enc
 
 
 def add_difference(own: TextEncoder, finelip: TextEncoder, base: TextEncoder) -> TextEncoder:
-    """A new text encoder whose every weight is `own + finelip - base`, with the config and in the dtype of `own`.
+    """A new text encoder with the weights `own + finelip - base`, and the config and dtype of `own`.
 
-    All three read equally many positions: stretch those of 77 first, as FineLIP's training did.
+    All three have the same number of positions: stretch encoders of 77 first, as FineLIP's training does.
 
     Args:
         own: the text encoder that was fine-tuned from `base`.
         finelip: the text encoder that was trained from `base` on long texts.
-        base: the CLIP text encoder that both began as. With another one, the sum means nothing.
+        base: the CLIP text encoder from which both were trained. With another one, the sum means nothing.
 
     Raises:
-        ValueError: the three do not have the same weights, or carry adapters.
+        ValueError: the three differ in their keys or shapes, or have adapters.
 
     Example:
         >>> from transformers import CLIPTextConfig, CLIPTextModel
@@ -38,14 +38,14 @@ def add_difference(own: TextEncoder, finelip: TextEncoder, base: TextEncoder) ->
             key = differing[0]
             raise ValueError(
                 f"This text encoder and the {name} differ in {len(differing)} weights, such as {key!r}:"
-                f" {shapes[0].get(key, 'absent')} and {shapes[1].get(key, 'absent')}. Only what began as the same CLIP"
-                " can be merged."
+                f" {shapes[0].get(key, 'absent')} and {shapes[1].get(key, 'absent')}. Only encoders that were trained"
+                " from the same CLIP can be merged."
             )
     config = copy.deepcopy(own.config)
     forget_stretch(config)
     merged = {}
     for key, tensor in tensors.items():
-        # In float32: what training changed is small beside the weights.
+        # In float32: the changes are small compared with the weights.
         change = trained[key].to(tensor.device, torch.float32) - before[key].to(tensor.device, torch.float32)
         merged[key] = (tensor.float() + change).to(tensor.dtype)
     return build_text_encoder(config, merged)

@@ -1,4 +1,4 @@
-"""From a name to tensors: the weights of a file, a directory or a hub repository, and the config beside them."""
+"""Weights by name: the tensors of a file, a directory or a hub repository, and the config beside them."""
 
 import logging
 import re
@@ -24,9 +24,9 @@ Weights = tuple[dict[str, Tensor], dict[str, Any] | None]
 
 
 def read_source(source: Source, subfolder: str, variant: str | None, hub_kwargs: dict[str, Any]) -> Weights:
-    """Read the tensors of a source under its own keys, and its config as a dict if it has one.
+    """Read the tensors of a source under its own keys, and its config as a dict, None if it has none.
 
-    The arguments are those of `load_finelip`.
+    Arguments and errors are as in `load_finelip`.
     """
     if isinstance(source, CLIPTextModel | CLIPTextModelWithProjection):
         return text_encoder_tensors(source), source.config.to_dict()
@@ -36,7 +36,8 @@ def read_source(source: Source, subfolder: str, variant: str | None, hub_kwargs:
         return dict(source), None
     if not isinstance(source, str | Path):
         raise ValueError(
-            f"A FineLIP comes from a path, a hub id, a state dict or a CLIP model, not from {type(source).__name__}."
+            f"The source of a FineLIP is of type {type(source).__name__}; expected a path, a hub id, a state dict or a"
+            " CLIP model."
         )
     if (bundled := bundled_model(source)) is not None:
         return read_bundled(bundled)
@@ -49,14 +50,14 @@ def read_source(source: Source, subfolder: str, variant: str | None, hub_kwargs:
 def read_bundled(model: BundledModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the weights of a model that ships with the package, in float32, and its config.
 
-    The files hold half precision. Float32 is what trains, and what runs well on a CPU.
+    The files are in half precision. Training needs float32, and a CPU runs it faster.
     """
     tensors = {key: tensor.float() for file in model.weights for key, tensor in load_file(file).items()}
     return tensors, read_json(model.config)
 
 
 def _unnest(content: Any) -> dict[str, Tensor]:
-    """The state dict in what a training script saved."""
+    """The state dict in the file of a training script."""
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -76,24 +77,24 @@ def _read_repository(
     if config_file is None:
         if find("model_index.json") is not None:
             raise ValueError(
-                f"{place} is a whole pipeline: pass an encoder in it, such as {place}/text_encoder (of a hub"
+                f"{place} is a whole pipeline: pass an encoder in it, such as {place}/text_encoder (for a hub"
                 " repository, subfolder='text_encoder')."
             )
-        # What the recipes write: a model in `last`, or a text encoder in each folder of that.
+        # Output folders of the recipes: a model is in `last`, or a text encoder in each folder of `last`.
         inner = [Path(place, *parts) for parts in (("last",), ("last", "text_encoder"), ("text_encoder",))]
         found = next((folder for folder in inner if (folder / "config.json").is_file()), None)
-        hint = "give a directory or repository of a CLIP model" if found is None else f"give {found}, which does"
+        hint = "pass a directory or repository of a CLIP model" if found is None else f"pass {found}, which holds one"
         raise FileNotFoundError(f"{place} holds no config.json: {hint}.")
     config = read_json(config_file)
     check_model_type(config, place)  # before gigabytes are fetched
 
     files = _weight_files(find, variant)
     if not files and not variant and (only := _only_variant(location.names(subfolder), place)):
-        logger.warning("%s holds weights of variant %s alone, so these are loaded.", place, only)
+        logger.warning("%s holds only weights of variant %s, so these are loaded.", place, only)
         files = _weight_files(find, only)
     if not files:
         infix = f".{variant}" if variant else ""
-        raise FileNotFoundError(f"{place} holds no model{infix}.safetensors or pytorch_model{infix}.bin.")
+        raise FileNotFoundError(f"{place} holds no model{infix}.safetensors or pytorch_model{infix}.bin: fetch one.")
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(_unnest(read_tensors(file)))
@@ -102,7 +103,7 @@ def _read_repository(
 
 
 def _weight_files(find: Callable[[str], Path | None], variant: str | None) -> list[Path]:
-    """The files of a model's weights, of a variant if one is given; none if they are not there."""
+    """The files of a model's weights, in a variant if one is passed; an empty list if there are none."""
     infix = f".{variant}" if variant else ""
     for filename in (f"model{infix}.safetensors", f"pytorch_model{infix}.bin"):
         if (file := find(filename)) is not None:

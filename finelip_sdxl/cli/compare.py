@@ -24,13 +24,13 @@ from finelip_sdxl.prompts.plan import EncoderPlan
 
 
 def add_parser(commands: Commands) -> None:
-    text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL read it, side by side"
+    text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL encode it, side by side"
     command = add_command(commands, "compare", compare, text)
     add_prompt(command)
     command.add_argument("--out", default="comparison.png", metavar="PNG", help="file to write (default: %(default)s)")
-    text = "what to draw, side by side (default: all)"
+    text = "columns to draw, each once (default: all)"
     command.add_argument("--columns", nargs="+", choices=tuple(COLUMNS), default=tuple(COLUMNS), help=text)
-    text = "how many seeds to draw, a row each (default: %(default)s)"
+    text = "number of seeds, a row each (default: %(default)s)"
     pictures = partial(count, most=MAX_PICTURES)
     command.add_argument("--seeds", type=pictures, default=1, metavar="N", help=text)
     add_drawing(command)
@@ -39,16 +39,18 @@ def add_parser(commands: Commands) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print how many tokens each column reads, draw all of them from every seed, and write one PNG file."""
+    """Print how many tokens each column encodes, draw all columns from every seed, and write one PNG file."""
     prompt, (file,) = chosen_prompt(options), image_files(options.out, 1)
-    columns = [column for column in COLUMNS if column in options.columns]
 
     quiet_transformers()
     from finelip_sdxl.comparison import comparison
+    from finelip_sdxl.comparison.settings import check_columns
     from finelip_sdxl.images import save_png
     from finelip_sdxl.miniature.parsing import parse_description
     from finelip_sdxl.provenance import public_name
 
+    chosen = check_columns(options.columns)
+    columns = [column for column in COLUMNS if column in chosen]
     rows = settings_by_seed(options, prompt, options.seeds)
     device, dtype = device_and_dtype(options)
     opened = comparison.Comparison.load(
@@ -59,9 +61,9 @@ def compare(options: argparse.Namespace) -> None:
         dtype=dtype,
         **loading_arguments(options),
     )
-    opened.read(options.negative_prompt or "", columns)  # what compel cannot parse is refused before anything is drawn
-    for column, plan in opened.read(prompt, columns).items():
-        print(f"{COLUMNS[column]} reads {_outline(plan)}")
+    opened.plan(options.negative_prompt or "", columns)  # a text that compel cannot parse is refused before drawing
+    for column, plan in opened.plan(prompt, columns).items():
+        print(f"{COLUMNS[column]} encodes {_outline(plan)}")
 
     pictures = []
     for settings in rows:
@@ -84,8 +86,8 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _outline(plan: EncoderPlan) -> str:
-    """What a plan holds of its text in one line; start and end token are counted once, however many windows."""
-    read = sum(len(window.token_ids) for window in plan.windows) + 2
+    """A plan's tokens in one line. Start and end token are counted once, however many windows there are."""
+    encoded = sum(len(window.token_ids) for window in plan.windows) + 2
     windows = "1 window" if len(plan.windows) == 1 else f"{len(plan.windows)} windows"
     cut = f"{plan.cut_tokens} are CUT" if plan.cut_tokens else "nothing is cut"
-    return f"{read} of {read + plan.cut_tokens} tokens, in {windows} of {plan.positions} positions; {cut}"
+    return f"{encoded} of {encoded + plan.cut_tokens} tokens, in {windows} of {plan.positions} positions; {cut}"

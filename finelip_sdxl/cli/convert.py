@@ -1,4 +1,4 @@
-"""The command `convert`: an SDXL to a folder with long text encoders; and how a base is opened for that."""
+"""The command `convert`: an SDXL to a folder with long text encoders. `export` opens its base the same way."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("base", help="hub id, directory or single file of an SDXL, or miniature")
     add_config(command)
     command.add_argument("out", help="directory to write")
-    command.add_argument("--overwrite", action="store_true", help="replace a pipeline that is there")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing pipeline")
     add_loading(command, dtype="float32", dtype_help="%(default)s")
     add_adapter(command)
     add_encoding(command)
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Write a folder that this package and stock Diffusers open, and print its name."""
+    """Write a folder for this package and for stock Diffusers, and print its name."""
     out = free_folder(options)
     pipe = open_base(options, options.dtype)
     with written_folder(out, parts if options.overwrite else None) as folder:
@@ -44,7 +44,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> LongPromptMixin:
-    """A base as the pipeline of ours for its kind, with encoders of 248 positions."""
+    """Open a base as this package's pipeline of its kind, with text encoders of 248 positions."""
     quiet_transformers()
     import torch
     from diffusers import DiffusionPipeline
@@ -53,7 +53,7 @@ def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Long
     from finelip_sdxl.pipelines.opening import open_pipeline
 
     described = config_source(options)
-    # A single file does not say what it is for; without configs it is the usual thing.
+    # A single file does not name its pipeline; without configs it is taken for text to image.
     index = (
         {"_class_name": "StableDiffusionXLPipeline"} if described is None else DiffusionPipeline.load_config(described)
     )

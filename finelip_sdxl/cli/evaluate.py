@@ -1,17 +1,18 @@
-"""The command `evaluate retrieval`: how well texts find their images, and images their texts."""
+"""The command `evaluate retrieval`: recall of images by their texts, and of texts by their images."""
 
 import argparse
 import json
 from functools import partial
 
-from finelip_sdxl.cli.options import DTYPES, Commands, add_command, count, open_device
+from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, count, open_device
 from finelip_sdxl.cli.output import output_file
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.options import DATA_KINDS
 from finelip_sdxl.report import report_entries
 
 MAX_BATCH = 4096
-NAMED = 5  # images that cannot be read and are named on the screen
+NAMED = 5  # unreadable images that the screen names
 
 
 def add_parser(commands: Commands) -> None:
@@ -23,10 +24,9 @@ def add_parser(commands: Commands) -> None:
         "--data",
         default="miniature",
         metavar="KIND:PATH",
-        help="images with captions: urban1k, docci, coco, flickr30k, sharegpt4v, csv or jsonl with a path, or "
-        "miniature with a number of scenes, such as miniature:500 (default: %(default)s)",
+        help=f"images with captions: {DATA_KINDS} (default: %(default)s)",
     )
-    text = "where the images are, unless beside their captions (default: as the data set is laid out)"
+    text = "folder of the images (default: the data set's own layout)"
     command.add_argument("--images", metavar="DIR", help=text)
     command.add_argument("--split", default="test", metavar="NAME", help="part of the data (default: %(default)s)")
     command.add_argument(
@@ -36,29 +36,30 @@ def add_parser(commands: Commands) -> None:
         help="checkpoint, directory or hub id of a FineLIP, Long-CLIP or CLIP, or miniature-clip-1 "
         "(default: %(default)s, the small one that comes with the package)",
     )
-    command.add_argument("--tokenizer", metavar="NAME", help="directory or hub id (default: the model's)")
+    command.add_argument(
+        "--tokenizer", metavar="NAME", help="directory or hub id of a tokenizer (default: the model's)"
+    )
     command.add_argument(
         "--no-stretch",
         dest="stretch",
         action="store_false",
-        help="read a CLIP of 77 positions as it is, and texts up to there (default: stretch it to 248)",
+        help="keep a CLIP's 77 positions, and cut texts there (default: stretch to 248)",
     )
-    text = "cut texts, start and end token included (default: at the model's positions)"
+    text = "length at which texts are cut, start and end token included (default: the model's positions)"
     command.add_argument("--max-tokens", type=count, metavar="N", help=text)
     text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
     command.add_argument("--fusion-sweep", action="store_true", help=text)
-    text = "images or texts to encode at a time (default: %(default)s)"
+    text = "number of images or texts encoded at a time (default: %(default)s)"
     command.add_argument("--batch-size", type=partial(count, most=MAX_BATCH), default=64, metavar="N", help=text)
-    text = "such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
-    command.add_argument("--device", metavar="NAME", help=text)
+    add_device(command)
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type of all weights (default: %(default)s)"
     )
-    command.add_argument("--json", metavar="FILE", help="also write the figures, shares from 0 to 1, to a file")
+    command.add_argument("--json", metavar="FILE", help="file for the figures, as shares from 0 to 1")
 
 
 def evaluate_retrieval(options: argparse.Namespace) -> None:
-    """Print recall in both directions as a table, and write it to a JSON file if one is named."""
+    """Print recall in both directions as a table, and write it to the JSON file of `--json`."""
     json_file = None if options.json is None else output_file("--json", options.json)
     quiet_transformers()
     import torch

@@ -17,14 +17,14 @@ def add_parser(commands: Commands) -> None:
     command = add_command(commands, "export", export, text)
     command.add_argument("out", help="directory to write")
     add_base(command)
-    text = "a repository for stock Diffusers, or clip_l.safetensors and clip_g.safetensors (default: %(default)s)"
-    command.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=text)
-    command.add_argument("--overwrite", action="store_true", help="replace what is there under the same names")
+    text = "layout to write: a repository for stock Diffusers, or clip_l.safetensors and clip_g.safetensors"
+    command.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"{text} (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace existing files of the same names")
     add_loading(command, dtype=None, dtype_help="float32, or float16 for comfyui")
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write files that hold nothing of this package and are opened without it, and print their names."""
+    """Write files that other programs open without this package, and print their names."""
     if options.format == "comfyui":
         _export_comfyui(options)
     else:
@@ -33,7 +33,7 @@ def export(options: argparse.Namespace) -> None:
 
 def _export_diffusers(options: argparse.Namespace) -> None:
     out = free_folder(options)
-    pipe = open_base(options, options.dtype or "float32", short_prompt_encoder="long")  # stock has no other way
+    pipe = open_base(options, options.dtype or "float32", short_prompt_encoder="long")  # stock has no second pair
 
     from finelip_sdxl.pipelines.export import stock_pipeline
 
@@ -47,7 +47,7 @@ def _export_comfyui(options: argparse.Namespace) -> None:
     quiet_transformers()
     from finelip_sdxl.pipelines.export import COMFYUI_FILES, save_comfyui
 
-    out = folder(options)  # likely the folder where ComfyUI keeps text encoders, so others in it stay
+    out = folder(options)  # likely ComfyUI's folder of text encoders: other files in it stay
     if os.path.lexists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file: pass the name of a directory.")
     check_writable(out)

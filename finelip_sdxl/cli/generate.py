@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> None:
     add_prompt(command)
     text = "file to write (default: %(default)s)"
     command.add_argument("--out", default="finelip-sdxl.png", metavar="PNG", help=text)
-    text = "images to draw (default: %(default)s)"
+    text = "number of images (default: %(default)s)"
     pictures = partial(count, most=MAX_PICTURES)
     command.add_argument("--num-images", type=pictures, default=1, metavar="N", help=text)
     add_drawing(command)
@@ -33,7 +33,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Print how the prompt is encoded, draw it, and write one or more PNG files."""
+    """Print the prompt's plan, draw the prompt, and write one or more PNG files."""
     prompt, files = chosen_prompt(options), image_files(options.out, options.num_images)
     quiet_transformers()
     import torch
@@ -60,7 +60,7 @@ def generate(options: argparse.Namespace) -> None:
             width=options.width,
             height=options.height,
             num_images_per_prompt=options.num_images,
-            # Noise is drawn on the CPU, so that a seed gives the same picture on every device.
+            # Noise is drawn on the CPU, so that a seed means the same noise on every device.
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).images

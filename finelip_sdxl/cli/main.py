@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: a command with its arguments (default: the arguments of the shell).
 
     Returns:
-        The exit code: 0, 2 after a mistake in the input, which one line on stderr explains, or 128 and the number of
-        the signal that stopped it.
+        The exit code: 0; 2 after a mistake in the input, with one line on stderr; 128 plus a signal's number after a
+        stop.
 
     Example:
         >>> from finelip_sdxl.cli.main import main
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
+        """Exit with one line, without the usage."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="finelip-sdxl", description="SDXL that reads prompts of any length.")
+    parser = _Parser(prog="finelip-sdxl", description="SDXL for prompts of any length.")
     parser.add_argument("--version", action="version", version=version("finelip-sdxl"))
     names = " | ".join(command.__name__.rpartition(".")[2] for command in COMMANDS)
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)

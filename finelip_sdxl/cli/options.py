@@ -1,4 +1,4 @@
-"""Flags that several commands and the demo share, and the values that they stand for.
+"""Flags of several commands and of the demo, and their values.
 
 Nothing heavy is imported before a function needs it, so that `--help` answers at once.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from finelip_sdxl.comparison.settings import Settings
 
-MAX_COUNT = 10**9  # larger numbers are refused by their flag; most flags have a smaller limit
+MAX_COUNT = 10**9  # the limit of flags without a smaller one
 MAX_PICTURES = 100  # of one command
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # to which commands are added
 
@@ -43,10 +43,10 @@ def add_command(
     """Add a command.
 
     Args:
-        commands: the subparsers that it goes to.
+        commands: the subparsers of the program.
         name: the word that a user types.
-        run: the function that is called with the parsed options.
-        text: what the command does, as the list of commands says it.
+        run: the function of the command; it takes the parsed options.
+        text: the line in the list of commands, without a capital and a period.
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run, prog=command.prog)
@@ -54,35 +54,36 @@ def add_command(
 
 
 def add_prompt(command: argparse.ArgumentParser) -> None:
-    """Add a prompt, as text or from a file, and the negative prompt."""
-    command.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt, of any length")
-    command.add_argument("--prompt", metavar="TEXT", help="the prompt, in place of the argument")
-    command.add_argument("--prompt-file", metavar="FILE", help="a text file that holds the prompt")
-    text = "what the picture should not show (default: nothing)"
+    """Add flags for a prompt, as text or from a file, and for the negative prompt."""
+    command.add_argument("text", nargs="?", metavar="PROMPT", help="prompt of any length")
+    command.add_argument("--prompt", metavar="TEXT", help="prompt, in place of the argument")
+    command.add_argument("--prompt-file", metavar="FILE", help="text file with the prompt")
+    text = "things that the picture should not show (default: none)"
     command.add_argument("--negative-prompt", metavar="TEXT", help=text)
 
 
 def add_drawing(command: argparse.ArgumentParser) -> None:
-    """Add steps, guidance, seed and size, and the pipeline that draws."""
+    """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
     command.add_argument("--steps", type=count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
     text = "classifier-free guidance, off up to 1 (default: %(default)s)"
     command.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help=text)
     text = "seed of the noise, plus one for each further image (default: random)"
     command.add_argument("--seed", type=int, metavar="N", help=text)
-    command.add_argument("--width", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    command.add_argument("--height", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    text = "of the picture, a multiple of 8 (default: the model's own)"
+    command.add_argument("--width", type=count, metavar="PIXELS", help=f"width {text}")
+    command.add_argument("--height", type=count, metavar="PIXELS", help=f"height {text}")
     add_pipeline(command)
-    text = "how much of the conditioning adapter counts, from 0 to 1 (default: %(default)s)"
+    text = "share of the conditioning adapter that counts, from 0 to 1 (default: %(default)s)"
     command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
 
 
 def add_encoding(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
-    """Add the options of the pipeline that say how it encodes a prompt."""
+    """Add flags for the pipeline's options of encoding."""
     text = "text encoder for prompts of up to 77 tokens: the original one, as in stock SDXL, or the long one"
     command.add_argument(
         "--short-prompt-encoder", choices=SHORT_PROMPT_ENCODER, help=f"{text} (default: as saved, or original)"
     )
-    text = "what to do past 248 tokens (default: as saved, or window)"
+    text = "treatment of prompts past 248 tokens (default: as saved, or window)"
     command.add_argument("--overflow", choices=OVERFLOW, help=text)
     text = (
         "syntax of weights in the prompt: compel's (word)1.3 and word++, or a1111's (word:1.3), ((word)), [word] and"
@@ -90,19 +91,22 @@ def add_encoding(command: argparse.ArgumentParser, hidden_states: bool = True) -
     )
     command.add_argument("--weighting", choices=("none", *WEIGHTING[1:]), help=text)
     if hidden_states:
-        text = "hidden states of the text encoders that the UNet gets (default: as saved, or penultimate)"
+        text = "the text encoders' hidden states for the UNet (default: as saved, or penultimate)"
         command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)
 
 
 def add_pipeline(command: argparse.ArgumentParser) -> None:
-    """A pipeline that draws, and its device."""
+    """Add flags for a pipeline that draws, and for its device."""
     add_base(command)
     add_loading(command, dtype=None, dtype_help="float16, or float32 on the CPU")
     add_adapter(command)
-    command.add_argument(
-        "--device", metavar="NAME", help="such as cpu, cuda:1, mps (default: an accelerator or else the CPU)"
-    )
+    add_device(command)
     command.add_argument("--offload", action="store_true", help="keep on the device only the model that is running")
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    text = "device to run on, such as cpu, cuda:1 or mps (default: an accelerator, or else the CPU)"
+    command.add_argument("--device", metavar="NAME", help=text)
 
 
 def add_base(command: argparse.ArgumentParser) -> None:
@@ -123,19 +127,19 @@ def add_loading(command: argparse.ArgumentParser, dtype: str | None, dtype_help:
     text += "miniature, the one that comes with it)"
     command.add_argument("--finelip", metavar="CLIP", help=text % "first")
     command.add_argument("--finelip-2", metavar="CLIP", help=text % "second")
-    text = "what FineLIPs do: replace an encoder, or add what they have learned to what a fine-tune's has"
+    text = "use of a FineLIP: replace the encoder, or add its learned change to a fine-tune's encoder"
     command.add_argument("--finelip-merge", choices=FINELIP_MERGE, help=f"{text} (default: replace)")
-    text = "for delta: hub id or directory of the SDXL that they were trained from (the miniature's need none)"
+    text = "hub id or directory of the SDXL that the FineLIPs were trained from, for delta (the miniature's need none)"
     command.add_argument("--finelip-base", metavar="SDXL", help=text)
     command.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type of all weights (default: {dtype_help})")
     command.add_argument(
-        "--variant", metavar="NAME", help="variant of the weights' files, such as fp16 (default: the plain ones)"
+        "--variant", metavar="NAME", help="variant of the weight files, such as fp16 (default: the plain files)"
     )
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
-    text = "directory or hub id of what training/align_adapter.py wrote, or none (default: the one that the base comes"
-    text += " with, unless a FineLIP is given)"
+    text = "directory or hub id of an adapter from training/align_adapter.py, or none (default: the base's own, unless "
+    text += "a FineLIP is given)"
     command.add_argument("--conditioning-adapter", metavar="ADAPTER", help=text)
 
 
@@ -151,10 +155,10 @@ def count(text: str, most: int = MAX_COUNT) -> int:
 
 
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `open_pipeline` that were given; what was not is up to a saved folder, or the default.
+    """Arguments of `open_pipeline` that were given. A saved folder, or the default, decides the others.
 
     Raises:
-        ValueError: a config for what is no single file.
+        ValueError: a config is given for a base that is no single file.
     """
     check_config(options.base, getattr(options, "config", None))
     given = {name: value for name, value in vars(options).items() if name in LOADED + ENCODING and value is not None}
@@ -172,7 +176,7 @@ def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.d
 
 
 def open_device(name: str | None) -> torch.device:
-    """The device of a name; without one, an accelerator or else the CPU."""
+    """The device of a name; without a name, an accelerator or else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -197,7 +201,7 @@ def open_device(name: str | None) -> torch.device:
 
 
 def chosen_prompt(options: argparse.Namespace) -> str:
-    """The one prompt that was given, whichever way."""
+    """The one prompt, given as an argument, with `--prompt` or with `--prompt-file`."""
     given: list[str] = [text for text in (options.text, options.prompt) if text is not None]
     if options.prompt_file is not None:
         given.append(_read_prompt(options.prompt_file))
@@ -209,26 +213,26 @@ def chosen_prompt(options: argparse.Namespace) -> str:
 
 
 def config_source(options: argparse.Namespace) -> str | None:
-    """Where configs and tokenizers of the base are; None for a single file that none were given for."""
+    """The folder of the base's configs and tokenizers; None for a single file without `--config`."""
     described = options.config if Path(options.base).is_file() else options.base
     return None if described is None else sdxl_path(described)
 
 
 def _read_prompt(name: str) -> str:
     file, most = Path(name), 4 * MAX_CHARACTERS + 3  # bytes in UTF-8, with a mark at the beginning
-    # /dev/zero never ends, and a named pipe may never begin; what the shell puts in the place of <(…) does.
+    # /dev/zero never ends, and a named pipe may never begin. The stream that a shell makes of <(…) does both.
     is_stream = name.startswith(("/dev/fd/", "/dev/stdin"))
     try:
         if not is_stream and stat.S_IFMT(file.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
             raise OSError(None, "it is no file but a device or a pipe")
         with file.open("rb") as opened:
             read = opened.read(most + 1)
-    except (OSError, ValueError) as error:  # the latter for a name that can be none
+    except (OSError, ValueError) as error:  # the latter for an impossible name
         reason = getattr(error, "strerror", error)
         raise ValueError(f"--prompt-file {name} cannot be read ({reason}): pass a text file.") from error
     if len(read) > most:
         raise ValueError(
-            f"--prompt-file {name} is too long: at most {MAX_CHARACTERS:,} characters are read, shorten it."
+            f"--prompt-file {name} is too long: at most {MAX_CHARACTERS:,} characters are allowed, so shorten it."
         )
     try:
         return read.decode("utf-8-sig").strip()
@@ -237,7 +241,7 @@ def _read_prompt(name: str) -> str:
 
 
 def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) -> list[Settings]:
-    """What pictures of consecutive seeds are drawn from, within the bounds of `comparison.Settings`."""
+    """Settings of pictures with consecutive seeds, within the bounds of `comparison.Settings`."""
     from finelip_sdxl.comparison.settings import Settings
 
     first = Settings(

@@ -1,4 +1,4 @@
-"""Where commands write, and what a picture's file says of how it was drawn."""
+"""Files and folders that commands write, and the parameters in a picture's file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def folder(options: argparse.Namespace) -> Path:
 
 
 def free_folder(options: argparse.Namespace) -> Path:
-    """The folder that a pipeline is to be written to, once it is sure that it may be."""
+    """The folder for a pipeline, checked: it is writable, and free or may be replaced."""
     out = folder(options)
     place = Path(os.path.realpath(out))
     if os.path.ismount(place):
         raise ValueError(f"{out} is where a disk is mounted, which cannot be replaced: pass a directory in it.")
-    check_writable(place.parent)  # first: it also puts back what a killed run has left aside
+    check_writable(place.parent)  # first: it also puts back a folder that a killed run moved aside
     if not os.path.lexists(place):
         check_writable(place)  # its name may be too long
     elif not options.overwrite:
@@ -42,7 +42,7 @@ def free_folder(options: argparse.Namespace) -> Path:
 
 
 def parts(saved: Path) -> set[str]:
-    """The names in a saved pipeline's folder that are its own; all else there is somebody's.
+    """The names of a saved pipeline's own parts in its folder. All other files there are somebody else's.
 
     Raises:
         ValueError: no pipeline is saved there.
@@ -80,7 +80,7 @@ def image_files(out: str, count: int) -> list[Path]:
 def picture_parameters(
     options: argparse.Namespace, prompt: str, dtype: torch.dtype, pipe: LongPromptMixin
 ) -> dict[str, Any]:
-    """What a drawn picture says of how it was made, whatever the command, and nothing of where it was."""
+    """The parameters of a drawn picture, the same for every command. No path of this machine is among them."""
     from finelip_sdxl.images import sampler_name
     from finelip_sdxl.provenance import public_name
 

@@ -1,4 +1,4 @@
-"""The command `tokens`: which tokens of a prompt each text encoder gets."""
+"""The command `tokens`: the plan of a prompt for each text encoder."""
 
 import argparse
 from typing import Any
@@ -29,19 +29,21 @@ from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
 
 
 def add_parser(commands: Commands) -> None:
-    command = add_command(commands, "tokens", tokens, "show what each text encoder reads of a prompt")
+    command = add_command(
+        commands, "tokens", tokens, "show the plan of a prompt: windows, lengths and cut tokens of each text encoder"
+    )
     add_prompt(command)
     add_base(command)
     add_encoding(command, hidden_states=False)
 
 
 def tokens(options: argparse.Namespace) -> None:
-    """Print what each text encoder reads of a prompt. Loads tokenizers and configs, no weights."""
+    """Print the plan of a prompt for each text encoder. Loads tokenizers and configs, but no weights."""
     prompt = check_texts("prompt", chosen_prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
     described = config_source(options)
     if described is None:
-        raise ValueError(f"{options.base} holds weights alone: pass --config, an SDXL whose tokenizers go with it.")
+        raise ValueError(f"{options.base} holds weights alone: pass --config with an SDXL that has its tokenizers.")
     specs, saved = _encoder_specs(described)
     chosen = {**saved, **loading_arguments(options)}
     report = plan_prompts(
@@ -59,7 +61,7 @@ def tokens(options: argparse.Namespace) -> None:
 
 
 def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
-    """The encoders of a base as `from_pretrained` makes them, and the options that are saved with it."""
+    """The text encoders that `from_pretrained` makes of a base, and the options that are saved with the base."""
     quiet_transformers()
     from diffusers import DiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -84,5 +86,5 @@ def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
             )
         )
     if not specs or "text_encoder_2" not in index:
-        raise ValueError(f"{base} has not the CLIP text encoders of an SDXL: pass another base.")
+        raise ValueError(f"{base} lacks the CLIP text encoders of an SDXL: pass another base.")
     return specs, index

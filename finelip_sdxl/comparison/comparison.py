@@ -49,8 +49,8 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn column: its key in `COLUMNS`, the picture, what it was drawn from, the seconds that it took, and the
-    `sources` of its comparison."""
+    """A drawn column: its key in `COLUMNS`, the picture, its settings, the seconds of drawing, and the `sources` of its
+    comparison."""
 
     column: str
     image: Image.Image
@@ -60,21 +60,22 @@ class Picture:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters that are written into the picture's file."""
+        """The parameters in the picture's file."""
         size = {"width": self.image.width, "height": self.image.height}
         about = {"column": self.column, "finelip_sdxl": version("finelip-sdxl")}
         return {**asdict(self.settings), **size, **self.sources, **about}
 
 
 def label_pictures(pictures: Sequence[Picture], described: Sequence[DescribedObject] = ()) -> Image.Image:
-    """One picture of many: a row for each seed, a column for each way of reading, the prompt above.
+    """Put pictures together: a row for each seed, a column for each way of encoding, the prompt above.
 
     Args:
-        pictures: of one prompt, every column from every seed.
-        described: of the miniature, the objects that the prompt describes; how many are right stands below each.
+        pictures: pictures of one prompt, every column from every seed.
+        described: for the miniature, the objects that the prompt describes. Each picture's count of right objects
+            stands below it.
 
     Raises:
-        ValueError: no pictures, or a column that was not drawn from every seed.
+        ValueError: there are no pictures, or a column was not drawn from every seed.
 
     Example:
         >>> star = Picture("stock", Image.new("RGB", (96, 96)), Settings("a red star", seed=7), seconds=1.0)
@@ -101,21 +102,22 @@ def _count_right(image: Image.Image, described: Sequence[DescribedObject]) -> st
 
 
 class Comparison:
-    """An SDXL that draws a prompt as stock reads it, cut at 77 tokens; as compel does, in windows of 77; as we do.
+    """An SDXL that draws a prompt in three columns: cut at 77 tokens by stock, in windows of 77 by compel, and by
+    FineLIP-SDXL.
 
     Args:
-        pipe: a pipeline of this package whose encoders read 248 positions.
-        refiner: SDXL's refiner, as a pipeline of this package; None for none.
+        pipe: a pipeline of this package whose text encoders have 248 positions.
+        refiner: SDXL's refiner as a pipeline of this package, or None.
         offload: keep on `device` only the model that is running.
-        device: where pictures are drawn.
+        device: the device that draws.
 
     Attributes:
         pipe: the pipeline of FineLIP-SDXL's column.
-        is_miniature: whether `load` was told to load the miniature.
-        sources: what `load` was told to load, as others may know it (of a path its last part alone), and the dtype.
+        is_miniature: whether `load` loaded the miniature.
+        sources: names of the parts that `load` loaded (of a path the last part alone), and the dtype.
 
     Raises:
-        ValueError: if stock's encoders are neither in the pipeline nor within its own.
+        ValueError: stock's encoders are not in the pipeline, and cannot be cut out of its long ones.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class Comparison:
         self.pipe = pipe
         self._base = _Stage(pipe, device, offload)
         self._refiner = None if refiner is None else _Stage(refiner, device, offload)
-        # Schedulers, hooks and options are the pipeline's: one drawing at a time.
+        # Schedulers, hooks and options belong to the pipeline: one drawing at a time.
         self._drawing = threading.Lock()
         self.is_miniature = False
         self.sources: dict[str, str] = {}
@@ -146,26 +148,26 @@ class Comparison:
         variant: str | None = None,
         **loading: Any,
     ) -> Comparison:
-        """Load what is compared.
+        """Load the pipelines of a comparison.
 
         Args:
             base: hub id, directory or single file of an SDXL, or `"miniature"`.
             refiner: hub id or directory of SDXL's refiner.
             device, offload: see the class.
-            dtype: of all weights.
-            variant: of the files of weights, such as `"fp16"`.
+            dtype: type of all weights.
+            variant: variant of the weight files, such as `"fp16"`.
             **loading: further arguments of `FineLIPSDXLPipeline.from_pretrained` or `from_single_file`, such as
                 `finelip`, `conditioning_adapter` and `config`.
 
         Raises:
-            ValueError, OSError: the base or another part cannot be loaded, as `from_pretrained` says.
+            ValueError, OSError: the base or another part cannot be loaded.
 
         Example:
             >>> comparison = Comparison.load("miniature")
-            >>> comparison.read("a red star")["finelip"].tokens
+            >>> comparison.plan("a red star")["finelip"].tokens
             5
         """
-        # Stock's own encoders draw a column here, so they are kept even where nothing else reads with them.
+        # Stock's encoders draw a column here, so they are kept even where nothing else needs them.
         short_prompt_encoder = loading.pop("short_prompt_encoder", None)
         pipe = open_text_to_image(base, dtype=dtype, variant=variant, **loading)
         pipe.short_prompt_encoder = short_prompt_encoder or pipe.short_prompt_encoder
@@ -173,7 +175,7 @@ class Comparison:
         if refiner is not None:
             if Path(refiner).is_file():
                 raise ValueError(f"`refiner` {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
-            # It reads as the base does, by the second encoder.
+            # It encodes as the base does, by the second encoder.
             same = {name: getattr(pipe, name) for name in ("short_prompt_encoder", "overflow", "weighting")}
             if loading.get("finelip_2") is not None:
                 merge = ("finelip_2", "finelip_merge", "finelip_base")
@@ -188,11 +190,11 @@ class Comparison:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels that the model draws by default."""
+        """The model's own width and height, in pixels."""
         side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
-    def read(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
+    def plan(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
         """Plan a prompt for each column: its windows, and the text that is cut.
 
         Runs no encoder, and may be called while another thread draws. compel takes seconds for long texts.
@@ -201,35 +203,34 @@ class Comparison:
             The plans by the columns' keys.
 
         Raises:
-            TypeError: a prompt that is no text, or columns that are none.
-            ValueError: a text that is too long, an unknown column, one that is there twice, or what compel cannot
-                parse, if it is to read.
+            TypeError: the prompt is no string, or the columns are no list of strings.
+            ValueError: the prompt is too long, a column is unknown or there twice, or compel is among the columns and
+                cannot parse the prompt.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"`prompt` must be a string, but is {prompt!r:.60}.")
         check_texts("prompt", prompt)
-        # By the tokenizer of our pipeline: those of stock and compel are told to cut while they draw.
+        # The tokenizer of our own pipeline: stock's and compel's tokenizers are set to cut while they draw.
         tokenizer = self.pipe.tokenizer
-        read: dict[str, Callable[[], EncoderPlan]] = {
+        plans: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
             "compel": lambda: plan_by_compel(tokenizer, prompt),
             "finelip": lambda: self.pipe.describe_prompt(prompt).prompts["text_encoder"][0],
         }
-        return {column: read[column]() for column in check_columns(columns)}
+        return {column: plans[column]() for column in check_columns(columns)}
 
     def draw(self, column: str, settings: Settings, on_step: OnStep | None = None) -> Picture:
-        """Draw one column. The same settings and seed give the same noise in all of them. From several threads, one
-        drawing waits for the other.
+        """Draw one column. All columns begin with the same noise for a seed. Drawings from several threads wait for one
+        another.
 
         Args:
             column: a key of `COLUMNS`.
-            settings: what to draw.
+            settings: prompt, seed and all other settings.
             on_step: called after each step with its number and the number of all steps. An error that it raises ends
                 the drawing.
 
         Raises:
-            ValueError: an unknown column, a prompt that compel cannot parse, or numbers that are none (NaN) in place of
-                a picture.
+            ValueError: the column is unknown, compel cannot parse the prompt, or the picture holds NaN.
             MemoryError: the device's memory was not enough; a smaller picture can be drawn afterwards.
         """
         check_columns([column])
@@ -249,7 +250,7 @@ class Comparison:
             self._base.free()
             if self._refiner is not None:
                 self._refiner.free()
-        if ran_out:  # outside of the handler, where the error no longer holds on to what filled the memory
+        if ran_out:  # outside of the handler, whose error holds on to the memory
             raise_out_of_memory(settings.width or self.size[0], settings.height or self.size[1])
         about = {**self.sources, "sampler": sampler_name(self.pipe.scheduler)}
         return Picture(column, image, settings, time.perf_counter() - started, about)
@@ -284,7 +285,7 @@ class Comparison:
 
 
 class _Steps:
-    """Hands a pipeline's steps on, counted."""
+    """Counts a pipeline's steps, and passes each on."""
 
     def __init__(self, on_step: OnStep, steps: int, already: int = 0) -> None:
         self.on_step, self.steps, self.done = on_step, steps, already
@@ -296,7 +297,7 @@ class _Steps:
 
 
 class _Stage:
-    """A pipeline of ours, base or refiner, which also draws from the embeddings of stock and of compel."""
+    """A pipeline of this package, base or refiner. It also draws from the embeddings of stock and of compel."""
 
     def __init__(self, pipe: Pipe, device: str | torch.device, offload: bool) -> None:
         self.pipe = pipe
@@ -317,16 +318,16 @@ class _Stage:
         self.compel = open_compel(self.stock, str(device))
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
-        read = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._leave_unread}[column]
-        return self.pipe(**read(settings), **arguments).images
+        inputs = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._texts}[column]
+        return self.pipe(**inputs(settings), **arguments).images
 
     def free(self) -> None:
-        """Under offloading, take whatever ran last off the device."""
+        """With offloading, take the model that ran last off the device."""
         self.pipe.maybe_free_model_hooks()
 
-    # What each column gives the pipeline: a text, or what else has read it.
+    # Each column's inputs of the pipeline: texts, or embeddings.
 
-    def _leave_unread(self, settings: Settings) -> dict[str, Any]:
+    def _texts(self, settings: Settings) -> dict[str, Any]:
         return {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt or None}
 
     def _encode_by_stock(self, settings: Settings) -> dict[str, Any]:
@@ -344,23 +345,23 @@ class _Stage:
         # Where SDXL takes zeros for an absent negative prompt, compel needs none.
         negative = settings.negative_prompt or (None if self.pipe.config["force_zeros_for_empty_prompt"] else "")
         with torch.no_grad(), parsing(settings.prompt, negative or ""):
-            read = self.compel(settings.prompt, negative)
+            found = self.compel(settings.prompt, negative)
         self.free()
-        return _embeddings(read.embeds, read.negative_embeds, read.pooled_embeds, read.negative_pooled_embeds)
+        return _embeddings(found.embeds, found.negative_embeds, found.pooled_embeds, found.negative_pooled_embeds)
 
 
 def _stock_encoder(pipe: Pipe, name: str) -> TextEncoder | None:
-    """The encoder of 77 positions that belongs to the place of `name`; None where there is no encoder."""
+    """Stock's encoder of 77 positions for the component `name`; None if the pipeline has no such component."""
     encoder: TextEncoder | None = getattr(pipe, name)
-    held: TextEncoder | None = getattr(pipe, f"stock_{name}")
-    if held is not None or encoder is None:
-        return held
+    original: TextEncoder | None = getattr(pipe, f"stock_{name}")
+    if original is not None or encoder is None:
+        return original
     return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
 
 
 @contextmanager
 def _encoding_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
-    """Encode with the settings' hidden states (None leaves the pipeline's own) and scale of the adapter."""
+    """Encode with the hidden states and the adapter scale of the settings; None means the pipeline's own states."""
     states, scale = pipe.hidden_states, pipe.conditioning_adapter_scale
     pipe.hidden_states = settings.hidden_states or states
     pipe.set_conditioning_adapter_scale(settings.conditioning_adapter_scale)
@@ -373,7 +374,7 @@ def _encoding_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Silence stock's warning of the text that it cuts: the comparison shows that."""
+    """Silence stock's warning of cut text: the comparison shows it."""
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
@@ -402,7 +403,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def raise_out_of_memory(width: int, height: int, pictures: int = 1) -> NoReturn:
-    """Free what can be freed, and raise a MemoryError that says what to do."""
+    """Free memory where possible, and raise a MemoryError with advice."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -411,5 +412,5 @@ def raise_out_of_memory(width: int, height: int, pictures: int = 1) -> NoReturn:
         what, less = f"{pictures} pictures", "fewer at a time, smaller ones"
     raise MemoryError(
         f"The memory did not suffice for {what} of {width} × {height} pixels: try {less}, half precision"
-        " (`dtype`: float16) or offloading (`offload`), and close what else uses the device."
+        " (`dtype`: float16) or offloading (`offload`), and close other programs on the device."
     )

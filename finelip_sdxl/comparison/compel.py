@@ -1,4 +1,4 @@
-"""compel with its defaults: the windows that it cuts a prompt into, and the embeddings that it makes of them."""
+"""compel with its defaults: its windows of a prompt, and their embeddings."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ from transformers import CLIPTokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, Window, tokenize
 
-# In characters, some two seconds.
+# In characters; they take some two seconds.
 MAX_PARSER_WORK = 6000
 
-# Errors of compel's parser: its own, and Python's for texts that it does not expect.
+# Errors of compel's parser: its own, and Python's for unexpected texts.
 _GIVING_UP = (
     ParseBaseException,
     PromptParser.ParsingException,
@@ -30,27 +30,28 @@ _GIVING_UP = (
 
 
 def open_compel(stock: DiffusionPipeline, device: str) -> Callable[[str, str | None], LabelledConditioning]:
-    """Open compel with its defaults, which encodes prompts in windows of stock's 77 tokens.
+    """Open compel with its defaults. It encodes prompts in windows of 77 tokens.
 
     Args:
         stock: a stock SDXL pipeline, or its refiner.
-        device: where its encoders run.
+        device: the device of its encoders.
 
     Returns:
-        A function of the prompt and the negative prompt. Without the latter (None) it returns no negative embeddings.
+        A function of the prompt and the negative prompt. For a negative prompt of None it returns no negative
+        embeddings.
 
     Example:
         >>> from diffusers import StableDiffusionXLPipeline
         >>> from finelip_sdxl import miniature_path
-        >>> read = open_compel(StableDiffusionXLPipeline.from_pretrained(miniature_path()), "cpu")
-        >>> read("a red star", None).embeds.shape
+        >>> encode = open_compel(StableDiffusionXLPipeline.from_pretrained(miniature_path()), "cpu")
+        >>> encode("a red star", None).embeds.shape
         torch.Size([1, 77, 288])
     """
     if stock.text_encoder is not None:
         both = CompelForSDXL(stock, device=device)
         # By name: its second argument is the second encoder's prompt.
         return lambda prompt, negative: both(prompt, negative_prompt=negative)
-    # The refiner has but one text encoder, for which compel has no class.
+    # compel has no class for the refiner, which has one text encoder.
     compel = Compel(
         stock.tokenizer_2,
         stock.text_encoder_2,
@@ -60,17 +61,17 @@ def open_compel(stock: DiffusionPipeline, device: str) -> Callable[[str, str | N
         device=device,
     )
 
-    def read(prompt: str, negative: str | None) -> LabelledConditioning:
+    def encode(prompt: str, negative: str | None) -> LabelledConditioning:
         if negative is None:
             return LabelledConditioning(*compel(prompt))
         states, pooled = compel([prompt, negative])
         return LabelledConditioning(states[:1], pooled[:1], states[1:], pooled[1:])
 
-    return read
+    return encode
 
 
 def plan_by_compel(tokenizer: CLIPTokenizer, prompt: str) -> EncoderPlan:
-    """The windows that compel cuts a prompt into. Where its syntax changes the text, the windows hold the changed one.
+    """Plan a prompt as compel does. Where compel's syntax changes the text, the windows hold the changed text.
 
     Args:
         tokenizer: tokenizer of SDXL's first encoder, of any length.
@@ -88,38 +89,36 @@ def plan_by_compel(tokenizer: CLIPTokenizer, prompt: str) -> EncoderPlan:
     rows = provider.get_token_ids_and_expand_weights(fragments, [1.0] * len(fragments), "cpu")[0]
     end = tokenizer.eos_token_id
     windows = [tuple(row[1 : row.index(end, 1)]) for row in rows.unflatten(0, (-1, STOCK_POSITIONS)).tolist()]
-    # compel makes one space of any white space; then the text is shown as it was written.
+    # compel turns any white space into one space. Where nothing else changed, the text is shown as it was written.
     ids, _ = tokenize(tokenizer, prompt)
     text = prompt if ids == [token for window in windows for token in window] else " ".join(fragments)
     _, offsets = tokenize(tokenizer, text)
     ends = [*accumulate(map(len, windows))]
     starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
     slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
-    read = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
-    return EncoderPlan("text_encoder", PROMPT, 0, read, STOCK_POSITIONS)
+    cut = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
+    return EncoderPlan("text_encoder", PROMPT, 0, cut, STOCK_POSITIONS)
 
 
 @contextmanager
 def parsing(*texts: str) -> Iterator[None]:
-    """Turn errors of compel's parser, which takes brackets, + and - for weights, into a sentence.
+    """Turn errors of compel's parser, which takes brackets, + and - for weights, into one sentence.
 
     Args:
-        *texts: texts for the parser. It reads everything in a bracket about four times, so that a few brackets within
-            one another would keep it busy for minutes: texts that would are refused before.
+        *texts: texts for the parser. It parses everything in a bracket about four times, so a few nested brackets would
+            take minutes: such texts are refused first.
 
     Raises:
-        ValueError: brackets nest too deep, or the parser gave up.
+        ValueError: brackets nest too deep, or the parser failed.
 
     Example:
         >>> with parsing("(" * 10 + "a fox"):
         ...     pass
         Traceback (most recent call last):
-        ValueError: compel would take minutes for so many brackets within one another: take some out, or leave it out.
+        ValueError: compel would take minutes for so many nested brackets: take some out, or leave compel out.
     """
     if any(_parser_work(text) > MAX_PARSER_WORK for text in texts):
-        raise ValueError(
-            "compel would take minutes for so many brackets within one another: take some out, or leave it out."
-        )
+        raise ValueError("compel would take minutes for so many nested brackets: take some out, or leave compel out.")
     try:
         yield
     except RecursionError:
@@ -131,12 +130,13 @@ def parsing(*texts: str) -> Iterator[None]:
     else:
         return
     raise ValueError(
-        f"compel cannot read this prompt ({reason}): take out what it knows as syntax, or leave compel out."
+        f"compel cannot parse this prompt ({reason}): take out its syntax (brackets, quotes, + and -), or leave compel"
+        " out."
     )
 
 
 def _parser_work(text: str) -> int:
-    """How many characters compel's parser reads beyond those of the text, roughly."""
+    """Rough number of characters that compel's parser visits again."""
     depth, extra = 0, 0
     for match in re.finditer(r"\\.|.", text, re.DOTALL):
         depth = max(0, depth + {"(": 1, ")": -1}.get(match[0], 0))

@@ -9,25 +9,25 @@ from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, check_choice, check_tex
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
 
-MAX_ROWS = 100  # seeds of one comparison, whose pictures are held until they are put together
+MAX_ROWS = 100  # seeds of one comparison; all its pictures are in memory at once
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that a picture is drawn from.
+    """Settings of one picture.
 
     Attributes:
         prompt: text of any length.
         negative_prompt: text; empty for none.
         steps: denoising steps, 1 to 200.
         guidance_scale: classifier-free guidance, 0 to 50; off up to 1.
-        seed: seed of the noise, which is drawn on the CPU and so is the same on every device.
+        seed: seed of the noise. Noise is drawn on the CPU, so it is the same on every device.
         width, height: pixels, multiples of 8 from 64 to 2048; None for the model's own.
-        conditioning_adapter_scale: how much of the adapter counts in FineLIP-SDXL's column, 0 to 1.
+        conditioning_adapter_scale: share of the adapter that counts in FineLIP-SDXL's column, 0 to 1.
         hidden_states: `"penultimate"` or `"last"`, in the same column; None for the pipeline's own.
 
     Raises:
-        ValueError, TypeError: one of them is out of range.
+        ValueError, TypeError: a setting is out of range, or of another type.
 
     Example:
         >>> Settings("a red star", steps=0)
@@ -64,10 +64,10 @@ class Settings:
             check_choice("hidden_states", self.hidden_states, HIDDEN_STATES)
 
     def over_seeds(self, count: int) -> list[Settings]:
-        """These settings, and the same with each of the next seeds.
+        """These settings with this seed, and with each of the next seeds.
 
         Args:
-            count: number of seeds in all, 1 to 100.
+            count: number of seeds, 1 to 100.
 
         Raises:
             ValueError: `count` is out of range, or a seed would be too large.
@@ -77,10 +77,10 @@ class Settings:
 
     @classmethod
     def from_parameters(cls, parameters: dict[str, Any]) -> Settings:
-        """Settings from the parameters in a picture of this package; other entries are left out.
+        """Settings from the parameters in a picture's file. Other entries are ignored.
 
         Raises:
-            ValueError, TypeError: there is no prompt among them, or one of them is out of range.
+            ValueError, TypeError: the parameters hold no prompt, or one of them is out of range.
 
         Example:
             >>> Settings.from_parameters({"prompt": "a red star", "steps": 20, "base": "miniature"}).steps
@@ -89,9 +89,9 @@ class Settings:
         if "prompt" not in parameters:
             raise ValueError("These parameters hold no prompt: pass a picture that FineLIP-SDXL has drawn.")
         names = {field.name for field in fields(cls)}
-        # The command line writes null where nothing was given.
+        # The command line writes null for an option that was not given.
         known = {name: value for name, value in parameters.items() if name in names and value is not None}
-        if known.get("hidden_states") == "published":  # the name of the last ones in the first pictures
+        if known.get("hidden_states") == "published":  # the old name of the last states
             known["hidden_states"] = "last"
         return cls(**known)
 
@@ -100,8 +100,8 @@ def check_columns(columns: Any) -> list[str]:
     """`columns` as a list of keys of `COLUMNS`.
 
     Raises:
-        TypeError: not a list of strings.
-        ValueError: none, an unknown one, or one that is there twice, which would be drawn twice.
+        TypeError: `columns` is no list of strings.
+        ValueError: `columns` is empty, or a column is unknown or there twice.
 
     Example:
         >>> check_columns(("stock", "finelip"))

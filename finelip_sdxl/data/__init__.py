@@ -1,4 +1,4 @@
-"""Data sets of images with long captions, and the batches that training makes of them."""
+"""Data sets of images with long captions, and their batches for training."""
 
 from finelip_sdxl.data.augmentation import CaptionAugmentation
 from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageError, split_sentences

@@ -1,4 +1,4 @@
-"""Caption augmentation: training that cannot lean on a summary at a caption's start."""
+"""Caption augmentation: random changes, so an encoder learns more of a caption than the summary at its start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .caption_dataset import split_sentences
 
 @dataclass(frozen=True)
 class CaptionAugmentation:
-    """Changes a long caption in training; by default not at all.
+    """Random changes of a long caption in training; by default none.
 
     Long captions tend to begin with a sentence that sums up the rest, and an encoder trained on them uses little else.
 
@@ -18,12 +18,12 @@ class CaptionAugmentation:
 
     Args:
         drop_first: probability that the first sentence is left out, if there are others.
-        sample_sentences: probability that only some of the sentences remain: a number of them from one to all, each
-            number and each choice alike, in their order.
-        prefix_padding: most padding tokens before a text; each number from 0 is equally likely.
+        sample_sentences: probability that only some sentences remain, in their order. Their number is from one to all;
+            all numbers, and all choices of that many, are equally likely.
+        prefix_padding: highest number of padding tokens before a text; all numbers from 0 are equally likely.
 
     Raises:
-        ValueError: if one of them is out of range.
+        ValueError: an argument is out of range.
 
     Example:
         >>> CaptionAugmentation(drop_first=1.0)("A quiet street. A fox sleeps. It is night.", random.Random(0))
@@ -39,7 +39,7 @@ class CaptionAugmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a probability, from 0 to 1.")
         if self.prefix_padding < 0:
-            raise ValueError(f"prefix_padding is {self.prefix_padding}: expected a number of tokens, 0 for none.")
+            raise ValueError(f"prefix_padding is {self.prefix_padding}: expected a number of tokens, at least 0.")
 
     def __call__(self, caption: str, rng: random.Random) -> str:
         """Returns the caption that remains."""
@@ -52,5 +52,5 @@ class CaptionAugmentation:
         return " ".join(sentences)
 
     def padding(self, rng: random.Random) -> int:
-        """Returns the number of padding tokens to put before a text."""
+        """Returns the number of padding tokens before a text."""
         return rng.randint(0, self.prefix_padding)

@@ -23,8 +23,8 @@ class CaptionDataset(ABC):
     """Images and their captions, in a fixed order.
 
     Attributes:
-        group_size: consecutive images that training puts into one batch, since they are hard negatives of each other.
-        left_out: a sentence with the number of images that were left out and the first of them; empty if none was.
+        group_size: number of consecutive images that share a training batch, as hard negatives of each other.
+        left_out: a sentence with the number of images that were left out, and the first of them; empty if none was.
     """
 
     group_size: int = 1
@@ -39,7 +39,7 @@ class CaptionDataset(ABC):
         """Returns one image, RGB.
 
         Raises:
-            UnreadableImageError: if it is missing or broken.
+            UnreadableImageError: it is missing or broken.
         """
 
     def image_file(self, index: int) -> Path | None:
@@ -51,11 +51,11 @@ class CaptionDataset(ABC):
         """Returns the captions of one image, at least one."""
 
     def short_caption(self, index: int) -> str:
-        """Returns a caption for stock's 77 tokens: here the first sentence, which sums up most long captions."""
+        """Returns a caption for stock's 77 tokens: by default the first sentence, often a summary of the others."""
         return split_sentences(self.captions(index)[0])[0]
 
     def regions(self, index: int) -> tuple[Region, ...]:
-        """Returns phrases of the first caption and their parts of the image; none, unless the data set knows them."""
+        """Returns phrases of the first caption and their parts of the image; by default none."""
         return ()
 
 
@@ -71,7 +71,7 @@ def caption_fault(caption: Any) -> str | None:
     if not caption.strip():
         return "is empty"
     if len(caption) > MAX_CAPTION:
-        return f"has {len(caption):,} characters, where {MAX_CAPTION:,} are the most that is read"
+        return f"has {len(caption):,} characters, where at most {MAX_CAPTION:,} were expected"
     return half_character(caption)
 
 

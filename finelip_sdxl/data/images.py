@@ -1,4 +1,4 @@
-"""Image files of users as RGB pictures of 8 bits, whatever their format."""
+"""Users' image files of any format, as RGB pictures of 8 bits."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from .caption_dataset import UnreadableImageError
 
-MAX_RATIO = 16  # of an image's sides: what a square cut from the middle sees lies well within
+MAX_RATIO = 16  # of an image's sides; a square cut from the middle needs far less
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
-# What Pillow scales a PNG's pixels by, but not the gray or color that stands for transparent.
+# Pillow scales a PNG's pixels by these factors, but leaves the transparent gray or color unscaled.
 _KEY_SCALES = {"L;2": 255 // 3, "L;4": 255 // 15, "RGB;16B": 1 / 256}
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}
 
 
 def read_image(file: Path | bytes, name: str) -> Image.Image:
-    """Returns an image as RGB of 8 bits a channel, on white where it is transparent, and upright as its EXIF data says.
+    """Returns an image as RGB of 8 bits a channel, on white where it is transparent, and upright by its EXIF data.
 
-    16 bits a channel are scaled. Whatever else a file says of its image may be damaged.
+    16 bits a channel are scaled. Damaged texts, profiles and EXIF data are ignored.
 
     Args:
         file: a path, or a file's content.
-        name: of the image, for the message.
+        name: name of the image, for the message.
 
     Raises:
-        UnreadableImageError: if it is missing or broken, no regular file, or its numbers have no known white.
+        UnreadableImageError: the image is missing or broken, no regular file, or of numbers without a known white.
     """
-    name = name.encode(errors="backslashreplace").decode()  # on a disk it can be any bytes, which cannot be printed
+    name = name.encode(errors="backslashreplace").decode()  # on a disk it can be any bytes; these cannot be printed
     try:
         if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):  # a pipe or device may never end
             raise ValueError("it is no regular file")
         try:
             return _read(file)
         except Exception:
-            # Pillow gives a PNG up for a text that is too long or damaged, and an AVIF for its EXIF data.
+            # Pillow refuses a PNG whose text is too long or damaged, and an AVIF for its EXIF data.
             if (picture := _bare(file)) is None:
                 raise
             return _read(picture)
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{name} cannot be read (it is of no image format that Pillow reads).") from error
+        raise UnreadableImageError(f"{name} cannot be read (Pillow does not know its format).") from error
     except Exception as error:  # broken files make Pillow's decoders raise almost anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise UnreadableImageError(f"{name} cannot be read ({reason}).") from error
@@ -56,8 +56,8 @@ def read_image(file: Path | bytes, name: str) -> Image.Image:
 def middle(width: int, height: int) -> tuple[int, int, int, int]:
     """Returns left, top, right and bottom edge of an image's middle, no side more than 16 times as long as the other.
 
-    Where a square in the middle is all that is wanted, the rest is cut off before the image is scaled: one of 20,000 by
-    1 pixels would need gigabytes. Ordinary images are left whole.
+    For use before an image is scaled, and a square is cut from its middle: to scale all of an image of 20,000 by 1
+    pixels would need gigabytes. Ordinary images stay whole.
 
     Example:
         >>> middle(640, 480), middle(20_000, 1)
@@ -71,10 +71,10 @@ def middle(width: int, height: int) -> tuple[int, int, int, int]:
 def _read(file: Path | bytes) -> Image.Image:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
         _scale_color_key(image)
-        image.load()  # which turns a TIFF upright, and then says so
+        image.load()  # this turns a TIFF upright, and updates its orientation
         orientation = _orientation(image)
         rgb = _on_white(image)
-    # All else that comes with the picture is forgotten: turning it would write it anew, and fail where it is damaged.
+    # Other metadata is dropped: `exif_transpose` would write it again, and fail if it is damaged.
     rgb.info = {}
     rgb.getexif()[ExifTags.Base.Orientation] = orientation
     ImageOps.exif_transpose(rgb, in_place=True)
@@ -82,7 +82,7 @@ def _read(file: Path | bytes) -> Image.Image:
 
 
 def _scale_color_key(image: ImageFile.ImageFile) -> None:
-    """Makes a PNG's gray or color that means transparent, if it has one, comparable with Pillow's pixels."""
+    """Scales the transparent gray or color of a PNG, if it has one, like its pixels."""
     if image.format == "PNG" and image.tile and (key := image.info.get("transparency")) is not None:
         scale = _KEY_SCALES.get(str(image.tile[0].args), 1)
         image.info["transparency"] = tuple(int(k * scale) for k in key) if isinstance(key, tuple) else key * scale
@@ -101,7 +101,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         image = _scaled_to_8_bits(image)
     if image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floating-point numbers"
-        raise ValueError(f"its pixels are {kind} of 32 bits, mode {image.mode}, which do not tell what is white")
+        raise ValueError(f"its pixels are {kind} of 32 bits, mode {image.mode}, without a known value for white")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -109,7 +109,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Converts gray of 16 bits, or of 12 in a TIFF. Pillow's own conversion would cut off all above 255."""
+    """Converts gray of 16 bits, or of 12 in a TIFF. (Pillow's own conversion cuts off all values above 255.)"""
     tags = getattr(image, "tag_v2", {})
     pixels = np.asarray(image)
     gray = (pixels >> (tags.get(_BITS_PER_SAMPLE, (16,))[0] - 8)).astype(np.uint8)
@@ -126,7 +126,7 @@ def _bare(file: Path | bytes) -> bytes | None:
     with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
         start = stream.read(12)
         if start[4:] in (b"ftypavif", b"ftypavis"):
-            return (start + stream.read()).replace(b"Exif", b"none", 1)  # the type of that item
+            return (start + stream.read()).replace(b"Exif", b"none", 1)  # the type of the EXIF item
         stream.seek(len(_PNG_START))
         return b"".join([_PNG_START, *_png_chunks(stream)]) if start.startswith(_PNG_START) else None
 

@@ -1,4 +1,4 @@
-"""Token ids of texts and pixel values of images, as a model takes them."""
+"""Token ids of texts and pixel values of images, for a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from finelip_sdxl.text_encoders import check_tokenizer
 from .images import middle
 
 POSITIONS = 248
-MAX_SIDE = 4_096  # pixels of an image that a CLIP sees; those in public have up to 560
-_PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, by which pooling finds the end of a text
+MAX_SIDE = 4_096  # pixels of a CLIP's image; public CLIPs have up to 560
+_PREFIX_ID = 0  # not the tokenizer's padding: CLIP-L pads with its end token, and pooling would find it there
 _FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "preprocessor_config.json")
 
 
@@ -33,12 +33,12 @@ def load_tokenizer(source: str | os.PathLike[str], positions: int = POSITIONS) -
     Args:
         source: "miniature-clip-1", "miniature-clip-2", "miniature-finelip-1" or "miniature-finelip-2"; a directory or
             hub id that holds a tokenizer.
-        positions: the text encoder's; `tokenize` cuts there.
+        positions: number of positions of the text encoder; `tokenize` cuts texts there.
 
     Raises:
-        FileNotFoundError: if `source` does not exist, or holds no tokenizer.
-        OSError: if the hub does not return it.
-        ValueError: if its files are broken, or lack the words.
+        FileNotFoundError: `source` does not exist, or holds no tokenizer.
+        OSError: the hub cannot be reached, or refuses.
+        ValueError: its files are broken, or lack the words.
 
     Example:
         >>> load_tokenizer("miniature-finelip-1").model_max_length
@@ -50,7 +50,7 @@ def load_tokenizer(source: str | os.PathLike[str], positions: int = POSITIONS) -
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a checkpoint file, which holds no tokenizer: {hint}.")
     directory = resolve(source).folder(_FILES)
-    # Without either file, from_pretrained makes a tokenizer of two tokens and says nothing.
+    # Without either file, `from_pretrained` silently makes a tokenizer of two tokens.
     if not any((directory / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"{source} holds no vocab.json or tokenizer.json: {hint}.")
     with _reading(f"The tokenizer of {source}"):
@@ -64,14 +64,14 @@ def load_image_processor(source: str | os.PathLike[str], image_size: int) -> CLI
     """Returns the image processor of a CLIP, from images to pixel values: resize, center crop, scale, normalize.
 
     Args:
-        source: as for `load_tokenizer`, or a checkpoint file. Where there is no preprocessor_config.json, it is
+        source: as for `load_tokenizer`, or a checkpoint file. Without a `preprocessor_config.json`, the processor is
             CLIP's: bicubic, with the published mean and standard deviation.
-        image_size: the model's, in pixels, for a source without it.
+        image_size: image size of the model in pixels, for a source without that file.
 
     Raises:
-        FileNotFoundError: if `source` does not exist.
-        OSError: if the hub does not give it.
-        ValueError: if its preprocessor_config.json is broken.
+        FileNotFoundError: `source` does not exist.
+        OSError: the hub cannot be reached, or refuses.
+        ValueError: its `preprocessor_config.json` is broken.
 
     Example:
         >>> from PIL import Image
@@ -98,16 +98,16 @@ def tokenize(
 ) -> LongTensor:
     """Returns token ids of texts: start token, prefix padding, text, end token, padding.
 
-    Prefix padding shifts a text to later positions (DeBias-CLIP, arXiv 2602.22419); it never takes the place of text.
+    Prefix padding shifts a text to later positions (DeBias-CLIP, arXiv 2602.22419). It never replaces text.
 
     Args:
         tokenizer: see `load_tokenizer`.
-        texts: of any length; texts that are too long are cut, and keep their end token.
-        prefix: padding tokens before each text; there are fewer where the text leaves no room. None for none.
-        max_length: tokens at most, start and end included; by default the tokenizer's `model_max_length`.
+        texts: texts of any length; longer ones than `max_length` are cut, and keep their end token.
+        prefix: number of padding tokens before each text; fewer, if the text leaves less room. None for none.
+        max_length: highest number of tokens, start and end included; by default the tokenizer's `model_max_length`.
 
     Returns:
-        (texts, n), where n is the length of the longest.
+        (texts, n), with the length n of the longest text.
 
     Example:
         >>> tokenize(load_tokenizer("miniature-clip-1"), ["a red star", "a"], prefix=[1, 0])
@@ -123,7 +123,7 @@ def tokenize(
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Names the file that transformers cannot load: its own errors are of any type, and name none."""
+    """Turns errors of transformers, which have any type and name no file, into one with the file's name."""
     try:
         yield
     except Exception as error:
@@ -135,7 +135,7 @@ def _check_image_processor(processor: CLIPImageProcessorPil) -> None:
     """Checks that a processor makes square images of finite pixel values.
 
     Raises:
-        Exception: of almost any type, if it does not.
+        Exception: it does not; the error has almost any type.
     """
     sides = [side for sizes in (processor.size, processor.crop_size) for side in dict(sizes or {}).values()]
     if wrong := [side for side in sides if side is not None and not 1 <= side <= MAX_SIDE]:
@@ -143,7 +143,7 @@ def _check_image_processor(processor: CLIPImageProcessorPil) -> None:
     with np.errstate(all="ignore"):
         pixels = processor(Image.new("RGB", (3, 2)), return_tensors="np").pixel_values
     if pixels.shape[:2] != (1, 3) or pixels.shape[2] != pixels.shape[3] or not np.isfinite(pixels).all():
-        raise ValueError("it does not make square images of three colors in finite numbers")
+        raise ValueError("it does not make square images of three colors with finite values")
 
 
 def _clip_processor(size: int) -> CLIPImageProcessorPil:
@@ -151,7 +151,7 @@ def _clip_processor(size: int) -> CLIPImageProcessorPil:
 
 
 class _ImageProcessor(CLIPImageProcessorPil):
-    """CLIP's, which cuts what lies too far from the middle for its center crop before it scales."""
+    """CLIP's processor. Parts of an image far outside its center crop are cut off before it scales."""
 
     def _preprocess(self, images: list[np.ndarray], **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         if kwargs["do_center_crop"] and kwargs["size"].shortest_edge:
@@ -163,4 +163,7 @@ class _ImageProcessor(CLIPImageProcessorPil):
         return super()._preprocess(images, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}  # which anybody can load
+        return {
+            **super().to_dict(),
+            "image_processor_type": "CLIPImageProcessor",
+        }  # a public name

@@ -1,4 +1,4 @@
-"""Phrases of a caption and the parts of the image that they name, for data that knows them."""
+"""Phrases of a caption and the parts of the image that they name, for data sets with such pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Region:
     Attributes:
         start, end: the phrase's first and past-the-last character in the caption.
         box: left, top, right and bottom edge of the part, as shares of the image's width and height, 0 to 1.
-        label: names the content; parts of equal label look alike, and are no negatives of each other.
+        label: name of the content; parts of equal label look alike, and are no negatives of each other.
         weight: the phrase's weight in a mean over phrases.
     """
 
@@ -26,7 +26,7 @@ class Region:
 
 
 def follow_regions(regions: Iterable[Region], before: str, after: str) -> list[Region]:
-    """Returns the regions whose sentence is still there in a caption that lost some sentences, moved along.
+    """Returns the regions of a shortened caption, with their new characters; regions of lost sentences are left out.
 
     Args:
         regions: the regions of `before`, each within one sentence.

@@ -19,37 +19,37 @@ from .caption_dataset import CaptionDataset, UnreadableImageError, caption_fault
 from .images import read_image
 from .training import make_item
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # the first that is there counts
+IMAGES = ("jpg", "jpeg", "png", "webp")  # the first one in a sample counts
 CAPTIONS = ("txt", "json")
-SHUFFLE_BUFFER = 1_000  # encoded samples in each worker's memory, one of which comes next
+SHUFFLE_BUFFER = 1_000  # undecoded samples in each worker's memory, to draw the next one from
 
 
 class TrainingShards(IterableDataset[list[dict[str, Any]]]):
-    """Whole batches of items as `ImageTextDataset` makes them, from shards one after another.
+    """Whole batches of `ImageTextDataset`'s items, from shards one after another.
 
     For a `DataLoader(shards, batch_size=None, collate_fn=collate(tokenizer))`. Each process and each of its workers
-    reads shards of its own, in an order of the epoch, and begins again where they do not suffice. What comes when
-    depends on the seed, the epoch, and the numbers of processes and workers.
+    reads shards of its own, in an order of the epoch, and starts over if they have too few samples. The order of
+    samples depends on the seed, the epoch, and the numbers of processes and workers.
 
-    A sample is `KEY.jpg`, `.jpeg`, `.png` or `.webp` with `KEY.txt`, or `KEY.json` that has a `caption`. `KEY` may have
-    dots; what stands beside `a.jpg` as `a.mask.png` is left alone. In place of a sample that lacks something or cannot
-    be read, the next of its batch is taken.
+    A sample is `KEY.jpg`, `.jpeg`, `.png` or `.webp` with `KEY.txt`, or with `KEY.json` that has a `caption`. `KEY` may
+    have dots; other files of a sample, such as `a.mask.png` beside `a.jpg`, are ignored. A sample that is incomplete or
+    cannot be read is replaced by the next of its batch.
 
     Args:
-        pattern: of the shards' paths or addresses, such as `webdataset:/data/laion-{000000..000099}.tar`; the word and
-            colon before it may be missing.
+        pattern: pattern of the shards' paths or addresses, such as `webdataset:/data/laion-{000000..000099}.tar`, also
+            without `webdataset:`.
         image_processor: see `load_image_processor`.
-        batch_size: pairs in a batch of one process.
-        epoch_size: pairs that all processes together call an epoch; nobody counts what is in the shards.
-        augmentation: of the captions.
-        seed: of the order and the augmentation.
+        batch_size: number of pairs in a batch of one process.
+        epoch_size: number of pairs in an epoch of all processes together; samples in the shards are not counted.
+        augmentation: augmentation of the captions.
+        seed: seed of the order and the augmentation.
         processes: number of processes that train.
-        process: which one this is, from 0.
+        process: number of this process, from 0.
 
     Raises:
-        FileNotFoundError: if a shard is not there.
-        ImportError: if the `webdataset` library is not installed.
-        ValueError: if an epoch is smaller than a batch; while iterating, if there are fewer shards than workers, or no
+        FileNotFoundError: a shard is not there.
+        ImportError: the `webdataset` library is not installed.
+        ValueError: an epoch is smaller than a batch; during iteration, there are fewer shards than workers, or no
             samples in them.
 
     Example:
@@ -96,14 +96,14 @@ class TrainingShards(IterableDataset[list[dict[str, Any]]]):
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # The loader asks its workers in turn, the first one first, whichever batch that is.
+        # The loader asks its workers in turn and begins with the first one, also in the middle of an epoch.
         turn = (number + self.first_batch) % workers
         reader, readers = self.process * workers + turn, self.processes * workers
         urls = list(self.urls)
         random.Random(f"{self.seed} {self.epoch}").shuffle(urls)
         if len(urls) < readers:
             raise ValueError(
-                f"{len(urls)} shards do not feed {self.processes} processes of {workers} workers: "
+                f"{len(urls)} shards are too few for {self.processes} processes of {workers} workers: "
                 "use fewer workers, or smaller shards."
             )
         samples = _read(urls[reader::readers], random.Random(f"{self.seed} {self.epoch} {reader}"))
@@ -116,7 +116,7 @@ class TrainingShards(IterableDataset[list[dict[str, Any]]]):
     def _item(self, window: _Window, index: int, batch: int) -> dict[str, Any]:
         rng = random.Random(f"{self.seed} {self.epoch} {self.process} {batch} {index}")
         item = make_item(window, index, self.image_processor, self.augmentation, rng)
-        # Unlike its place, its name tells an image from those of other processes.
+        # The id comes from the name, since images of other processes have the same places.
         digest = hashlib.sha256(window.name(item["id"]).encode()).digest()
         return {**item, "id": int.from_bytes(digest[:8], "big") >> 1}
 
@@ -132,7 +132,7 @@ class _Window(CaptionDataset):
 
     def name(self, index: int) -> str:
         name = f"{self.samples[index]['__key__']} in {self.samples[index]['__url__']}"
-        return name.encode(errors="backslashreplace").decode()  # of a tar file, a name can be any bytes
+        return name.encode(errors="backslashreplace").decode()  # names in a tar file can be any bytes
 
     def image(self, index: int) -> Image.Image:
         sample = self.samples[index]
@@ -143,10 +143,10 @@ class _Window(CaptionDataset):
         return read_image(content, self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """As of any data set, but here it may not be there.
+        """Returns the caption of one image, which may be missing here.
 
         Raises:
-            UnreadableImageError: if it is not, or is no caption.
+            UnreadableImageError: the caption is missing or faulty.
         """
         try:
             text = _caption(self.samples[index])
@@ -158,11 +158,11 @@ class _Window(CaptionDataset):
 
 
 def _caption(sample: dict[str, Any]) -> Any:
-    """What stands where a sample's caption should.
+    """Returns the content of a sample's caption, of any type.
 
     Raises:
-        ValueError: if nothing does.
-        RecursionError: if its JSON nests too deep.
+        ValueError: there is none.
+        RecursionError: its JSON is nested too deep.
     """
     suffix = next((suffix for suffix in CAPTIONS if suffix in sample), None)
     if suffix is None:
@@ -176,7 +176,7 @@ def _caption(sample: dict[str, Any]) -> Any:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"its json is none: {error}") from error
+        raise ValueError(f"its json is not JSON: {error}") from error
     if not isinstance(content, dict) or "caption" not in content:
         raise ValueError("its json lacks a caption")
     return content["caption"]
@@ -199,9 +199,9 @@ def _read(urls: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def _part_dotted(samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Separates files that webdataset takes for one sample, since it lets names end at their first dot."""
+    """Separates samples that webdataset joins, since it cuts names at their first dot."""
     for sample in samples:
-        parts: dict[str, dict[str, Any]] = {}  # by what stands between the first dot and the last
+        parts: dict[str, dict[str, Any]] = {}  # by the part of the name between its first dot and its last
         for name, content in sample.items():
             stem, _, suffix = name.rpartition(".")
             if suffix in IMAGES + CAPTIONS:
@@ -218,5 +218,5 @@ def _webdataset() -> Any:
     try:
         import webdataset
     except ImportError as error:
-        raise ImportError("Shards are read by the webdataset library: pip install webdataset.") from error
+        raise ImportError("Shards need the webdataset library: pip install webdataset.") from error
     return webdataset

@@ -1,4 +1,4 @@
-"""Batches for training. Each is a function of seed, epoch and position, so that a run can be resumed."""
+"""Batches for training. Each depends on seed, epoch and position alone, so a run can be resumed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .caption_dataset import CaptionDataset, UnreadableImageError
 from .preprocessing import tokenize
 from .regions import Region, follow_regions
 
-MAX_UNREADABLE = 100  # images in a row: more means that something is wrong with all of them
+MAX_UNREADABLE = 100  # unreadable images in a row; after more, probably all are
 
 
 class ImageTextDataset(Dataset[dict[str, Any]]):
     """Images with one caption each, drawn anew in every epoch.
 
-    Where an image cannot be read, the next readable one takes its place, under its own id: losses that mask pairs of
-    equal id then see no false negative.
+    An image that cannot be read is replaced by the next readable one, under the id of that one: losses that mask pairs
+    of equal id then see no false negative.
 
     Args:
         data: images and captions.
         image_processor: see `load_image_processor`.
-        augmentation: changes the captions.
-        seed: decides which captions are drawn and how they are changed.
+        augmentation: random changes of the captions.
+        seed: seed of the captions that are drawn, and of their changes.
 
     Example:
         >>> from finelip_sdxl.data import load_image_processor, open_dataset
@@ -53,7 +53,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, before the loader is iterated; persistent workers would not hear of it."""
+        """Chooses the epoch. Call it before the loader is iterated; persistent workers would keep the old one."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -75,12 +75,12 @@ def make_item(
     """Returns the pair of an image, or of the next one that can be read, and one of its captions.
 
     Returns:
-        `id`, the index of the image; `pixel_values`, (3, height, width); `caption`; `prefix`, padding tokens before it;
-        `regions`, of the caption as it is now; `short_caption`; `skipped`, a message for each image that could not be
-        read, which names it.
+        `id`, the index of the image; `pixel_values`, (3, height, width); `caption`, augmented; `prefix`, the number of
+        padding tokens before it; `regions` of the augmented caption; `short_caption`; `skipped`, a message for each
+        image that cannot be read.
 
     Raises:
-        UnreadableImageError: if none of the next 100 images can be read.
+        UnreadableImageError: none of the next 100 images can be read.
     """
     skipped: list[str] = []
     for offset in range(min(len(data), MAX_UNREADABLE)):
@@ -103,8 +103,8 @@ def make_item(
             "skipped": tuple(skipped),
         }
     raise UnreadableImageError(
-        f"{len(skipped)} images in a row cannot be read, so something may be wrong with all of them. The first:"
-        f" {skipped[0]} Where images are missing on purpose, pass skip_missing=True."
+        f"{len(skipped)} images in a row cannot be read, so probably no image can. The first: {skipped[0]} If images"
+        " are missing on purpose, pass skip_missing=True."
     )
 
 
@@ -112,8 +112,8 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], di
     """Returns a function that makes a batch of items, for a `DataLoader`.
 
     The batch holds `pixel_values`, (batch, 3, height, width); `input_ids`, (batch, n); `short_input_ids`, (batch, m),
-    cut at 77; `short_mask`, (batch, m), True up to and with the end token; `ids`, (batch,), of the images; `skipped`,
-    the messages of all items; and `regions`, whose phrases the tokens hold: `row`, `token` (the phrase's last), `label`
+    cut at 77; `short_mask`, (batch, m), True up to the end token, included; `ids` of the images, (batch,); `skipped`,
+    the messages of all items; and `regions`, of phrases that were not cut: `row`, `token` (the phrase's last), `label`
     (equal numbers for equal labels), `weight`, (regions,), and `box`, (regions, 4).
 
     Example:
@@ -165,19 +165,19 @@ def _collate_regions(tokenizer: CLIPTokenizer, items: Sequence[dict[str, Any]]) 
 class ResumableBatchSampler(Sampler[list[int]]):
     """Batches of indices for a `DataLoader(batch_sampler=...)`, shuffled by seed and epoch alone.
 
-    Groups of consecutive indices stay together. All processes' batches are cut from one order, so that each sees its
-    own part of it. Images that fill no last batch, or no last group, are left out in that epoch.
+    Groups of consecutive indices stay together. The batches of all processes are cut from one order, so each process
+    gets a part of its own. Images of an incomplete last batch or group are left out in that epoch.
 
     Args:
         size: number of images.
-        group_size: consecutive indices that stay together, `CaptionDataset.group_size`.
-        batch_size: indices in a batch of one process.
-        seed: decides the order.
+        group_size: number of consecutive indices that stay together, `CaptionDataset.group_size`.
+        batch_size: number of indices in a batch of one process.
+        seed: seed of the order.
         processes: number of processes that train.
         process: number of this process, from 0.
 
     Raises:
-        ValueError: if `batch_size` is no multiple of `group_size`, or the data does not fill one batch.
+        ValueError: `batch_size` is no multiple of `group_size`, or the data does not fill one batch.
 
     Example:
         >>> batches = ResumableBatchSampler(size=8, group_size=2, batch_size=4, seed=0)
@@ -204,7 +204,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Chooses the epoch, and the batch to begin at: resuming loads none of the batches before."""
+        """Chooses the epoch, and the batch to begin at; the batches before it are not loaded."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:

@@ -19,19 +19,19 @@ from finelip_sdxl.model import GLOBAL_WEIGHT, FineLIPImageOutput, FineLIPModel, 
 
 RECALL_AT = (1, 5, 10)
 SWEEP = tuple(step / 10 for step in range(11))
-# Similarities that differ by less are ties: equal texts differ in the last bits with the batch they were encoded in.
+# Similarities that differ by less are ties: the last bits of a text's embedding depend on its batch.
 TIE = 1e-6
 BAR_AFTER_SECONDS = 2
 
 
 @dataclass
 class EncodedPairs:
-    """Images and texts as a model encodes them, on the CPU.
+    """Encoded images and texts, on the CPU.
 
     Attributes:
         image_embeds: (images, C), normalized, float32.
         text_embeds: (texts, C), likewise.
-        image_of_text: (texts,), the row of the image that a text belongs to.
+        image_of_text: (texts,), the row of each text's image.
         image_tokens: (images, 1 + K, C), refined, normalized, in the model's dtype; None without a token refinement.
         text_tokens: (texts, K + 1, C), likewise.
         unreadable: messages, one for each image that was left out with its captions.
@@ -47,7 +47,7 @@ class EncodedPairs:
 
 @dataclass(frozen=True)
 class Recall:
-    """Recall@k by k: the share, 0 to 1, of the queries that find a match among their first k results."""
+    """Recall@k by k: the share, 0 to 1, of queries with a match among their first k results."""
 
     image_to_text: dict[int, float]
     text_to_image: dict[int, float]
@@ -58,10 +58,10 @@ class RetrievalResult:
     """The result of `evaluate_retrieval`; printed, a table in percent.
 
     Attributes:
-        recall: by similarity: `"global"` (cosine of embeddings), and with a token refinement also `"fine"` (late
+        recall: recall by similarity: `"global"` (cosine of embeddings), and with a token refinement also `"fine"` (late
             interaction) and `"fused"` (0.8 · global + 0.2 · fine).
-        fusion_sweep: by the weight of global in the fused similarity; empty unless it was asked for.
-        images, texts: the numbers that were compared.
+        fusion_sweep: recall by the weight of global in the fused similarity; empty unless it was asked for.
+        images, texts: numbers of images and texts that were compared.
         unreadable: messages, one for each image that was left out with its captions.
     """
 
@@ -114,26 +114,26 @@ def evaluate_retrieval(
     autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> RetrievalResult:
-    """Returns Recall@1, 5 and 10 of a model on images with captions, both ways, by global, fine and fused similarity.
+    """Returns Recall@1, 5 and 10 of a model on images with captions, in both directions and by each similarity.
 
-    An image finds its best-ranked caption among all captions, and a caption its image among all images. Ties count
-    against the model.
+    An image counts by its best-ranked caption among all captions, and a caption by its image among all images. Ties
+    count against the model.
 
     Source: FineLIP (arXiv 2504.01916), section 4.
 
     Args:
-        model: computes on its device; without a token refinement only its global similarity is evaluated.
+        model: the model, used on its device; without a token refinement only its global similarity is evaluated.
         data: images with one or several captions each.
-        tokenizer: the model's, see `finelip_sdxl.data.load_tokenizer`.
-        image_processor: the model's, see `finelip_sdxl.data.load_image_processor`.
+        tokenizer: tokenizer of the model, see `finelip_sdxl.data.load_tokenizer`.
+        image_processor: image processor of the model, see `finelip_sdxl.data.load_image_processor`.
         fusion_sweep: whether to evaluate the fused similarity with weights of 0.0, 0.1, … 1.0 for global as well.
-        batch_size: images or texts that are encoded at a time.
-        max_tokens: the length at which texts are cut, start and end token included; the model's positions by default.
-        autocast: dtype to encode in by mixed precision; None for the model's own.
-        progress: whether to show a bar after two seconds.
+        batch_size: number of images or texts that are encoded at a time.
+        max_tokens: length to cut texts to, start and end token included; by default the model's positions.
+        autocast: dtype of mixed precision; None for the model's own dtype.
+        progress: whether to show a progress bar after two seconds.
 
     Raises:
-        ValueError: if `max_tokens` is not from 3 to the model's positions, the tokenizer has tokens that the model does
+        ValueError: `max_tokens` is not from 3 to the model's positions, the tokenizer has tokens that the model does
             not know, the model has no image tower, or no image can be read.
 
     Example:
@@ -186,17 +186,17 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Encodes all images and all their captions once, in evaluation mode and without gradients.
 
-    Arguments and errors are those of `evaluate_retrieval`. An image that cannot be read is left out with its captions.
+    Arguments and errors are as in `evaluate_retrieval`. An image that cannot be read is left out with its captions.
     """
     positions = model.text_model.embeddings.position_embedding.weight.shape[0]
     if max_tokens is not None and not 3 <= max_tokens <= positions:
         raise ValueError(f"max_tokens is {max_tokens}; expected from 3 to {positions}, the positions of this model.")
     if len(tokenizer) > (vocab_size := model.config.text_config.vocab_size):
         raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but this model knows {vocab_size:,}: give the model's own."
+            f"The tokenizer has {len(tokenizer):,} tokens, but this model knows {vocab_size:,}: pass the model's own."
         )
 
-    captions: list[tuple[str, ...]] = []  # of the images that can be read
+    captions: list[tuple[str, ...]] = []  # captions of the readable images
     unreadable: list[str] = []
 
     def encode_images() -> Iterator[FineLIPImageOutput]:
@@ -222,10 +222,10 @@ def encode_pairs(
         image_embeds, image_tokens = _gather(encode_images())
         if image_embeds is None:
             first = f"; the first: {unreadable[0]}" if unreadable else "."
-            raise ValueError(f"None of {len(data)} images can be read, so that there is nothing to evaluate{first}")
+            raise ValueError(f"None of {len(data)} images can be read, so there is nothing to evaluate{first}")
         text_embeds, text_tokens = _gather(encode_texts([text for texts in captions for text in texts]))
     if text_embeds is None:
-        raise ValueError("The images have no captions, so that there is nothing to evaluate.")
+        raise ValueError("The images have no captions, so there is nothing to evaluate.")
     return EncodedPairs(
         image_embeds=image_embeds,
         text_embeds=text_embeds,
@@ -245,17 +245,17 @@ def retrieval_ranks(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the ranks, from 0, at which each image finds the first of its texts, and each text its image.
+    """Returns the rank, from 0, of each image's best text, and of each text's image.
 
-    Images and texts are compared block by block, so that memory does not grow with their product. A rank is the number
-    of others that are at least as similar: of two that are equal, the wrong one comes first.
+    Images and texts are compared block by block, so memory does not grow with their product. A rank is the number of
+    wrong candidates that are at least as similar as the right one.
 
     Args:
         encoded: images and texts.
-        weights: of global in the similarity, weight · global + (1 - weight) · fine; of no effect without tokens.
-        block_size: images, and texts, that are on the device at a time. It changes nothing in the ranks.
-        device: where to compare.
-        progress: whether to show a bar if it takes more than two seconds.
+        weights: weights of global in the similarity, weight · global + (1 - weight) · fine; no effect without tokens.
+        block_size: number of images, and of texts, on the device at a time; it does not change the ranks.
+        device: device of the comparison.
+        progress: whether to show a progress bar after two seconds.
 
     Returns:
         (weights, images) and (weights, texts), whole numbers, on the CPU.
@@ -282,11 +282,11 @@ def retrieval_ranks(
     images = torch.arange(len(encoded.image_embeds))
     texts = torch.arange(len(encoded.text_embeds))
 
-    # What others are compared with: each text's similarity to its image, and the best of an image's own texts.
+    # The right candidates: each text's similarity to its image, and the best of an image's own texts.
     own = torch.cat(
         [
             similarity(image_of_text[some], some).diagonal(dim1=1, dim2=2)
-            for some in torch.split(texts, 16)  # few, since only the diagonal is used
+            for some in torch.split(texts, 16)  # small blocks, since only the diagonal is used
         ],
         dim=1,
     ).cpu()
@@ -299,7 +299,7 @@ def retrieval_ranks(
     for i, j in _bar(blocks, "comparing", progress):
         block = similarity(i, j)
         others = (image_of_text[j] != i[:, None]).to(device)
-        # Not "at least as similar", so that what is not a number counts against the model too.
+        # Negated, instead of `>=`, so NaN counts against the model too.
         of_images[:, i] += (others & ~(block < best[:, i, None].to(device) - TIE)).sum(dim=2).cpu()
         of_texts[:, j] += (others & ~(block < own[:, None, j].to(device) - TIE)).sum(dim=1).cpu()
     return of_images, of_texts
@@ -333,7 +333,7 @@ def _gather(
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns off gradients and dropout; afterwards each module is in the mode that it was in."""
+    """Turns off gradients and dropout; afterwards each module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The miniature world and the small SDXL that draws it, both of this project: real classes, weights that ship."""
+"""The miniature: a small world, and a small SDXL of the real classes that draws it, with weights that ship."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def miniature_path() -> Path:
 
 
 def miniature_clip(pair: int) -> CLIPModel:
-    """One of the miniature's two CLIPs whole: the text encoder of the stock folder with its image tower.
+    """One of the miniature's two CLIPs: a text encoder of the stock folder with its image tower.
 
     Args:
-        pair: 1 or 2, as SDXL's text encoders are counted.
+        pair: number of the text encoder in SDXL, 1 or 2.
 
     Raises:
-        ValueError: if `pair` is neither.
+        ValueError: `pair` is neither 1 nor 2.
 
     Example:
         >>> miniature_clip(1).config.vision_config.image_size
@@ -47,13 +47,13 @@ def miniature_clip(pair: int) -> CLIPModel:
 
 
 def miniature_finelip(pair: int) -> FineLIPModel:
-    """One of the miniature's two FineLIPs: its CLIP, trained on long captions by `training/train_finelip.py`.
+    """One of the miniature's two FineLIPs: a CLIP of the miniature, trained on long captions.
 
     Args:
-        pair: 1 or 2, as SDXL's text encoders are counted.
+        pair: number of the text encoder in SDXL, 1 or 2.
 
     Raises:
-        ValueError: if `pair` is neither.
+        ValueError: `pair` is neither 1 nor 2.
 
     Example:
         >>> miniature_finelip(1).config.text_config.max_position_embeddings
@@ -67,7 +67,7 @@ def miniature_finelip(pair: int) -> FineLIPModel:
 def _bundled(kind: str, pair: int) -> BundledModel:
     model = bundled_model(f"miniature-{kind}-{pair}")
     if model is None:
-        raise ValueError(f"pair is {pair!r}; expected 1 or 2, for SDXL's first or second text encoder")
+        raise ValueError(f"pair is {pair!r}; expected 1 or 2, for SDXL's first or second text encoder.")
     return model
 
 

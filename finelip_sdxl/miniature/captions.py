@@ -1,7 +1,7 @@
-"""Describes scenes in varied English, and remembers where in the text each object is mentioned.
+"""Captions of scenes in varied English, with the place of every mention of an object.
 
-Two kinds of sentence name an object. A *plain* one names its place, shape and color. A *linked* one takes the color
-from an object named earlier ("a ring of the same color as the star"), which only a reader of both can know.
+Two kinds of sentence describe an object. A *plain* one names its place, shape and color. A *linked* one takes the color
+from an object named earlier ("a ring of the same color as the star"), so both sentences are needed to know it.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ _FILLERS = (
     "There is a good deal of order in all of this.",
     "Take your time and go through it piece by piece.",
 )
-# The words of a place that a caption may say otherwise.
+# Words of places with their synonyms.
 PLACE_WORDS = {"top": ("top", "upper"), "bottom": ("bottom", "lower")}
 
 
 class _Deck:
-    """Deals its cards in random order and begins anew when all are dealt, so that a caption hardly repeats itself."""
+    """Deals all its cards in random order before it begins again, so a caption hardly repeats itself."""
 
     def __init__(self, cards: Sequence[str], rng: random.Random) -> None:
         self._cards, self._rng, self._left = cards, rng, list[str]()
@@ -92,12 +92,12 @@ class Mention:
     """An object named in a caption.
 
     Attributes:
-        kind: `"plain"` or `"linked"` for a sentence that describes the object, `"reference"` for the noun by
-            which a linked sentence points back ("the star").
-        index: The object's index in `Scene.objects`.
-        start, end: The mention's first and past-the-last character in the caption; a sentence ends with its period.
-        candidates: How many different colors the caption has named before this mention.
-        size_named: Whether the sentence says the object's size.
+        kind: `"plain"` or `"linked"` for a sentence that describes the object, `"reference"` for the noun in a linked
+            sentence that points back ("the star").
+        index: the object's index in `Scene.objects`.
+        start, end: the mention's first and one past its last character in the caption; a sentence ends with its period.
+        candidates: number of different colors in the caption before this mention.
+        size_named: whether the sentence names the object's size.
     """
 
     kind: str
@@ -110,19 +110,19 @@ class Mention:
 
 @dataclass(frozen=True)
 class Caption:
-    """A text about a scene and its mentions of objects, in the order of the text."""
+    """A text about a scene, and its mentions of objects in the order of the text."""
 
     text: str
     mentions: tuple[Mention, ...]
 
     @property
     def described(self) -> tuple[Mention, ...]:
-        """The plain and linked mentions: one for each object that the caption describes."""
+        """The plain and linked mentions, one for each described object."""
         return tuple(mention for mention in self.mentions if mention.kind != "reference")
 
 
 def short_caption(scene: Scene, name: str) -> Caption:
-    """A caption of 3 to 8 objects; at most 75 words and marks, so that 77 tokens hold it.
+    """A caption of 3 to 8 objects and at most 75 words and marks, so it fits in 77 tokens.
 
     Example:
         >>> from finelip_sdxl.miniature.world import make_scene
@@ -138,12 +138,12 @@ def short_caption(scene: Scene, name: str) -> Caption:
 
 
 def long_caption(scene: Scene, name: str, first: Sequence[int] = ()) -> Caption:
-    """A caption of 8 or 9 objects and 200 to 246 words and marks, which 77 tokens do not hold and 248 do.
+    """A caption of 8 or 9 objects and 200 to 246 words and marks: too long for 77 tokens, and not for 248.
 
     Args:
-        scene: what is described.
-        name: of the caption: equal scenes and names give equal captions on every machine.
-        first: indices of the objects that are described before all others, in this order.
+        scene: the scene to describe.
+        name: name of the caption; equal scenes and names have equal captions on every machine.
+        first: indices of the objects to describe first, in this order.
 
     Example:
         >>> from finelip_sdxl.miniature.world import make_scene
@@ -158,15 +158,19 @@ def long_caption(scene: Scene, name: str, first: Sequence[int] = ()) -> Caption:
 
 
 def count_words(text: str) -> list[str]:
-    """The words and marks of a caption: its tokens, since the miniature's tokenizer knows each of them whole."""
+    """The words and marks of a caption; each is one token of the miniature's tokenizer."""
     return re.findall(r"\w+|[^\w\s]", text)
 
 
 def _describe(
     scene: Scene, rng: random.Random, count: int, wordiness: float, linkage: float, first: Sequence[int] = ()
 ) -> Caption:
-    """Describes `count` objects, those of `first` before others: the wordier, the more long sentences and fillers;
-    linked where it can be, at the rate of `linkage`."""
+    """A caption of `count` objects, beginning with `first`.
+
+    Args:
+        wordiness: share of long sentences, and a factor of the number of fillers, 0 to 1.
+        linkage: share of links among objects that can be linked, 0 to 1.
+    """
     order = rng.sample(range(len(scene.objects)), count)
     order = [*first, *(k for k in order if k not in first)][:count]
     text, mentions, plain = "", list[Mention](), list[int]()
@@ -174,7 +178,7 @@ def _describe(
     tails, fillers = _Deck(_TAILS, rng), _Deck(_FILLERS, rng)
 
     def say(sentence: str) -> int:
-        """Appends a sentence and gives the position of its first character."""
+        """Appends a sentence and returns the position of its first character."""
         nonlocal text
         text += (" " if text else "") + sentence
         return len(text) - len(sentence)
@@ -210,7 +214,7 @@ def _describe(
 def _sentence(
     thing: SceneObject, other: str | None, size_named: bool, rng: random.Random, form: str, tail: str
 ) -> tuple[str, int]:
-    """One sentence about an object, and where the noun ends by which it points back (0 if it does not)."""
+    """One sentence about an object, and the end of the noun that points back (0 if there is none)."""
     size = f"{thing.size} " if size_named else ""
     if other is not None:
         noun = f"{size}{thing.shape} {rng.choice(_LINKS).format(other=f'[{other}]')}"
@@ -239,7 +243,7 @@ def _article(noun: str) -> str:
 
 
 def vocabulary() -> Iterable[str]:
-    """Texts that hold every word a caption can use, for training the tokenizer."""
+    """Texts with all words of captions, for the training of the tokenizer."""
     yield from (*PLACES, *SHAPES, *COLORS, *SIZES, *BACKGROUNDS, "a an upper lower")
     for texts in (_WORDY_SENTENCES, _LINKS, _TAILS, _BACKGROUNDS, _FILLERS, *_BACKGROUND_WORDS.values()):
         yield from (re.sub(r"\{\w+\}", " ", text) for text in texts)

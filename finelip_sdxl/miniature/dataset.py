@@ -1,4 +1,4 @@
-"""Scenes of the miniature world as a data set: pictures with long captions, drawn and written when asked for."""
+"""Scenes of the miniature world as a data set: pictures with long captions, drawn and written on demand."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .world import Scene, make_family
 
 
 class MiniatureScenes(CaptionDataset):
-    """Scenes in families of five that share the four objects which their long captions describe first.
+    """Scenes in families of five. A family shares four objects, and its long captions describe these first.
 
-    77 tokens hold about three of those: a reader of no more cannot tell the five apart.
+    77 tokens hold about three of these objects, so an encoder of 77 tokens cannot tell the five scenes apart.
 
     Args:
-        split: `"train"` or `"test"`, whose scenes are others, or any other word for further ones.
+        split: `"train"` or `"test"`, with different scenes, or any other word for further scenes.
         size: number of scenes.
 
     Example:
@@ -48,8 +48,8 @@ class MiniatureScenes(CaptionDataset):
         return short_caption(self.scene(index), f"{self.split} {index}").text
 
     def regions(self, index: int) -> tuple[Region, ...]:
-        """Each mention of an object, with the object's cell. A link with two or more candidates counts fourfold: they
-        are few, and what they teach is learned last."""
+        """Each mention of an object, with the object's cell. Links with two or more candidates have a weight of 4: they
+        are rare, and an encoder learns them last."""
         objects = self.scene(index).objects
         regions = []
         for mention in self.caption(index).mentions:
@@ -59,14 +59,14 @@ class MiniatureScenes(CaptionDataset):
                     start=mention.start,
                     end=mention.end,
                     box=_cell(mention.index),
-                    label=f"{thing.place} {thing.shape} {thing.color}",  # not every phrase says the size
+                    label=f"{thing.place} {thing.shape} {thing.color}",  # not every phrase names the size
                     weight=4.0 if mention.kind == "linked" and mention.candidates >= 2 else 1.0,
                 )
             )
         return tuple(regions)
 
     def scene(self, index: int) -> Scene:
-        """What the picture shows."""
+        """The scene in the picture."""
         return _family(self.split, index // self.group_size)[0][index % self.group_size]
 
     def caption(self, index: int) -> Caption:
@@ -74,7 +74,7 @@ class MiniatureScenes(CaptionDataset):
         return _caption(self.split, index)
 
 
-# A pair asks for its scene and caption several times, and five siblings, which come together, for one family.
+# A pair needs its scene and caption several times, and the five scenes of a family, next to each other, one family.
 
 
 @lru_cache(maxsize=128)

@@ -1,4 +1,4 @@
-"""Marks on a picture which of the described objects it has right."""
+"""Marks on a picture: which of the described objects it shows right, and which wrong."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .world import PLACES
 RIGHT = (15, 146, 88)
 WRONG = (208, 38, 50)
 _WHITE = (255, 255, 255)
-# Around the frames: sets them off from a dark background, and is not seen on a light one.
+# A light line around the frames, for dark backgrounds.
 _HALO = (255, 255, 255, 110)
-# Marks are drawn so many times larger and then reduced, for smooth edges.
+# Marks are drawn larger by this factor and then reduced, for smooth edges.
 _OVERSAMPLING = 4
-# All lengths below are in these parts of a cell.
+# All lengths below are in this fraction of a cell.
 _PARTS = 160
 _CORNER = 13
 _CHECK = (((-4.5, 0.5), (-1.5, 3.5), (4.5, -3)),)
@@ -27,19 +27,19 @@ _CROSS = (((-3.5, -3.5), (3.5, 3.5)), ((-3.5, 3.5), (3.5, -3.5)))
 def mark_objects(
     image: Image.Image, described: Sequence[Thing], scores: Sequence[ObjectScore], scale: int = 5
 ) -> Image.Image:
-    """The picture enlarged, its described objects framed: green with a check if right, red with a cross if wrong.
+    """The enlarged picture with frames around its described objects: green with a check, or red with a cross.
 
-    Objects are numbered in the order of the text, from 1 on. Of several in one place, as in a text that
-    contradicts itself, the last two are shown, above and below, and the frame is green only if both are right.
+    Objects are numbered in the order of the text, from 1. If a text contradicts itself and has several objects in one
+    place, the last two are marked, above and below, and the frame is green only if both are right.
 
     Args:
-        image: A picture of the miniature world.
-        described: The objects that its prompt describes, as of `parse_description`.
-        scores: Theirs, as of `score_objects`.
-        scale: How many times larger the picture becomes.
+        image: a picture of the miniature world.
+        described: the objects in its prompt, from `parse_description`.
+        scores: the scores of these objects, from `score_objects`.
+        scale: factor of the enlargement.
 
     Raises:
-        ValueError: if there is not one score for each object.
+        ValueError: there is not one score for each object.
 
     Example:
         >>> from finelip_sdxl.miniature.drawing import draw_scene
@@ -52,7 +52,7 @@ def mark_objects(
         (480, 480)
     """
     if len(described) != len(scores):
-        raise ValueError(f"got {len(described)} objects and {len(scores)} scores; pass one score for each object")
+        raise ValueError(f"Got {len(described)} objects and {len(scores)} scores; pass one score for each object.")
     marks = defaultdict[str, list[tuple[int, bool]]](list)
     for number, (thing, score) in enumerate(zip(described, scores, strict=True), start=1):
         marks[thing.place].append((number, score.right))
@@ -67,7 +67,7 @@ def mark_objects(
 
 
 def _draw_marks(size: tuple[int, int], marks: list[tuple[int, bool]]) -> Image.Image:
-    """A frame with one or two marks for a cell of this size; all else is transparent."""
+    """A frame with one or two marks for a cell of this size, on a transparent background."""
     width, height = size[0] * _OVERSAMPLING, size[1] * _OVERSAMPLING
     part = min(width, height) / _PARTS
     cell = Image.new("RGBA", (width, height))

@@ -1,6 +1,6 @@
-"""Finds the objects that a text describes, without knowing the scene: the way back from `captions.py`.
+"""The objects that a text describes, found without the scene: the inverse of `captions.py`.
 
-A sentence is read by its words, not by its form, so that what people type is understood too.
+A sentence is parsed by its words and not by its form, so it also works for prompts that people type.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class DescribedObject:
     """An object as a text describes it.
 
     Attributes:
-        place, shape, color: As in `SceneObject`.
-        size: None if the text does not say it.
-        linked: Whether the text takes the color from an object named earlier.
-        start, end: First and past-the-last character of the sentence that describes the object, or of the object's
-            part of it if the sentence describes several.
+        place, shape, color: as in `SceneObject`.
+        size: None if the text does not name it.
+        linked: whether the text takes the color from an object named earlier.
+        start, end: the first and one past the last character of the object's sentence, or of its part of a sentence
+            with several objects.
     """
 
     place: str
@@ -38,11 +38,11 @@ class DescribedObject:
 def parse_description(text: str) -> tuple[DescribedObject, ...]:
     """The objects that a text in the miniature's language describes, in the order of the text.
 
-    What does not say an object's shape, color and place is passed over: fillers, links to an object whose color was
-    not said before, and all that is not of this world.
+    Text without an object's shape, color and place is skipped: fillers, links to an object whose color was not named
+    before, and words from outside this world.
 
     Args:
-        text: Any text, such as a prompt that somebody typed.
+        text: any text, such as a typed prompt.
 
     Example:
         >>> text = "A red star is in the upper left. The center holds a small ring that has the color of the star."
@@ -61,14 +61,14 @@ def parse_description(text: str) -> tuple[DescribedObject, ...]:
 
 
 def _read_sentence(text: str, start: int, end: int, colors: dict[str, str | None]) -> list[DescribedObject]:
-    """The objects of a sentence; `colors` holds the color of each shape named so far (or None) and is added to."""
+    """The objects of a sentence. `colors` holds the color of each shape so far, or None; the sentence's are added."""
     words = list(_WORDS.finditer(text, start, end))
     nouns = [word for word in words if word["shape"]]
     places = [word for word in words if word["place"]]
     hues = [word for word in words if word["noun_color"] or word["color"] or word["reference"]]
     if all(noun["noun_color"] for noun in nouns):
-        hues = nouns  # what else has a color is something unknown, such as a blue sky
-    # The first noun goes with the first color and the first place, and so on; if one is missing, who knows which.
+        hues = nouns  # other colors belong to unknown things, such as a blue sky
+    # The first noun goes with the first color and the first place, and so on. If one is missing, the pairs are unclear.
     if len(nouns) != len(hues):
         return []
     described = []
@@ -89,13 +89,13 @@ def _read_sentence(text: str, start: int, end: int, colors: dict[str, str | None
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """A pattern for any of these, the longest first, so that "center" does not win over "center left"."""
+    """A pattern for any of these words, the longest first, so "center left" comes before "center"."""
     pattern = "|".join(sorted(words, key=len, reverse=True)).replace(" ", r"(?:\s+|-)")
-    return rf"\b(?a:{pattern})\b"  # ASCII: or else "ı" counts as a capital "i"
+    return rf"\b(?a:{pattern})\b"  # ASCII, since "ı" would match "i" otherwise
 
 
 _SYNONYMS = {**PLACE_WORDS, "middle": ("middle", "center", "centre"), "center": ("center", "middle", "centre")}
-# Every way to say a place, also with its words the other way round.
+# All names of places, with synonyms, and with their words in any order.
 _PLACES = {
     " ".join(order): place
     for place in PLACES
@@ -106,7 +106,7 @@ _SENTENCE = re.compile(r"[^\s.!?;](?:[^.!?;]*[^\s.!?;])?[.!?;]?")
 # Between two objects of one sentence.
 _JOINT = re.compile(r"[\s,:-]+(?:and\s+)?")
 _COLOR, _SIZE = _any_of(COLORS), _any_of(SIZES)
-_SHAPE = _any_of(SHAPES) + "(?!-)"  # nothing heart-shaped
+_SHAPE = _any_of(SHAPES) + "(?!-)"  # "heart-shaped" is no heart
 _WORDS = re.compile(
     rf"\bcolou?r\s+(?:as|of|is\s+that\s+of)\s+(?:the\s+)?(?:(?:{_SIZE}|{_COLOR})\s+)*(?P<reference>{_SHAPE})"
     rf"|(?:(?P<size>{_SIZE}),?\s+)?(?:(?P<noun_color>{_COLOR}),?\s+)?(?P<shape>{_SHAPE})"

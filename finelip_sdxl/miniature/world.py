@@ -1,6 +1,6 @@
 """The miniature world: scenes of nine objects on a 3 × 3 grid, known exactly.
 
-A scene is drawn from a name, such as `"unseen-17"`, and is the same on every machine.
+A scene is made from a name, such as `"unseen-17"`, and is the same on every machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLORS = {
     "pink": (244, 132, 186),
 }
 SIZES = ("small", "large")
-# What can be asked of an object, and the answers in a fixed order.
+# The attributes of an object, and their values in a fixed order.
 ATTRIBUTES = {"place": PLACES, "shape": SHAPES, "color": tuple(COLORS), "size": SIZES}
 BACKGROUNDS = {
     "paper": (250, 247, 240),
@@ -56,7 +56,7 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: where it stands and what it looks like."""
+    """One object: its place and its look."""
 
     place: str
     shape: str
@@ -66,14 +66,14 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine objects, one in each place in the order of `PLACES`, no shape twice, before a background."""
+    """Nine objects of different shapes, one in each place in the order of `PLACES`, before a background."""
 
     objects: tuple[SceneObject, ...]
     background: str
 
 
 def make_scene(name: str) -> Scene:
-    """The scene of this name; equal names give equal scenes on every machine.
+    """The scene of this name; equal names have equal scenes on every machine.
 
     Example:
         >>> make_scene("unseen-0") == make_scene("unseen-0")
@@ -81,19 +81,19 @@ def make_scene(name: str) -> Scene:
     """
     rng = random.Random(f"scene {name}")
     shapes = rng.sample(SHAPES, len(PLACES))
-    # A few colors a scene please the eye, and give a caption objects of one color to link.
+    # Few colors in a scene please the eye, and some objects share a color, which captions can link.
     palette = rng.sample(list(COLORS), rng.randint(4, 7))
     objects = tuple(_make_object(place, shape, palette, rng) for place, shape in zip(PLACES, shapes, strict=True))
     return Scene(objects, rng.choice(list(BACKGROUNDS)))
 
 
 def make_family(name: str, count: int, shared: int) -> tuple[list[Scene], list[int]]:
-    """Scenes that share their background and some objects; who hears of those alone cannot tell them apart.
+    """Scenes that share their background and some objects, and cannot be told apart by these.
 
     Args:
-        name: of the family; equal names give equal families on every machine.
-        count: scenes.
-        shared: objects that are the same in all of them.
+        name: name of the family; equal names have equal families on every machine.
+        count: number of scenes.
+        shared: number of objects that are the same in all of them.
 
     Returns:
         The scenes, and the indices of the shared objects in `Scene.objects`, in random order.

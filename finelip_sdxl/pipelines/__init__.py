@@ -1,4 +1,4 @@
-"""Diffusers pipelines of SDXL that read prompts of any length."""
+"""Diffusers pipelines of SDXL that take prompts of any length."""
 
 import re
 from typing import Any, NoReturn
@@ -39,18 +39,17 @@ __all__ = [
 
 
 class _NoPAG:
-    """Stands where Diffusers looks for a pipeline of ours with perturbed-attention guidance, to say that none is."""
+    """An entry for Diffusers' search for pipelines with perturbed-attention guidance: an error, as none is here."""
 
     @classmethod
     def _get_signature_keys(cls, pipeline: Any) -> NoReturn:
         raise ValueError(
-            "FineLIP-SDXL has no pipelines with perturbed-attention guidance (PAG): leave out enable_pag; or let"
-            " encode_prompt of this pipeline read the prompt, and pass its embeddings to Diffusers' own"
-            " StableDiffusionXLPAGPipeline."
+            "FineLIP-SDXL has no pipelines with perturbed-attention guidance (PAG): leave out enable_pag; or pass the"
+            " embeddings from encode_prompt of this pipeline to Diffusers' own StableDiffusionXLPAGPipeline."
         )
 
 
-# So that `AutoPipelineForImage2Image.from_pipe(pipe)` and its siblings turn one of ours into another of ours.
+# With these entries `AutoPipelineForImage2Image.from_pipe(pipe)` and its siblings return pipelines of this package.
 for mapping, name, pipeline in (
     (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, "finelip-sdxl", FineLIPSDXLPipeline),
     (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, "finelip-sdxl-controlnet", FineLIPSDXLControlNetPipeline),

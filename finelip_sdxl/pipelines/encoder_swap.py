@@ -1,11 +1,11 @@
-"""Loading and saving of the pipelines, and the swap that gives their text encoders 248 positions."""
+"""Loading and saving of the pipelines, and the swap to text encoders of 248 positions."""
 
 import inspect
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from finelip_sdxl.checkpoints.merging import add_difference
 from finelip_sdxl.checkpoints.sources import Source
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
-from finelip_sdxl.names import bundled_model, bundled_sdxl, resolve, sdxl_path
+from finelip_sdxl.names import Location, bundled_model, bundled_sdxl, resolve, sdxl_path
 from finelip_sdxl.options import (
     AS_SAVED,
     ENCODERS,
@@ -102,36 +102,36 @@ class EncoderSwapMixin(PromptEncodingMixin):
         length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
     ) -> Self:
-        """Load an SDXL pipeline and give its text encoders 248 positions.
+        """Load an SDXL pipeline with text encoders of 248 positions.
 
         Args:
             pretrained_model_name_or_path: a hub id or directory of any SDXL, a directory that `save_pretrained` of this
-                class wrote, or `"miniature"` for the small SDXL that comes with this package, and its FineLIPs with it
-                (pass `"miniature-clip-1"` and `"miniature-clip-2"` to have its own encoders stretched instead).
-            finelip: replaces the first text encoder (CLIP-L): anything that `finelip_sdxl.load_finelip` takes, or a
-                `FineLIPModel`.
-            finelip_2: replaces the second (OpenCLIP bigG) in the same way.
-            finelip_merge: `"replace"`, or `"delta"`, for fine-tunes that have trained their text encoders: a FineLIP
-                does not replace an encoder then, but what it has learned is added to what the encoder has (the weights
-                are `own + finelip - base`, see `finelip_sdxl.checkpoints.merging`).
+                class wrote, or `"miniature"` for the small SDXL that ships with this package, with its FineLIPs. (Pass
+                `"miniature-clip-1"` and `"miniature-clip-2"` to stretch its own encoders instead.)
+            finelip: the replacement of the first text encoder (CLIP-L): any source for `finelip_sdxl.load_finelip`, or
+                a `FineLIPModel`.
+            finelip_2: the replacement of the second (OpenCLIP bigG), likewise.
+            finelip_merge: `"replace"`, or `"delta"` for fine-tunes with trained text encoders. A delta merge keeps an
+                encoder's own training and adds the FineLIP's: the weights become `own + finelip - base`, see
+                `finelip_sdxl.checkpoints.merging`.
             finelip_base: for `"delta"`, the hub id or directory of the SDXL whose text encoders the FineLIPs were
-                trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's need none.
+                trained from, such as `"stabilityai/stable-diffusion-xl-base-1.0"`. The miniature's FineLIPs need none.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one, such as
-                `training/align_adapter.py` writes; None for none. By default the one that the SDXL comes with, unless a
-                FineLIP is passed, with which it was not trained.
+                `training/align_adapter.py` writes, or `"miniature"`; None for none. The default is the adapter of the
+                SDXL, or none if a FineLIP is passed, since the adapter was trained without it.
             **kwargs: the options of this class and all arguments of `DiffusionPipeline.from_pretrained`. `dtype` is
-                that of every component, float32 by default. An encoder that is passed as None is left out, with what
-                belongs to it, for embeddings that are made elsewhere.
+                the dtype of every component, float32 by default. An encoder that is passed as None is left out with
+                its original encoder and the adapter, for embeddings from elsewhere.
 
         Returns:
-            The pipeline. Encoders that no FineLIP replaces are stretched, unless they already read 248, or were built
-            directly with 77 and saved so by this class: what was saved comes back.
+            The pipeline. Encoders that no FineLIP replaces are stretched, unless they have 248 positions already. A
+            pipeline that this class saved with encoders of 77 positions keeps them.
 
         Raises:
-            ValueError: it is no SDXL, a config or a file of weights is damaged, weights are not finite, a tokenizer
-                lacks its words, a FineLIP or an adapter has other widths than the encoders, a FineLIP to add has no
-                base, or an option is unknown.
-            OSError: it or a checkpoint is not there.
+            ValueError: the model is no SDXL; a config or a file of weights is damaged; weights are not finite; a
+                tokenizer lacks its words; a FineLIP or an adapter has other widths than the encoders; a FineLIP to add
+                has no base; or an option is unknown.
+            OSError: the model or a checkpoint is not there.
 
         Example:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
@@ -158,7 +158,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
         dtype = kwargs["dtype"]
-        if kwargs.get("short_prompt_encoder") == "long":  # then nothing reads the held encoders
+        if kwargs.get("short_prompt_encoder") == "long":  # then the original encoders have no use
             kwargs = {**dict.fromkeys(ORIGINAL_ENCODERS), **kwargs}
         absent = [name for name in ENCODERS if name in kwargs and kwargs[name] is None]
         kwargs = {**{f"stock_{name}": None for name in absent}, **kwargs}
@@ -169,7 +169,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype=dtype, **hub_arguments)
+            adapter = _open_adapter(adapter, dtype, hub_arguments)
         with loading_errors(base, kwargs.get("variant")):
             if os.path.isdir(base):
                 check_folder(base, leave_out=kwargs)
@@ -181,7 +181,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
         if index.get(UNSWAPPED) and weights is None and weights_2 is None and pipe._encoders():
-            logger.warning("Text encoders saved with 77 positions are left so; swap_text_encoders() gives them 248.")
+            logger.warning("Text encoders saved with 77 positions stay so; swap_text_encoders() makes them 248.")
         else:
             pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
@@ -202,27 +202,25 @@ class EncoderSwapMixin(PromptEncodingMixin):
         length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
     ) -> Self:
-        """Load a checkpoint in the original project's layout, as fine-tunes are passed around, and give its text
-        encoders 248 positions.
+        """Load a file in the original project's layout, such as a fine-tune, with text encoders of 248 positions.
 
         Args:
             pretrained_model_link_or_path: a `.safetensors` or `.ckpt` file, or its address on the hub.
-            finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the checkpoint's
-                own encoders are stretched, with all that it has taught them; a FineLIP in their place knows none of it,
-                and one that is added (`finelip_merge="delta"`) much.
+            finelip, finelip_2, finelip_merge, finelip_base: see `from_pretrained`. Without a FineLIP the file's own
+                encoders are stretched and keep their training. A FineLIP in their place loses it; a delta merge
+                (`finelip_merge="delta"`) keeps much of it.
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
-            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers; any saved pipeline is
-                one, of this package or not, and so is `"miniature"`. How many positions a file here has is read from
-                it, and one on the hub is taken to have 77. By default what Diffusers finds on the hub to go with the
-                checkpoint.
-            **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is that of
-                every component, float32 by default.
+            config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers: any saved pipeline,
+                of this package or not, or `"miniature"`. The number of positions is read from a file on this machine,
+                and taken to be 77 for a file on the hub. The default is the config that Diffusers finds on the hub.
+            **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is the
+                dtype of every component, float32 by default.
 
         Returns:
             The pipeline.
 
         Raises:
-            ValueError: a file that is no whole SDXL, or what `from_pretrained` refuses.
+            ValueError: the file is no whole SDXL; or as in `from_pretrained`.
             OSError: the file is not there, or there are no configs for it.
 
         Example:
@@ -244,12 +242,12 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 raise ValueError(f"A {cls.__name__} needs a {name}, which single files do not hold: pass {name}=.")
         merge_base = _merge_base(finelip_merge, finelip_base, finelip, finelip_2)
         weights, weights_2, kwargs = _prepared(finelip, finelip_2, kwargs)
+        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype=kwargs["dtype"])
+            adapter = _open_adapter(adapter, kwargs["dtype"], hub_arguments)
         with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
             if config is not None:
-                hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
                 copied = Path(folder, Path(config).name or "config")
                 write_configs(file, config, copied, **hub_arguments)
                 kwargs["config"] = str(copied)
@@ -262,8 +260,10 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """As Diffusers' `from_pipe`, in the dtype of `pipeline` unless another is passed, and with its scale of the
-        conditioning adapter. (Diffusers would cast what both share to float32.)"""
+        """As Diffusers' `from_pipe`, with the adapter scale of `pipeline`, and its dtype unless another is passed.
+
+        (Without a dtype Diffusers casts the shared components to float32.)
+        """
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         pipe = super().from_pipe(pipeline, **kwargs)
@@ -272,7 +272,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     @classmethod
     def download(cls, *args: Any, **kwargs: Any) -> Any:
-        """As the parent; what came is checked before `from_pretrained` builds anything of it."""
+        """As the parent; the files are checked before `from_pretrained` builds anything of them."""
         folder = super().download(*args, **kwargs)
         check_folder(folder, leave_out=kwargs)
         return folder
@@ -284,19 +284,19 @@ class EncoderSwapMixin(PromptEncodingMixin):
         finelip_merge: FineLIPMerge = "replace",
         finelip_base: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Give both text encoders 248 positions, in place: a FineLIP where one is passed, else their stretched selves.
+        """Replace both text encoders in the pipeline: by a FineLIP where one is passed, else by their stretched copies.
 
-        For pipelines that `from_pretrained` and `from_single_file` did not make, such as those of `from_pipe`.
-        Encoders that already read 248 are left as they are, and no encoder or tokenizer that was passed in is changed.
+        `from_pretrained` and `from_single_file` do this themselves; pipelines from elsewhere, such as `from_pipe`, need
+        it. Encoders of 248 positions stay, and no encoder or tokenizer that was passed in is changed.
 
         Args:
-            finelip: replaces the first text encoder; see `from_pretrained`.
-            finelip_2: replaces the second.
+            finelip: the replacement of the first text encoder; see `from_pretrained`.
+            finelip_2: the replacement of the second.
             finelip_merge, finelip_base: see `from_pretrained`.
 
         Raises:
-            ValueError: a FineLIP for an encoder that the pipeline does not have, of the wrong width, or to add to an
-                encoder that is none of 77 positions, stretched or not.
+            ValueError: a FineLIP for an encoder that the pipeline lacks, or of other widths; or a delta merge with an
+                encoder that was trained or replaced at 248 positions.
         """
         self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
 
@@ -336,18 +336,18 @@ class EncoderSwapMixin(PromptEncodingMixin):
         self.register_modules(**parts)
         if bare and not replacements:
             logger.warning(
-                "%s: stretched to 248 positions but not trained on them. Such encoders read the tail of a long prompt"
+                "%s: stretched to 248 positions but not trained on them. Such encoders encode the end of a long prompt"
                 " worse than trained ones: pass a FineLIP or Long-CLIP as finelip= (finelip_2= for the second one).",
                 " and ".join(bare),
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as Diffusers does, so that stock Diffusers opens it too; see `DiffusionPipeline.save_pretrained`.
+        """Save a folder that stock Diffusers opens too; see `DiffusionPipeline.save_pretrained`.
 
-        Stock leaves out the conditioning adapter, if there is one, with a warning; so does this. With
-        `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, it is shared, with a card that says what it is
-        made of if the repository has no card yet. Of paths on this machine, only the last part is saved. Weights
-        are as readable as `model_index.json`.
+        Stock Diffusers opens it without the conditioning adapter, with a warning; a warning here says so. With
+        `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, the pipeline is shared, with a card of its
+        parts if the repository has no card yet. Of paths on this machine, only the last part is saved. Files of weights
+        get the mode of `model_index.json`.
         """
         if self.conditioning_adapter is not None:
             logger.warning(
@@ -360,7 +360,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
         folder = Path(save_directory)
         for name in self.components:
-            for file in folder.glob(f"{name}/*.safetensors"):  # which safetensors gives to their owner alone
+            for file in folder.glob(f"{name}/*.safetensors"):  # safetensors makes them readable to their owner alone
                 shutil.copymode(folder / self.config_name, file)
 
     def _upload_folder(
@@ -372,14 +372,14 @@ class EncoderSwapMixin(PromptEncodingMixin):
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> Any:
-        """As the parent; in the repository's first upload Diffusers' card, which says nothing, gives way to ours."""
+        """As the parent; in a repository's first upload our card replaces Diffusers', which is a template."""
         if subfolder is None and not file_exists(repo_id, "README.md", token=token):
             model_card(self, repo_id).save(os.path.join(working_dir, "README.md"))
         return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
 
 
 def _passed_options(**options: Any) -> dict[str, Any]:
-    """The options that a caller passed; the others are up to what was saved, or to the class."""
+    """The options that a caller passed; the others come from the saved folder, or from the defaults of the class."""
     return {name: value for name, value in options.items() if value is not AS_SAVED}
 
 
@@ -389,7 +389,7 @@ def _merge_base(
     finelip: Source | None,
     finelip_2: Source | None,
 ) -> str | None:
-    """The SDXL whose text encoders FineLIPs to add were trained from; None if they replace encoders."""
+    """The SDXL whose text encoders the FineLIPs were trained from, for a delta merge; None if they replace encoders."""
     check_choice("finelip_merge", finelip_merge, FINELIP_MERGE)
     sources = [source for source in (finelip, finelip_2) if source is not None]
     if finelip_merge == "replace":
@@ -397,7 +397,7 @@ def _merge_base(
             raise ValueError(f"finelip_base={finelip_base} goes with finelip_merge='delta': pass both or neither.")
         return None
     if not sources:
-        raise ValueError("finelip_merge='delta' adds what a FineLIP has learned: pass finelip=, finelip_2= or both.")
+        raise ValueError("finelip_merge='delta' adds a FineLIP's training: pass finelip=, finelip_2= or both.")
     bases = {None if (bundled := bundled_model(source)) is None else bundled.base for source in sources}
     if finelip_base is None:
         finelip_base = bases.pop() if len(bases) == 1 else None
@@ -415,7 +415,7 @@ def _prepared(
     """Check the arguments for loading before gigabytes of the base are loaded.
 
     Returns:
-        Both FineLIPs, read and not yet built, and the keyword arguments with a dtype.
+        The weights of both FineLIPs, without models, and the keyword arguments with a dtype.
     """
     # Without a dtype every library falls back on its own, and half-precision repositories end in two.
     torch_dtype = kwargs.pop("torch_dtype", None)
@@ -430,38 +430,48 @@ def _prepared(
 
 
 def _load_index(base: str, hub_arguments: dict[str, Any]) -> dict[str, Any]:
-    """The content of a base's `model_index.json`, in the words of today."""
-    known = {name: value for name, value in hub_arguments.items() if name != "proxies"}
-    location = resolve(base, "a directory that holds an SDXL, or a hub id", **known)
-    file = location.find("model_index.json")
+    """The content of a base's `model_index.json`, with today's option names."""
+    file = _locate(base, "a directory that holds an SDXL, or a hub id", hub_arguments).find("model_index.json")
     if file is None:
-        raise FileNotFoundError(f"{base} holds no model_index.json: give a directory or a hub id of an SDXL.")
+        raise FileNotFoundError(f"{base} holds no model_index.json: pass a directory or a hub id of an SDXL.")
     return with_new_names(read_json(file))
 
 
-def _open_adapter(source: str | os.PathLike[str], **arguments: Any) -> ConditioningAdapter:
-    source = os.fspath(source)
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        last = os.path.join(source, "last")
-        hint = f"pass {last}" if os.path.isdir(last) else "pass the folder `last` of a run of training/align_adapter.py"
-        raise FileNotFoundError(f"{source} holds no conditioning adapter: {hint}.")
-    if os.path.isdir(source):
-        config: Any = read_json(Path(source, "config.json"))
-    else:
-        config = ConditioningAdapter.load_config(source, **{k: v for k, v in arguments.items() if k != "dtype"})
-    if config.get("_class_name") != ConditioningAdapter.__name__:
+def _locate(name: str | os.PathLike[str], expected: str, hub_arguments: Mapping[str, Any]) -> Location:
+    """`resolve`, with the arguments of Diffusers that it knows."""
+    return resolve(name, expected, **{key: value for key, value in hub_arguments.items() if key != "proxies"})
+
+
+def _open_adapter(
+    source: str | os.PathLike[str], dtype: torch.dtype, hub_arguments: Mapping[str, Any]
+) -> ConditioningAdapter:
+    """The adapter of a directory, a hub id or, by its name, an SDXL that ships with the package."""
+    bundled = bundled_sdxl(source)
+    place = source if bundled is None else bundled.conditioning_adapter
+    location = _locate(place, "the directory or hub id of a conditioning adapter", hub_arguments)
+    file = location.find("config.json")
+    if file is None:
+        inner = [os.path.join(place, folder) for folder in ("last", ADAPTER)]
+        found = next((folder for folder in inner if os.path.isdir(folder)), None)
+        hint = f"pass {found or 'the folder `last` of a run of training/align_adapter.py'}"
+        kind = "is a file, and" if location.path is not None and location.path.is_file() else "holds"
+        raise FileNotFoundError(f"{source} {kind} no conditioning adapter: {hint}.")
+    if read_json(file).get("_class_name") != ConditioningAdapter.__name__:
         raise ValueError(
             f"{source} is no conditioning adapter: pass the folder `last` of a run of training/align_adapter.py that"
-            " trained one. Text encoders, which a run with a LoRA writes there, go to finelip= and finelip_2=."
+            " trained one. (A run with a LoRA writes text encoders there: pass them as finelip= and finelip_2=.)"
         )
-    with loading_errors(source):
-        check_component(Path(source))
-        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(source, **arguments)
+    with loading_errors(place):
+        if location.path is not None:
+            check_component(location.path)
+        adapter: ConditioningAdapter = ConditioningAdapter.from_pretrained(
+            os.fspath(place), dtype=dtype, **hub_arguments
+        )
         return adapter
 
 
 def _own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
-    """The adapter in a saved pipeline: in the variant if it was saved in one, as components are, or else plain."""
+    """The adapter in a saved pipeline: its files of the variant if it has them, else its plain files."""
     adapter: ConditioningAdapter
     if variant is not None:
         try:
@@ -480,7 +490,7 @@ def _check_parts(pipe: EncoderSwapMixin, source: str) -> None:
             check_tokenizer(tokenizer, f"{source}: {name}")
     for name in (*ENCODERS, *ORIGINAL_ENCODERS, ADAPTER):
         part = getattr(pipe, name)
-        if part is not None and not getattr(part, "is_quantized", False):  # torchao's tensors cannot be asked
+        if part is not None and not getattr(part, "is_quantized", False):  # torchao's tensors cannot be checked
             check_finite(dict(part.named_parameters()), f"{source}: {name}")
     _check_adapter(pipe)
 
@@ -497,30 +507,30 @@ def _check_adapter(pipe: EncoderSwapMixin) -> None:
 
 
 def _replacement(name: str, source: Source | FineLIPWeights, encoder: TextEncoder | None) -> TextEncoder:
-    """The text encoder of a FineLIP, to stand in the place of `encoder`."""
+    """The text encoder of a FineLIP, as a replacement of `encoder`."""
     if encoder is None:
         raise ValueError(f"A FineLIP was passed for `{name}`, but this pipeline has no such text encoder.")
     if getattr(encoder, "is_quantized", False):
         raise ValueError(
-            f"`{name}` is quantized, and a FineLIP would take its place unquantized: save the SDXL with this FineLIP by"
-            " `finelip-sdxl convert` first, and load that quantized."
+            f"`{name}` is quantized, and its replacement would not be: save the SDXL with this FineLIP by"
+            " `finelip-sdxl convert` first, and load the result quantized."
         )
     has_projection = isinstance(encoder, CLIPTextModelWithProjection)
     weights = source if isinstance(source, FineLIPWeights) else read_finelip(source)
     if has_projection and weights.config.projection_dim is None:
         raise ValueError(
-            f"The FineLIP for `{name}` has no text projection, so it was made from an encoder such as SDXL's first:"
-            " `finelip` takes it, and `finelip_2` one that was trained from the second (OpenCLIP bigG)."
+            f"The FineLIP for `{name}` has no text projection, like SDXL's first encoder: pass it as `finelip`, and as"
+            " `finelip_2` one that was trained from the second (OpenCLIP bigG)."
         )
     replacement = weights.to_text_encoder(projection=has_projection)
     for width in ("hidden_size", "vocab_size", *(("projection_dim",) if has_projection else ())):
         found, expected = getattr(replacement.config, width), getattr(encoder.config, width)
         if found != expected:
             raise ValueError(
-                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: `finelip` takes one"
-                " trained from the first encoder (CLIP-L in SDXL) and `finelip_2` from the second (OpenCLIP bigG)."
+                f"The FineLIP for `{name}` has {width} {found}, but this SDXL needs {expected}: pass as `finelip` one"
+                " trained from the first encoder (CLIP-L in SDXL), as `finelip_2` from the second (OpenCLIP bigG)."
             )
-    # A source of 77 positions was stretched on loading: its rows are its own, not those of this SDXL's encoder.
+    # A source of 77 positions was stretched on loading. Its rows are its own, not stock's of this SDXL.
     forget_stretch(replacement.config)
     return replacement
 
@@ -528,10 +538,10 @@ def _replacement(name: str, source: Source | FineLIPWeights, encoder: TextEncode
 def _merged(
     name: str, finelip: TextEncoder, stock: tuple[TextEncoder, torch.Tensor | None] | None, base: str
 ) -> TextEncoder:
-    """A FineLIP's text encoder, added to the encoder that encodes short prompts as stock does."""
+    """The delta merge of a FineLIP's text encoder into the original text encoder."""
     if stock is None:
         raise ValueError(
-            f"`{name}` was trained or replaced at 248 positions, and finelip_merge='delta' adds to encoders of 77: load"
+            f"`{name}` was trained or replaced at 248 positions, and finelip_merge='delta' needs encoders of 77: load"
             " the fine-tune itself."
         )
     own = stock[0] if num_positions(stock[0]) > STOCK_POSITIONS else stretch_text_encoder(stock[0])
@@ -545,13 +555,11 @@ def _merged(
 
 @contextmanager
 def _plain_parts(pipe: EncoderSwapMixin) -> Iterator[None]:
-    """Put plain parts in place while a pipeline is saved.
+    """Put plain copies of encoders and tokenizers in place while a pipeline is saved.
 
-    The files of these encoders begin their keys with `text_model.`, and these tokenizers do not remember how they were
-    last called.
-
-    Recent `transformers` write other keys for a `CLIPTextModel` that was not loaded from such a file, and older ones
-    load those as random weights.
+    The keys in the saved files begin with `text_model.`: recent `transformers` leave the prefix out for a
+    `CLIPTextModel` that was not loaded with it, and older ones load such a file as random weights. The saved tokenizers
+    hold no truncation or padding of the last call.
     """
     originals: dict[str, Any] = {}
     for name in ENCODERS.values():

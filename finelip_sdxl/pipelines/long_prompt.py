@@ -1,4 +1,4 @@
-"""What the FineLIP-SDXL pipelines share: encoders of 248 positions, and prompts of any length."""
+"""`LongPromptMixin`, the common part of all pipelines: encoders of 248 positions, and prompts of any length."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 
 
 def _option(name: str, doc: str) -> property:
-    """An option that lives in the pipeline's config, so that Diffusers saves it and hands it on."""
+    """A property for an option in the pipeline's config, where Diffusers saves it and `from_pipe` finds it."""
     return property(
         lambda self: self.config[name],
         lambda self, value: self.register_to_config(**{name: OPTIONS[name](value)}),
@@ -28,31 +28,31 @@ def _option(name: str, doc: str) -> property:
 
 
 class LongPromptMixin(EncoderSwapMixin):
-    """Put before an SDXL pipeline of Diffusers, makes it read prompts of any length.
+    """Prompts of any length for an SDXL pipeline of Diffusers.
 
     A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`. Its `__call__` is the
     parent's, for one thread at a time: a second thread waits until the first has drawn, also on another pipeline that
-    `from_pipe` made of this one. A pipeline with a scheduler of its own draws at the same time.
+    `from_pipe` made of this one. Pipelines with schedulers of their own draw at the same time.
 
-    Built directly from components it changes none of them; with encoders of 77 positions it then behaves as its parent
-    does. `from_pretrained` and `swap_text_encoders` give it encoders of 248 positions.
+    A pipeline that is built directly from components changes none of them. With encoders of 77 positions it behaves as
+    its parent does. `from_pretrained` and `swap_text_encoders` put in encoders of 248 positions.
 
     Args:
-        stock_text_encoder, stock_text_encoder_2: the encoders that short prompts are read with where the weights of
-            the main ones were replaced. Encoders that were only stretched need none: stock's rows stand unchanged in
-            the stretched table.
-        conditioning_adapter: brings what replaced encoders give back to what the UNet knows. What is read as stock
-            does not pass through it.
-        short_prompt_encoder: `"original"` reads prompts of up to 77 tokens exactly as stock SDXL does, `"long"` as
-            longer ones.
+        stock_text_encoder, stock_text_encoder_2: the original text encoders, for short prompts, where the main ones
+            were replaced. Encoders that were only stretched need none: their tables hold stock's rows unchanged.
+        conditioning_adapter: a network that brings the states of replaced encoders to where the UNet knows them. Texts
+            encoded as stock does skip it.
+        short_prompt_encoder: `"original"` encodes prompts of up to 77 tokens exactly as stock SDXL does, `"long"`
+            encodes them like longer ones.
         hidden_states: `"penultimate"`, on which SDXL's UNet was trained, or `"last"`, the last layer's after the
-            final norm, which FineLIP's published recipe feeds. What is read as stock is penultimate in any case.
-        overflow: what happens past 248 tokens: `"window"` reads all of it in windows of 248, of which there may be
-            100 (see `finelip_sdxl.options.MAX_POSITIONS`), `"truncate"` cuts and logs what is lost, `"error"` raises.
-        length_buckets: lengths in tokens; prompts are padded to the smallest that holds them, or else to full length.
-            Empty for always full length, as stock pipelines do.
-        weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; None reads all that is typed as text. See
-            `finelip_sdxl.prompts.weighting`.
+            final norm, as in FineLIP's published recipe. Texts encoded as stock does have penultimate states always.
+        overflow: treatment of prompts of more than 248 tokens: `"window"` encodes all of it in windows of 248, at most
+            100 of them (see `finelip_sdxl.options.MAX_POSITIONS`), `"truncate"` cuts and logs the lost text, `"error"`
+            raises.
+        length_buckets: lengths in tokens; a prompt is padded to the smallest that holds it, or else to full length.
+            Empty pads to full length always, as stock pipelines do.
+        weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; with None all of a prompt is plain text.
+            See `finelip_sdxl.prompts.weighting`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LongPromptMixin(EncoderSwapMixin):
         stock_text_encoder: CLIPTextModel | None = None,
         stock_text_encoder_2: CLIPTextModelWithProjection | None = None,
         conditioning_adapter: ConditioningAdapter | None = None,
-        # `str` and no literals: Diffusers reads these types as well, and knows classes only.
+        # `str` in place of literals: Diffusers inspects these types too, and knows classes only.
         short_prompt_encoder: str = "original",
         hidden_states: str = "penultimate",
         overflow: str = "window",
@@ -96,29 +96,29 @@ class LongPromptMixin(EncoderSwapMixin):
         _spell_out_init(cls)
 
     short_prompt_encoder = _option(
-        "short_prompt_encoder", "How prompts of up to 77 tokens are read: 'original' or 'long'."
+        "short_prompt_encoder", "The encoder of prompts of up to 77 tokens: 'original' or 'long'."
     )
-    hidden_states = _option("hidden_states", "Which states the UNet gets: 'penultimate' or 'last'.")
-    overflow = _option("overflow", "What happens past 248 tokens: 'window', 'truncate' or 'error'.")
-    length_buckets = _option("length_buckets", "Lengths in tokens that prompts are padded to, ascending.")
+    hidden_states = _option("hidden_states", "The states that the UNet gets: 'penultimate' or 'last'.")
+    overflow = _option("overflow", "The treatment of tokens past 248: 'window', 'truncate' or 'error'.")
+    length_buckets = _option("length_buckets", "Lengths in tokens to which prompts are padded, ascending.")
     weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
 
     @property
     def conditioning_adapter_scale(self) -> float:
-        """How much of the conditioning adapter counts; see `set_conditioning_adapter_scale`."""
+        """The share of the conditioning adapter, 0 to 1; see `set_conditioning_adapter_scale`."""
         return self._conditioning_adapter_scale
 
     def set_conditioning_adapter_scale(self, scale: float) -> None:
-        """Set how much of the conditioning adapter counts from now on.
+        """Set the share of the conditioning adapter in later calls.
 
-        The scale belongs to this pipeline. `from_pipe` hands it on, and each of the two can change its own afterwards:
+        The scale belongs to this pipeline. `from_pipe` copies it to the new one; afterwards each has its own, so
         threads that need different scales use a pipeline each. `save_pretrained` does not save it.
 
         Args:
-            scale: from 0, as if there were no adapter, to 1, all of it, which is the default.
+            scale: from 0, as without an adapter, to 1, the default and the whole adapter.
 
         Raises:
-            ValueError: a scale out of range.
+            ValueError: the scale is out of range.
 
         Example:
             >>> pipe.set_conditioning_adapter_scale(0.5)  # doctest: +SKIP
@@ -133,12 +133,12 @@ class LongPromptMixin(EncoderSwapMixin):
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parent's components, and those of this class that there are."""
+        """The parent's components, and this class's own that are not None."""
         own = (*ORIGINAL_ENCODERS, ADAPTER)
         return {name: part for name, part in super().components.items() if name not in own or part is not None}
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write `model_index.json`: stock's class name and only what differs from the defaults, for stock Diffusers."""
+        """Write `model_index.json` for stock Diffusers: stock's class name, and no options that have their defaults."""
         config = json.loads(self.to_json_string())
         config["_class_name"] = self._stock_class().__name__
         parameters = inspect.signature(LongPromptMixin.__init__).parameters
@@ -148,7 +148,7 @@ class LongPromptMixin(EncoderSwapMixin):
         for name in ORIGINAL_ENCODERS:
             if config[name] == [None, None]:
                 del config[name]
-        # As a component's entry, which names a module, it would keep everyone from downloading the repository.
+        # With a component's usual entry, which names a module, Diffusers would refuse to download the repository.
         del config[ADAPTER]
         if self.conditioning_adapter is not None:
             config[ADAPTER] = f"{ConditioningAdapter.__module__}.{ConditioningAdapter.__qualname__}"
@@ -167,15 +167,15 @@ class LongPromptMixin(EncoderSwapMixin):
         return super().extract_init_dict(own, **kwargs)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent. Encoders whose weights keep a fused LoRA note it in their configs: nothing else tells then."""
+        """As the parent. Encoders that keep a fused LoRA record it in their configs: nothing else shows it then."""
         for encoder in (self.text_encoder, self.text_encoder_2):
             if encoder is not None and any(getattr(module, "merged_adapters", ()) for module in encoder.modules()):
                 encoder.config.has_fused_lora = True
         super().unload_lora_weights(*args, **kwargs)
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent. On disk, held encoders have folders of their own: Diffusers names files by layers alone, and
-        theirs are named as those of the encoders that took their place."""
+        """As the parent. On disk, original encoders get folders of their own: Diffusers names files by layers alone,
+        and these have the layer names of their replacements."""
         given = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
         disk: Any = given.get("offload_to_disk_path")
         excluded = given.pop("exclude_modules", None) or []
@@ -190,11 +190,11 @@ class LongPromptMixin(EncoderSwapMixin):
 
 
 def _drawing(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's `__call__`, with the same signature, for one thread at a time and with checks that come first."""
+    """A pipeline's `__call__`, with the same signature, for one thread at a time and with checks at its beginning."""
 
     @wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The parent would look at their shapes first.
+        # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
         return call(self, *args, **kwargs)
 
@@ -202,11 +202,11 @@ def _drawing(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _spell_out_init(cls: type) -> None:
-    """Give the `__init__` of `cls` a signature with every argument: its own, and those of the parents that it calls.
+    """Set a signature with every argument for the `__init__` of `cls`: its own arguments, and all parents'.
 
-    Diffusers takes the names and types of a pipeline's components and options from that signature, in many places.
-    Each of the ten parents has other ones, so the plain way is ten methods of some twenty arguments, to be kept in step
-    with Diffusers by hand.
+    Diffusers takes the names and types of a pipeline's components and options from that signature, in many places. The
+    ten parents have different ones. Written out, they would be ten methods of some twenty arguments, kept in step with
+    Diffusers by hand.
     """
     if "__init__" not in vars(cls):
 

@@ -1,4 +1,4 @@
-"""The model card of a pipeline that is shared: what was swapped, from what, licenses, and how to use it."""
+"""The model card of a shared pipeline: its parts and their sources, licenses, and its use."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from finelip_sdxl.pipelines.protocol import LongPromptPipeline
 from finelip_sdxl.provenance import HUB_ID, Provenance, base_of, public_name
 from finelip_sdxl.text_encoders import num_positions
 
-# Of bases whose license is known here; what else is in a pipeline has its own.
+# Licenses of bases, where they are known here; other parts of a pipeline have their own licenses.
 _LICENSES = {"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"}
 
 
 def model_card(pipe: LongPromptPipeline, repo_id: str) -> ModelCard:
-    """The card of a pipeline of this package. Names in it are text, whatever characters they are made of.
+    """The model card of a pipeline of this package. Names in it stay text: special characters are escaped.
 
     Args:
         pipe: the pipeline.
-        repo_id: where it is shared, such as `"me/long-sdxl"`.
+        repo_id: the repository where it is shared, such as `"me/long-sdxl"`.
 
     Returns:
-        The card. Its license is that of the base where nothing else is in the pipeline, and else `other`, to be filled
-        in by who shares it.
+        The card. Its license is the base's license if all parts come from the base, and otherwise `other`, to be
+        filled in by hand.
 
     Raises:
-        ValueError: a `repo_id` that the hub cannot have.
+        ValueError: `repo_id` is no name that the hub allows.
 
     Example:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
         >>> print(model_card(pipe, "me/tiny").content.split("## ")[1])  # doctest: +NORMALIZE_WHITESPACE
-        What is in it
+        Parts
         <BLANKLINE>
-        | part | what it is |
+        | part | description |
         |---|---|
-        | `text_encoder` | `miniature-finelip-1` in place of the base's; reads 248 tokens |
-        | `text_encoder_2` | `miniature-finelip-2` in place of the base's; reads 248 tokens |
-        | `stock_text_encoder` | the base's own; reads prompts of up to 77 tokens as the base does |
-        | `stock_text_encoder_2` | the base's own; reads prompts of up to 77 tokens as the base does |
+        | `text_encoder` | `miniature-finelip-1` in place of the base's; encodes 248 tokens |
+        | `text_encoder_2` | `miniature-finelip-2` in place of the base's; encodes 248 tokens |
+        | `stock_text_encoder` | the base's own; encodes prompts of up to 77 tokens as the base does |
+        | `stock_text_encoder_2` | the base's own; encodes prompts of up to 77 tokens as the base does |
         | `conditioning_adapter` | aligns the text encoders with the UNet; stock Diffusers leaves it out |
         | all else | as in `miniature` |
     """
@@ -57,11 +57,12 @@ def model_card(pipe: LongPromptPipeline, repo_id: str) -> ModelCard:
         base_model=[name for name in sources if HUB_ID.fullmatch(name)] or None,
         **_license(pipe, base),
     )
+    # `ModelCard.from_template` takes more lines, for a Jinja template of the same text with its values beside it.
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(pipe, repo_id, base, sources)}")
 
 
 def _origins(pipe: LongPromptPipeline) -> list[str]:
-    """What replaced or was merged into text encoders."""
+    """Public names of the sources that replaced text encoders or were merged into them."""
     records = [Provenance.of(getattr(pipe, name).config) for name in ENCODERS if getattr(pipe, name) is not None]
     origins = [_public(source) for record in records for source in (record.made_from, record.merged_with)]
     return list(dict.fromkeys(name for name in origins if name is not None))
@@ -83,16 +84,16 @@ def _text(pipe: LongPromptPipeline, repo_id: str, base: str | None, sources: lis
     kind = "FineLIPSDXLImg2ImgPipeline" if is_refiner else "FineLIPSDXLPipeline"
     return f"""# {repo_id.split("/")[-1]}
 
-An SDXL that reads prompts of any length: its text encoders have 248 positions instead of 77, and longer prompts are
-read in windows. Made with FineLIP-SDXL.
+An SDXL for prompts of any length: its text encoders have 248 positions instead of 77, and longer prompts are encoded in
+windows. Made with FineLIP-SDXL.
 
-## What is in it
+## Parts
 
-| part | what it is |
+| part | description |
 |---|---|
 {parts}
 
-## How to use it
+## Use
 
 ```python
 import torch
@@ -104,11 +105,11 @@ pipe(long_prompt{", image=picture" if is_refiner else ""}).images[0].save("pictu
 ```
 
 Stock Diffusers opens it too, by `DiffusionPipeline.from_pretrained("{repo_id}")`: it pads every prompt to 248 tokens,
-cuts what is longer, and leaves out what it does not know.
+cuts longer prompts, and leaves out the parts that it does not know.
 
 ## License
 
-What the weights were made from has licenses that hold here: {origins}.
+The sources of the weights have licenses that hold here: {origins}.
 """
 
 
@@ -116,10 +117,10 @@ def _parts(pipe: LongPromptPipeline, base: str | None) -> list[tuple[str, str]]:
     rows = []
     for name in ENCODERS:
         if (encoder := getattr(pipe, name)) is not None:
-            rows.append((f"`{name}`", f"{_encoder(encoder)}; reads {num_positions(encoder)} tokens"))
+            rows.append((f"`{name}`", f"{_encoder(encoder)}; encodes {num_positions(encoder)} tokens"))
     for name in ENCODERS:
         if getattr(pipe, f"stock_{name}") is not None:
-            rows.append((f"`stock_{name}`", "the base's own; reads prompts of up to 77 tokens as the base does"))
+            rows.append((f"`stock_{name}`", "the base's own; encodes prompts of up to 77 tokens as the base does"))
     if pipe.conditioning_adapter is not None:
         what = "aligns the text encoders with the UNet; stock Diffusers leaves it out"
         rows.append(("`conditioning_adapter`", what))
@@ -130,7 +131,7 @@ def _parts(pipe: LongPromptPipeline, base: str | None) -> list[tuple[str, str]]:
 def _encoder(encoder: Any) -> str:
     record = Provenance.of(encoder.config)
     if (origin := _public(record.merged_with)) is not None:
-        return f"the base's, with what {_named(origin)} has learned added"
+        return f"the base's, with the delta of {_named(origin)} added"
     if (rows := record.stretched_from) is not None:
         return f"the base's, its {_escaped(str(rows))} positions stretched, not trained"
     if (origin := _public(record.made_from)) is not None:
@@ -139,7 +140,7 @@ def _encoder(encoder: Any) -> str:
 
 
 def _public(source: Any) -> str | None:
-    """The public name of a source on record; whoever wrote the config may have written a path."""
+    """The public name of a recorded source; a config from elsewhere may hold a path."""
     return None if source is None else public_name(source)
 
 
@@ -150,5 +151,5 @@ def _named(name: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that is nothing else in Markdown, HTML or a row of a table."""
+    """Text without any meaning in Markdown, HTML or a table's row."""
     return "".join(letter if letter.isalnum() else f"&#{ord(letter)};" for letter in " ".join(text.split()))

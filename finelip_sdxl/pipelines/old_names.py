@@ -1,9 +1,9 @@
-"""Names and values of options in folders that were saved before version 0.1, and their names and values today."""
+"""Option names and values in folders saved before version 0.1, and their names and values today."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Old name: the name today, and old values with those of today. A value that is not listed has kept its name.
+# Old name: the name today, and the values that changed, old to new.
 _RENAMED: dict[str, tuple[str, dict[str, str]]] = {
     "short_prompt": ("short_prompt_encoder", {"stock": "original", "stretched": "long"}),
     "long_prompt": ("overflow", {}),
@@ -12,7 +12,7 @@ _RENAMED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def with_new_names(index: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a `model_index.json` with the names and values of today.
+    """The content of a `model_index.json`, with today's option names and values.
 
     Example:
         >>> with_new_names({"short_prompt": "stretched", "long_prompt": "truncate", "hidden_states": "penultimate"})

@@ -1,4 +1,4 @@
-"""Open an SDXL by name: a hub id, a directory, a single file, or one that ships with the package."""
+"""An SDXL by its name: a hub id, a directory, a single file, or the name of one that ships with the package."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def open_pipeline(pipeline_class: type[Pipe], base: str, config: str | None = No
     """Open a pipeline of this class, with text encoders of 248 positions.
 
     Args:
-        pipeline_class: one of this package's.
+        pipeline_class: a pipeline class of this package.
         base: hub id, directory or single file of an SDXL, or `"miniature"`.
-        config: for a single file, see `from_single_file`.
-        **arguments: of `from_pretrained` or `from_single_file`.
+        config: see `from_single_file`; for a single file only.
+        **arguments: further arguments of `from_pretrained` or `from_single_file`.
 
     Raises:
-        ValueError: a config is passed with a base that is no single file; or see these methods.
+        ValueError: a config is passed with a base that is no single file; or as in these methods.
     """
     if Path(base).is_file():
         given = {name: value for name, value in arguments.items() if name != "variant"}
@@ -35,18 +35,18 @@ def open_pipeline(pipeline_class: type[Pipe], base: str, config: str | None = No
 
 
 def open_text_to_image(base: str, **arguments: Any) -> FineLIPSDXLPipeline:
-    """`open_pipeline` for an SDXL that draws from a prompt alone.
+    """Open an SDXL that draws from a prompt alone; see `open_pipeline`.
 
     Raises:
         ValueError: the base is a refiner, which has one text encoder and continues pictures; its UNet takes more than
-            noise, as one for inpainting does; or see `open_pipeline`.
+            noise, for example for inpainting; or as in `open_pipeline`.
     """
     from finelip_sdxl.pipelines import FineLIPSDXLPipeline
 
     pipe = open_pipeline(FineLIPSDXLPipeline, base, **arguments)
     if pipe.text_encoder is None or pipe.text_encoder_2 is None:
         raise ValueError(
-            f"{base} has not SDXL's two text encoders, as a refiner has not: pass an SDXL that begins pictures."
+            f"{base} lacks one of SDXL's two text encoders, as a refiner does: pass an SDXL that begins pictures."
         )
     taken, given, latents = pipe.unet.config.in_channels, pipe.unet.config.out_channels, pipe.vae.config.latent_channels
     if (taken, given) != (latents, latents):
@@ -55,7 +55,7 @@ def open_text_to_image(base: str, **arguments: Any) -> FineLIPSDXLPipeline:
             2 * latents: "It is one that edits pictures, such as InstructPix2Pix: use it by Diffusers' own pipeline",
         }
         raise ValueError(
-            f"{base} does not draw from a prompt alone: its UNet takes {taken} channels and gives {given}, and its VAE"
-            f" has {latents}. {kinds.get(taken, 'They do not belong together')}, or pass another base."
+            f"{base} does not draw from a prompt alone: its UNet takes {taken} channels and returns {given}, and its"
+            f" VAE has {latents}. {kinds.get(taken, 'They do not belong together')}, or pass another base."
         )
     return pipe

@@ -1,7 +1,7 @@
-"""How the pipelines read prompts: `encode_prompt`, and what is behind it.
+"""The pipelines' `encode_prompt`: from the plan of a prompt to embeddings.
 
-`encode_prompt` is the one seam. Every SDXL pipeline of Diffusers turns texts into embeddings there, and nothing behind
-it cares how long they are, so the denoising loops stay Diffusers' own.
+Every SDXL pipeline of Diffusers turns texts into embeddings in this one method. The code behind it takes embeddings of
+any length, so the denoising loops stay Diffusers' own.
 """
 
 import logging
@@ -79,11 +79,11 @@ else:
 def one_at_a_time(
     method: Callable[Concatenate[Any, Arguments], Result],
 ) -> Callable[Concatenate[Any, Arguments], Result]:
-    """Makes a method of a pipeline wait while another thread is in one.
+    """The method of a pipeline, for one thread at a time.
 
-    Diffusers keeps what belongs to a call on the pipeline (guidance, steps), its scheduler (the step that it is at) and
-    its layers (a LoRA's scale). Pipelines that `from_pipe` makes of one another share the scheduler, so the turn is the
-    scheduler's: those with one of their own draw at the same time.
+    Diffusers keeps the state of a call on the pipeline (guidance, steps), its scheduler (the current step) and its
+    layers (a LoRA's scale). Pipelines that `from_pipe` makes of one another share the scheduler, so each scheduler has
+    one lock. Pipelines with schedulers of their own draw at the same time.
     """
 
     @wraps(method)
@@ -101,9 +101,9 @@ class _CallEncoder:
     """A text encoder during one call.
 
     Attributes:
-        spec: as much of it as a plan needs.
+        spec: the facts that a plan needs.
         model: the encoder.
-        original: the encoder that encodes short prompts as stock does, and its position ids; None if there is none.
+        original: the original text encoder, for short prompts, and its position ids; None if there is none.
     """
 
     spec: EncoderSpec
@@ -116,10 +116,10 @@ class _Weighting:
     """The weights of a batch, and the states that they need.
 
     Attributes:
-        weights: of the tokens, (batch, windows · positions).
+        weights: weights of the tokens, (batch, windows · positions).
         empty: states of the empty prompt, (1, positions, dim).
         weak_parts: the parts with weights below 1.
-        without: for each of these, states of its window without it, (parts, positions, dim); None if there are none.
+        without: states of each weak part's window without the part, (parts, positions, dim); None if there are none.
     """
 
     weights: torch.Tensor
@@ -138,11 +138,11 @@ class _Weighting:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A batch behind one encoder.
+    """A batch after one encoder.
 
     Attributes:
         states: (batch, windows · positions, dim).
-        as_stock: whether they are those of stock SDXL.
+        as_stock: whether they are stock SDXL's states.
         pooled: (batch, pooled dim); None from an encoder that has no projection.
         weighting: None if all weights are 1.
     """
@@ -157,7 +157,7 @@ class _Encoded:
 
 
 class PromptEncodingMixin(_Parent):
-    """The part of `LongPromptMixin` that reads prompts."""
+    """The part of `LongPromptMixin` that encodes prompts."""
 
     def describe_prompt(
         self,
@@ -166,22 +166,26 @@ class PromptEncodingMixin(_Parent):
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
     ) -> PromptPlan:
-        """What each encoder will read of a prompt, in how many windows, and what is cut. Runs no encoder.
+        """The plan of a prompt: the windows of each encoder, and the text that is cut. No encoder runs.
 
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2: as in a call of the pipeline.
 
         Returns:
-            The report; print it.
+            The plan; printed, it is a report.
+
+        Raises:
+            TypeError, ValueError: as in `encode_prompt`; or the pipeline has no text encoders.
 
         Example:
             >>> print(pipe.describe_prompt("a red square above a blue ring"))  # doctest: +SKIP
         """
         specs = [encoder.spec for encoder in self._call_encoders()]
         if not specs:
-            raise ValueError("This pipeline has no text encoders, so there is nothing that reads a prompt.")
+            raise ValueError("This pipeline has no text encoders to encode a prompt: pass embeddings to it.")
         prompts = self._prompt_batches(prompt, prompt_2)
         negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
+        self._check_weighting(specs)
         return self._plan(specs, prompts, negatives)
 
     @one_at_a_time
@@ -201,23 +205,23 @@ class PromptEncodingMixin(_Parent):
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """Encode prompts of any length. The arguments are those of the parent's `encode_prompt`.
+        """Encode prompts of any length. The parent's `encode_prompt` has the same arguments.
 
-        With `weighting`, states of weighted tokens are drawn away from those of the empty prompt, or towards them, in
-        each encoder by itself and last, behind the conditioning adapter, which knows states without weights; for a
-        weight below 1, what an encoder reads without the part is blended in. Pooled vectors have no weights.
+        With `weighting`, the states of weighted tokens are moved away from the empty prompt's states, or towards them
+        (`finelip_sdxl.prompts.weighting`). Each encoder's states are weighted by themselves. This is the last step,
+        since the conditioning adapter was trained on states without weights. Pooled vectors have no weights.
 
         Returns:
-            Prompt and negative prompt as hidden states of both encoders, (batch · images, windows · positions, dim),
-            and pooled, from the first window, (batch · images, pooled dim): prompt, negative, pooled prompt, pooled
-            negative. The negatives are None without classifier-free guidance.
+            Prompt, negative prompt, pooled prompt, pooled negative prompt. The first two are the hidden states of both
+            encoders, (batch · images, windows · positions, dim); the pooled vectors, (batch · images, pooled dim), come
+            from the first window. Both negatives are None without classifier-free guidance.
 
         Raises:
-            TypeError: a prompt that is not a string or a list of strings.
-            ValueError: an empty list, batches of different sizes, a text of more than 20,000 characters or more windows
-                than `finelip_sdxl.options.MAX_POSITIONS` allows, one that does not fit where `overflow="error"` or
-                embeddings passed beside it fix the length, weights that `parse_weights` refuses, a `clip_skip` beyond
-                an encoder's layers, no images, or embeddings of other shapes.
+            TypeError: a prompt is not a string or a list of strings.
+            ValueError: an empty list; batches of different sizes; a text of more than 20,000 characters, or of more
+                windows than `finelip_sdxl.options.MAX_POSITIONS` allows; a text that does not fit, where
+                `overflow="error"` or embeddings passed beside it fix the length; weights that `parse_weights` refuses;
+                a `clip_skip` beyond an encoder's layers; fewer than one image; or embeddings of other shapes.
         """
         self._check_embeddings(
             prompt_embeds=prompt_embeds,
@@ -250,7 +254,7 @@ class PromptEncodingMixin(_Parent):
                 plan = self._plan(specs, prompts, negatives, shape)
                 if plan.cut:
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
-                    logger.warning("Cut and not read, %s", "; ".join(lost))
+                    logger.warning("Cut and not encoded, %s", "; ".join(lost))
                 with self._scaled_lora(lora_scale):
                     if prompts:
                         prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)
@@ -263,7 +267,7 @@ class PromptEncodingMixin(_Parent):
                             negative_pooled_prompt_embeds = pooled
                 prompt = prompt_2 = lora_scale = None
 
-        # All that is left, or everything for encoders of 77 positions: zeros for an absent negative, dtype, copies.
+        # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77 itself.
         prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
             super().encode_prompt(
                 prompt,
@@ -281,12 +285,12 @@ class PromptEncodingMixin(_Parent):
                 clip_skip=clip_skip,
             )
         )
-        # By name, as in stock: Diffusers' tests read them off this line to call `encode_prompt` alone.
+        # By name, as in stock: Diffusers' own tests take the names of the results from this line.
         return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
 
     def _encoders(self) -> list[tuple[str, CLIPTokenizer]]:
-        """Name and tokenizer of each text encoder, paired as stock pairs them: without a first tokenizer or encoder
-        (the refiner has neither), the prompt goes to the second."""
+        """Name and tokenizer of each text encoder, in stock's pairs: without a first tokenizer or encoder (the refiner
+        has neither), the prompt goes to the second."""
         tokenizers = [self.tokenizer, self.tokenizer_2] if self.tokenizer is not None else [self.tokenizer_2]
         names = list(ENCODERS) if self.text_encoder is not None else ["text_encoder_2"]
         pairs = zip(names, tokenizers, strict=False)
@@ -295,7 +299,7 @@ class PromptEncodingMixin(_Parent):
         ]
 
     def _call_encoders(self) -> list[_CallEncoder]:
-        """The text encoders as they are at the start of a call, in the order of `_encoders`."""
+        """The text encoders at the start of a call, in the order of `_encoders`."""
         encoders = []
         for name, tokenizer in self._encoders():
             model, original = getattr(self, name), self._original_encoder(name)
@@ -326,16 +330,15 @@ class PromptEncodingMixin(_Parent):
         most = min((getattr(self, name).config.num_hidden_layers for name, _ in self._encoders()), default=1) - 1
         if not isinstance(clip_skip, int) or isinstance(clip_skip, bool) or not 0 <= clip_skip <= most:
             raise ValueError(
-                f"`clip_skip` is {clip_skip!r:.60}; expected a whole number of layers from 0 to {most}, which the text"
-                " encoders have before their penultimate states, or None."
+                f"`clip_skip` is {clip_skip!r:.60}; expected a whole number of layers from 0 to {most} (the text"
+                " encoders' layers before the penultimate states), or None."
             )
 
     def _check_embeddings(self, **given: Any) -> None:
-        """That embeddings which are passed in, by the names of their arguments, have shapes that the UNet takes.
+        """Check that embeddings, passed by the names of their arguments, have shapes that the UNet takes.
 
         Raises:
-            ValueError: one is no tensor of floats, (batch, tokens, dim) or, pooled, (batch, dim), or their batches
-                differ.
+            ValueError: one is no tensor of floats, (batch, tokens, dim) or, pooled, (batch, dim); or batches differ.
         """
         tensors = {name: value for name, value in given.items() if value is not None}
         for name, value in tensors.items():
@@ -366,7 +369,7 @@ class PromptEncodingMixin(_Parent):
     def _negative_batches(
         self, negative_prompt: Any, negative_prompt_2: Any, batch_size: int
     ) -> list[list[str]] | None:
-        """For each encoder its negative prompts; None where stock uses zeros instead."""
+        """The negative prompts of each encoder; None where stock uses zeros instead."""
         if negative_prompt is None and self.config["force_zeros_for_empty_prompt"]:
             return None
         texts = check_texts("negative_prompt", "" if negative_prompt is None else negative_prompt)
@@ -381,7 +384,7 @@ class PromptEncodingMixin(_Parent):
         return self._batches(texts, "negative_prompt_2", negative_prompt_2)
 
     def _batches(self, texts: list[str], name_2: str, value_2: Any) -> list[list[str]]:
-        """For each encoder its texts."""
+        """The texts of each encoder."""
         is_absent = value_2 is None or (isinstance(value_2, str) and not value_2)  # as in stock
         texts_2 = texts if is_absent else check_texts(name_2, value_2)
         if len(texts_2) != len(texts):
@@ -399,7 +402,6 @@ class PromptEncodingMixin(_Parent):
         negatives: list[list[str]] | None,
         shape: tuple[int, int] | None = None,
     ) -> PromptPlan:
-        self._check_weighting(specs)
         if not _any_long(specs):  # the parent encodes: one window, the rest cut
             return plan_prompts(specs, prompts, negatives, overflow="truncate", length_buckets=())
         return plan_prompts(
@@ -425,13 +427,13 @@ class PromptEncodingMixin(_Parent):
         pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
         if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
             encoded, pooled = self._adapt(encoded, pooled, clip_skip)
-        # The adapter knows states without weights, so these come last.
+        # The adapter was trained on states without weights, so weights come last.
         return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
 
     def _encode_by(
         self, encoder: _CallEncoder, plans: Sequence[EncoderPlan], windows: int, clip_skip: int | None
     ) -> _Encoded:
-        """What one encoder returns for a batch."""
+        """The states and pooled vector of a batch from one encoder, and its weights."""
         tokenizer, as_stock, positions = encoder.spec.tokenizer, plans[0].as_stock, plans[0].positions
         original = encoder.original if as_stock else None
         model, position_ids = original or (encoder.model, None)
@@ -464,9 +466,9 @@ class PromptEncodingMixin(_Parent):
     def _adapt(
         self, encoded: list[_Encoded], pooled: torch.Tensor | None, clip_skip: int | None
     ) -> tuple[list[_Encoded], torch.Tensor | None]:
-        """States and pooled vector behind the conditioning adapter; what was encoded as stock does stays."""
+        """States and pooled vector after the conditioning adapter; an encoder's part stays if encoded as stock does."""
         if self.hidden_states != "penultimate" or clip_skip is not None:
-            self._warn_once("The conditioning adapter knows penultimate states only, so others do not pass through it.")
+            self._warn_once("The conditioning adapter takes penultimate states only, so it is left out.")
             return encoded, pooled
         scale = self.conditioning_adapter_scale
         if scale == 0:
@@ -499,20 +501,20 @@ class PromptEncodingMixin(_Parent):
             return states
         if clip_skip is not None:
             raise ValueError(
-                f'clip_skip={clip_skip} counts back from the penultimate states and hidden_states="last" takes the'
-                ' last: leave out clip_skip, or set hidden_states="penultimate".'
+                f'clip_skip={clip_skip} counts back from the penultimate states, but hidden_states="last" takes the'
+                ' last ones: leave out clip_skip, or set hidden_states="penultimate".'
             )
         last: torch.Tensor = output.last_hidden_state
         return last
 
     def _original_encoder(self, name: str) -> tuple[TextEncoder, torch.Tensor | None] | None:
-        """The encoder that reads short prompts as stock does, and its position ids; None if nothing can."""
+        """The original text encoder, which encodes short prompts as stock does, and its position ids; None if none."""
         encoder, held = getattr(self, name), getattr(self, f"stock_{name}")
         if held is not None and _is_stock(held):
             if not _was_extended(encoder, held):
                 return held, _stock_position_ids(held)
             self._warn_once(
-                f"{name} has a LoRA or added tokens that stock_{name} lacks, so {name} reads short prompts as well."
+                f"{name} has a LoRA or added tokens that stock_{name} lacks, so {name} encodes short prompts as well."
             )
         return (encoder, _stock_position_ids(encoder)) if _is_stock(encoder) else None
 
@@ -522,7 +524,7 @@ class PromptEncodingMixin(_Parent):
             logger.warning(sentence)
 
     def _free_original(self, encoder: TextEncoder) -> None:
-        # Model offloading frees a model when the next one in a fixed order runs; a held encoder runs in another's
+        # Model offloading frees a model when the next one in a fixed order runs. The original encoder runs in another's
         # place, so the order does not free it.
         for hook in getattr(self, "_all_hooks", []):
             if hook.model is encoder and encoder in (self.stock_text_encoder, self.stock_text_encoder_2):
@@ -530,7 +532,7 @@ class PromptEncodingMixin(_Parent):
 
     @contextmanager
     def _scaled_lora(self, scale: float | None) -> Iterator[None]:
-        """The LoRA scale of a call, set and undone around the encoding as the parent does around its own."""
+        """Set the LoRA scale of a call, and undo it afterwards, as the parent does around its own encoding."""
         if scale is None or not USE_PEFT_BACKEND:
             yield
             return
@@ -545,12 +547,12 @@ class PromptEncodingMixin(_Parent):
 
 
 def _any_long(specs: Sequence[EncoderSpec]) -> bool:
-    """Whether one of the encoders takes more than stock's 77 positions."""
+    """Whether one of the encoders has more than stock's 77 positions."""
     return any(spec.positions > STOCK_POSITIONS for spec in specs)
 
 
 def _shape_of(name: str, embeds: torch.Tensor | None, specs: Sequence[EncoderSpec]) -> tuple[int, int] | None:
-    """(windows, positions) of embeddings that were passed in, which a text beside them must match."""
+    """(windows, positions) of embeddings that were passed in; a text beside them must match these."""
     if embeds is None:
         return None
     length, capacity = embeds.shape[1], min(spec.positions for spec in specs)
@@ -563,12 +565,12 @@ def _shape_of(name: str, embeds: torch.Tensor | None, specs: Sequence[EncoderSpe
 
 
 def _is_stock(encoder: TextEncoder) -> bool:
-    """Whether an encoder's weights are stock's, be its table stretched or not."""
+    """Whether an encoder's weights are stock's, with or without a stretched table."""
     return Provenance.of(encoder.config).is_stock(num_positions(encoder))
 
 
 def _stock_position_ids(encoder: TextEncoder) -> torch.Tensor | None:
-    """Positions (1, 77) of a stretched table that hold the stock table's rows, unchanged."""
+    """Positions (1, 77) of the stock table's unchanged rows in a stretched table; None if nothing is stretched."""
     rows = Provenance.of(encoder.config).original_row_indices()
     if rows is None or num_positions(encoder) <= STOCK_POSITIONS:
         return None
@@ -576,7 +578,7 @@ def _stock_position_ids(encoder: TextEncoder) -> torch.Tensor | None:
 
 
 def _was_extended(encoder: TextEncoder, held: TextEncoder) -> bool:
-    """Whether a LoRA or new tokens were loaded into `encoder` that `held` does not have."""
+    """Whether `encoder` has a LoRA or new tokens that `held` lacks."""
     if getattr(encoder.config, "has_fused_lora", False):
         return True
     if encoder.get_input_embeddings().num_embeddings != held.get_input_embeddings().num_embeddings:
@@ -586,10 +588,10 @@ def _was_extended(encoder: TextEncoder, held: TextEncoder) -> bool:
 
 @contextmanager
 def _ending_at(encoder: TextEncoder, end: int, plans: Sequence[EncoderPlan]) -> Iterator[None]:
-    """With an encoder that pools at the end token, also behind the tokens of a textual inversion.
+    """Let an encoder pool at the end token in texts with a textual inversion, too.
 
-    Under the old configs that say `eos_token_id=2`, as SDXL's do, it takes the largest id for the end, and those of an
-    inversion are larger. Without one, nothing is touched.
+    SDXL's configs have the old value `eos_token_id=2`, under which an encoder takes the largest id for the end token.
+    The tokens of an inversion have larger ids. Without an inversion, nothing changes.
     """
     tower = getattr(encoder, "text_model", encoder)
     before = tower.eos_token_id
@@ -602,12 +604,12 @@ def _ending_at(encoder: TextEncoder, end: int, plans: Sequence[EncoderPlan]) -> 
 
 
 def _has_added_tokens(tokenizer: CLIPTokenizer) -> bool:
-    """Whether a textual inversion may be in a prompt, for which Diffusers would have to look."""
+    """Whether a prompt may hold a textual inversion, which Diffusers must look up."""
     return not tokenizer.get_added_vocab().keys() <= set(tokenizer.all_special_tokens)
 
 
 def _without_state(tokenizer: CLIPTokenizer) -> Any:
-    """As much of a tokenizer as Diffusers needs to look for textual inversions, see `tokenize`."""
+    """The part of a tokenizer that Diffusers needs to look for textual inversions; no truncation or padding is set."""
     return SimpleNamespace(
         tokenize=lambda text: tokenizer.convert_ids_to_tokens(tokenize(tokenizer, text)[0]),
         added_tokens_encoder=tokenizer.added_tokens_encoder,

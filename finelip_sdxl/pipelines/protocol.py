@@ -1,4 +1,4 @@
-"""The pipeline that this package's own functions need: its parts and options, whatever its class."""
+"""The type of a pipeline for functions of this package: its parts and options, for every class."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 
 
 class LongPromptPipeline(Protocol):
-    """A pipeline of this package, as `LongPromptMixin` makes it.
+    """A pipeline with `LongPromptMixin`.
 
     Attributes:
         text_encoder, text_encoder_2: SDXL's text encoders; None where there is none.
-        conditioning_adapter: None if there is none.
-        hidden_states: which states the UNet gets, `"penultimate"` or `"last"`.
+        conditioning_adapter: the adapter; None if there is none.
+        hidden_states: the states that the UNet gets, `"penultimate"` or `"last"`.
         config: the options, and the names of sources.
         components: the parts by their names.
     """

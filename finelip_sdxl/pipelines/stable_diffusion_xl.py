@@ -1,4 +1,4 @@
-"""The pipelines: Diffusers' own, reading prompts of any length."""
+"""The pipelines: Diffusers' own, for prompts of any length."""
 
 # From their modules: under their short names, type checkers and editors see classes without methods.
 from diffusers.pipelines.controlnet.pipeline_controlnet_inpaint_sd_xl import StableDiffusionXLControlNetInpaintPipeline
@@ -24,7 +24,7 @@ from finelip_sdxl.pipelines.long_prompt import LongPromptMixin
 
 
 class FineLIPSDXLPipeline(LongPromptMixin, StableDiffusionXLPipeline):
-    """Text to image with SDXL and prompts of any length; see `LongPromptMixin` for what it adds.
+    """Text to image with SDXL and prompts of any length; see `LongPromptMixin` for its options.
 
     Example:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
@@ -35,39 +35,39 @@ class FineLIPSDXLPipeline(LongPromptMixin, StableDiffusionXLPipeline):
 
 
 class FineLIPSDXLImg2ImgPipeline(LongPromptMixin, StableDiffusionXLImg2ImgPipeline):
-    """Image to image, the refiner included, with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Image to image, the refiner included, with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLInpaintPipeline(LongPromptMixin, StableDiffusionXLInpaintPipeline):
-    """Inpainting with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Inpainting with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLControlNetPipeline(LongPromptMixin, StableDiffusionXLControlNetPipeline):
-    """Text to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Text to image under a ControlNet with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLControlNetImg2ImgPipeline(LongPromptMixin, StableDiffusionXLControlNetImg2ImgPipeline):
-    """Image to image under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Image to image under a ControlNet with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLControlNetInpaintPipeline(LongPromptMixin, StableDiffusionXLControlNetInpaintPipeline):
-    """Inpainting under a ControlNet with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Inpainting under a ControlNet with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLControlNetUnionPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionPipeline):
-    """Text to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Text to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLControlNetUnionImg2ImgPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionImg2ImgPipeline):
-    """Image to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Image to image under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLControlNetUnionInpaintPipeline(LongPromptMixin, StableDiffusionXLControlNetUnionInpaintPipeline):
-    """Inpainting under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for what it adds."""
+    """Inpainting under a ControlNet-Union with prompts of any length; see `LongPromptMixin` for its options."""
 
 
 class FineLIPSDXLAdapterPipeline(LongPromptMixin, StableDiffusionXLAdapterPipeline):
-    """Text to image under a T2I-Adapter with prompts of any length; see `LongPromptMixin` for what it adds.
+    """Text to image under a T2I-Adapter with prompts of any length; see `LongPromptMixin` for its options.
 
     `adapter` is the T2I-Adapter, `conditioning_adapter` this package's.
     """

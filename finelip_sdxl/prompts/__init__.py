@@ -1,1 +1,1 @@
-"""What happens to a prompt before it is encoded."""
+"""The steps of a prompt before it is encoded: its weights, its windows, its plan."""

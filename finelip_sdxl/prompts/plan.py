@@ -1,7 +1,7 @@
-"""How prompts are read: tokens, windows, padding, and a report of what each text encoder saw.
+"""The plan of a prompt for each text encoder: tokens, windows, padding, and the text that is cut.
 
-Nothing here touches a model. `plan_prompts` decides everything that happens to a text before it is encoded and says
-so in a `PromptPlan`; the pipelines encode exactly that report, so what `describe_prompt` prints is what was read.
+Nothing here touches a model. `plan_prompts` decides everything that happens to a text before it is encoded. The
+pipelines encode exactly this `PromptPlan`, and `describe_prompt` returns it: the report is the input of the encoders.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ NEGATIVE_PROMPT = "negative prompt"
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A text encoder as far as reading a prompt needs it.
+    """The facts of a text encoder that a plan needs.
 
     Attributes:
         encoder: its name in the pipeline, `"text_encoder"` or `"text_encoder_2"`.
         tokenizer: its `CLIPTokenizer`.
-        positions: how many positions it reads at once, start and end token included.
-        has_stock: whether a short prompt can be read as stock SDXL reads it.
-        expand: what is made of a text before it is read, such as all tokens of a textual inversion of its first.
+        positions: number of positions that it encodes at once, start and end token included.
+        has_stock: whether it can encode a short prompt as stock SDXL does.
+        expand: a function that changes a text before it is tokenized, for example replaces the first token of a
+            textual inversion by all its tokens.
     """
 
     encoder: str
@@ -47,11 +48,11 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class Window:
-    """What an encoder reads at once: an exact slice of the text, and its tokens without start and end token."""
+    """The text that is encoded at once: an exact slice of the prompt, and its tokens without start and end token."""
 
     text: str
     token_ids: tuple[int, ...] = field(default=(), repr=False)
-    weights: tuple[float, ...] = field(default=(), repr=False)  # of the tokens; empty if all are 1
+    weights: tuple[float, ...] = field(default=(), repr=False)  # weights of the tokens; empty if all are 1
 
     @property
     def tokens(self) -> int:
@@ -65,17 +66,17 @@ class Window:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """What one encoder reads of one text.
+    """The plan of one text for one encoder.
 
     Attributes:
         encoder: the encoder's name in the pipeline.
         role: `"prompt"` or `"negative prompt"`.
         index: place of the text in its batch.
-        windows: what is read, in order.
+        windows: the windows that are encoded, in order.
         positions: the length to which each window is padded.
-        as_stock: whether stock SDXL's own encoder reads it, as stock does.
-        cut_text: the part of the text that is not read; empty if all of it is.
-        cut_tokens: how many tokens that part has.
+        as_stock: whether the text is encoded as stock SDXL does.
+        cut_text: the part of the text that is not encoded; empty if nothing is cut.
+        cut_tokens: number of tokens of that part.
     """
 
     encoder: str
@@ -89,15 +90,15 @@ class EncoderPlan:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens read, the start and end token of every window included."""
+        """Number of tokens that are encoded, the start and end token of every window included."""
         return sum(window.tokens for window in self.windows)
 
     def __str__(self) -> str:
-        return f"{self.encoder} reads {self.role}: {self._body()}"
+        return f"{self.encoder} encodes {self.role}: {self._body()}"
 
     def _body(self) -> str:
         windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
-        how = ", as stock SDXL reads it" if self.as_stock else ""
+        how = ", as stock SDXL encodes it" if self.as_stock else ""
         cut = f"; {self.cut_tokens} tokens are CUT" if self.cut_tokens else "; nothing is cut"
         lines = [f"{self.tokens} tokens in {windows} of {self.positions} positions{how}{cut}"]
         lines += [f"  window {number}, {window}" for number, window in enumerate(self.windows, start=1)]
@@ -108,14 +109,14 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class PromptPlan:
-    """What every encoder gets of a batch of prompts; `str(plan)` is the report for people.
+    """The plans of a batch of prompts for all encoders; `str(plan)` is the report for people.
 
     Attributes:
         prompts: for each encoder, by its name in the pipeline, a plan for each prompt of the batch; empty if the
             prompts came as embeddings.
         negative_prompts: the same for the negative prompts; empty if there are none.
         positions: the length to which every window of the batch is padded.
-        windows: how many windows every text of the batch is padded to, with windows of the empty prompt.
+        windows: number of windows to which every text of the batch is padded, with windows of the empty prompt.
     """
 
     prompts: Mapping[str, tuple[EncoderPlan, ...]]
@@ -134,14 +135,15 @@ class PromptPlan:
         return tuple(plan for plan in self.plans if plan.cut_tokens)
 
     def __str__(self) -> str:
-        # Encoders that read the same are reported once: usually both do.
+        # Encoders of equal plans, usually both, share one paragraph.
         batched = any(plan.index for plan in self.plans)
         encoders: dict[str, list[str]] = {}
         for plan in self.plans:
             role = f"{plan.role} {plan.index + 1}" if batched else plan.role
             encoders.setdefault(f"{role}: {plan._body()}", []).append(plan.encoder)
         return "\n".join(
-            f"{' and '.join(names)} {'reads' if len(names) == 1 else 'read'} {text}" for text, names in encoders.items()
+            f"{' and '.join(names)} {'encodes' if len(names) == 1 else 'encode'} {text}"
+            for text, names in encoders.items()
         )
 
 
@@ -156,31 +158,31 @@ def plan_prompts(
     weighting: Weighting | None = None,
     shape: tuple[int, int] | None = None,
 ) -> PromptPlan:
-    """Decide how a batch of prompts and negative prompts is read.
+    """Plan the encoding of a batch of prompts and negative prompts.
 
-    All of them get the same number of windows and the same length, the smallest that holds the longest: hidden states
-    of prompt and negative prompt go through the UNet together, and those of the two encoders are concatenated.
+    All texts get the same number of windows and the same length, the smallest that holds the longest text. Prompt and
+    negative prompt go through the UNet together, and the hidden states of the two encoders are concatenated.
 
     Args:
         specs: the encoders.
         prompts: for each encoder its batch of texts; None if the prompts come as embeddings.
         negative_prompts: the same for the negative prompts; None if there are none.
-        short_prompt_encoder: `"original"` reads what fits stock's 77 positions there as stock does, where an
-            encoder has a stock.
-        overflow: what happens to a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
-        length_buckets: lengths to pad to; the encoders' own closes the list.
+        short_prompt_encoder: `"original"` encodes texts of up to 77 tokens as stock does, with encoders that have a
+            stock (`EncoderSpec.has_stock`).
+        overflow: treatment of a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
+        length_buckets: lengths to pad to; the length of the encoders is added to them.
         weighting: the syntax of weights in the texts, see `finelip_sdxl.prompts.weighting.parse_weights`.
-        shape: (windows, positions) when embeddings that were passed in fix them.
+        shape: (windows, positions), if embeddings that were passed in fix them.
 
     Raises:
-        ValueError: a text does not fit and `overflow="error"`, does not fit `shape` and must not be cut, or needs
-            windows of more than `MAX_POSITIONS` in all.
+        ValueError: a text does not fit the encoders and `overflow="error"`; a text does not fit `shape` and must not
+            be cut; or the windows of a text have more than `MAX_POSITIONS` in all.
 
     Example:
         >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
         >>> spec = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
         >>> print(plan_prompts([spec], [["a red square"]]))  # doctest: +SKIP
-        text_encoder reads prompt: 5 tokens in 1 window of 77 positions; nothing is cut
+        text_encoder encodes prompt: 5 tokens in 1 window of 77 positions; nothing is cut
           window 1, 5 tokens: "a red square"
     """
     capacity = shape[1] if shape else min(spec.positions for spec in specs)
@@ -192,14 +194,14 @@ def plan_prompts(
     windows = len(most_cut.spans)
     if overflow == "error" and longest.tokens > capacity:
         raise ValueError(
-            f"The {longest.role} has {longest.tokens} tokens for {longest.spec.encoder}, which reads {capacity} at"
-            ' once: shorten it, or set overflow="window" (reads all of it) or overflow="truncate".'
+            f"The {longest.role} has {longest.tokens} tokens for {longest.spec.encoder}; expected at most {capacity}:"
+            ' shorten it, or set overflow="window" (to encode all of it) or overflow="truncate".'
         )
     most = max(1, MAX_POSITIONS // capacity)
     if windows > most:
         raise ValueError(
-            f"The {most_cut.role} needs {windows:,} windows of {capacity} positions, and every step of a picture takes"
-            f' in all of them; expected at most {most}: shorten it, take BREAKs out, or set overflow="truncate".'
+            f"The {most_cut.role} needs {windows:,} windows of {capacity} positions; expected at most {most}, since"
+            ' every step of a picture uses all of them: shorten it, take BREAKs out, or set overflow="truncate".'
         )
     if shape and windows > shape[0]:
         raise ValueError(
@@ -224,7 +226,7 @@ def plan_prompts(
 
 
 def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, windows: int) -> list[list[list[int]]]:
-    """Token ids of plans, padded alike: (batch, windows, positions), missing windows as the empty prompt."""
+    """Token ids of plans, (batch, windows, positions); missing windows are filled with the empty prompt."""
     return [
         [
             _row(window, tokenizer, plan.positions)
@@ -235,15 +237,15 @@ def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, win
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The tokens of a text, without start and end token, and for each its first and one past its last character.
+    """The tokens of a text without start and end token, and the first and one past the last character of each.
 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> len(tokenize(load_tokenizer("miniature-clip-1"), "a red star")[0])
         3
     """
-    # Not by calling it: that would switch off what another thread's call has just switched on, truncation and padding,
-    # which belong to the tokenizer and not to the call. Where they are on, the encoding comes in parts, with padding.
+    # The backend is used directly, since truncation and padding are state of the tokenizer: a call would switch them
+    # off for a call in another thread. Where they are on, the encoding comes in parts, with padding.
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     parts = [
         [
@@ -253,7 +255,7 @@ def tokenize(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[tuple
         ]
         for part in (encoding, *encoding.overflowing)
     ]
-    parts.sort(key=lambda part: [place for _, place in part])  # cut on the left, they come from the end
+    parts.sort(key=lambda part: [place for _, place in part])  # with truncation on the left, the last part comes first
     tokens = [token for part in parts for token in part]
     return [token for token, _ in tokens], [place for _, place in tokens]
 
@@ -279,15 +281,15 @@ def padded_weights(plans: Sequence[EncoderPlan], windows: int) -> list[list[floa
 
 @dataclass(frozen=True)
 class _CutText:
-    """A text for one encoder: its tokens, where each of them stands, and where it is cut.
+    """A text for one encoder: its tokens, their places in the text, and its windows.
 
     Attributes:
         spec: the encoder.
         role, index: see `EncoderPlan`.
         weighted: the text and its weights.
         token_ids: its tokens, without start and end token.
-        offsets: for each token its first and one past its last character.
-        spans: for each window its first and one past its last token.
+        offsets: the first and one past the last character of each token.
+        spans: the first and one past the last token of each window.
     """
 
     spec: EncoderSpec
@@ -344,7 +346,7 @@ def _cut_texts(
     truncate: bool,
     weighting: Weighting | None,
 ) -> dict[str, list[_CutText]]:
-    """For each encoder its texts, each cut into windows of at most `size` tokens, or after the first of them."""
+    """The texts of each encoder, cut into windows of at most `size` tokens, or after the first window."""
     return {
         spec.encoder: [
             _cut_text(spec, role, index, text, size, truncate, weighting) for index, text in enumerate(batch)
@@ -363,7 +365,7 @@ def _cut_text(
 
 
 def _spans(weighted: WeightedText, offsets: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-    """Windows as first and one past last token, none across a break."""
+    """The first and one past the last token of each window; no window crosses a break."""
     firsts = [first for first, _ in offsets]
     borders = [0, *(bisect_left(firsts, place) for place in weighted.breaks), len(offsets)]
     parts = [(first, last) for first, last in pairwise(borders) if last > first] or [(0, 0)]

@@ -1,4 +1,4 @@
-"""Weights in the prompt: the two syntaxes that SDXL's users type, and what a weight does to a token's states."""
+"""Weights in the prompt: the two syntaxes that SDXL's users type, and the effect of a weight on a token's states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAX_WEIGHT, MAX_DEPTH, MAX_WEAK_PARTS = 10.0, 50, 50
 
-# compel's own parser takes minutes for ten open brackets, and knows no `BREAK`: hence one scan for both syntaxes.
+# One scan for both syntaxes: compel's own parser takes minutes for ten open brackets, and knows no `BREAK`.
 _SYNTAX: dict[Weighting, re.Pattern[str]] = {
     "a1111": re.compile(
         r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])"
@@ -44,9 +44,9 @@ class WeightedText:
     """A text without the syntax of its weights.
 
     Attributes:
-        text: what is read.
-        spans: first and one past last character of parts with a weight other than 1, and that weight; in order.
-        breaks: characters before which a new window has to begin.
+        text: the text to encode.
+        spans: the first and one past the last character, and the weight, of each part with a weight other than 1.
+        breaks: characters at which a new window begins.
     """
 
     text: str
@@ -62,20 +62,19 @@ class WeightedText:
 def parse_weights(text: str, syntax: Weighting | None, expand: Callable[[str], str] | None = None) -> WeightedText:
     """Take the weights out of a prompt.
 
-    Where parts of different weights touch, each is a word of its own, as both tools have it.
+    Neighboring parts of different weights are separate words, as in A1111 and compel.
 
     Args:
         text: the prompt.
-        syntax: `"a1111"`: `(word:1.3)`, `((word))` for 1.1 each, `[word]` for 1 / 1.1, a backslash before what is
-            meant as it stands, and `BREAK` where a new window has to begin; a bracket that is never closed reaches to
-            the end. `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9, quotes in place of
-            brackets, a backslash likewise; a bracket that is never closed is text. None: the text as it is.
-        expand: applied to the parts of the text, after their weights were taken out.
+        syntax: `"a1111"`: `(word:1.3)`, `((word))` for 1.1 each, `[word]` for 1 / 1.1, a backslash before a bracket
+            that is text, and `BREAK` where a new window begins; a bracket without its partner reaches to the end.
+            `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9, quotes in place of brackets, the
+            same backslash; a bracket without its partner is text. None: the text as it is.
+        expand: a function that is applied to the parts of the text without their weights.
 
     Raises:
-        ValueError: a weight below 0 or above 10, more than 50 brackets within one another, more than 50 parts of
-            weights below 1, or compel's `.and()`, `.attend()`, `.blend()`, `.swap()` and `withLora()`, which are more
-            than weights.
+        ValueError: a weight below 0 or above 10; more than 50 nested brackets; more than 50 parts of weights below 1;
+            or compel's `.and()`, `.attend()`, `.blend()`, `.swap()` or `withLora()`, which are more than weights.
 
     Example:
         >>> parse_weights("a (red:1.3) fox", "a1111")
@@ -106,8 +105,8 @@ def parse_weights(text: str, syntax: Weighting | None, expand: Callable[[str], s
     weak = sum(weight < 1 for *_, weight in spans)
     if weak > MAX_WEAK_PARTS:
         raise ValueError(
-            f"The prompt has {weak} parts with weights below 1, and each takes another run of the encoders; expected at"
-            f" most {MAX_WEAK_PARTS}: take some out."
+            f"The prompt has {weak} parts with weights below 1; expected at most {MAX_WEAK_PARTS}, since each takes"
+            " another run of the encoders: take some out."
         )
     return WeightedText(plain, tuple(spans), tuple(breaks))
 
@@ -117,9 +116,9 @@ class WeakPart:
     """Neighboring tokens of one weight below 1.
 
     Attributes:
-        row, window: which text of the batch, and which of its windows.
+        row, window: number of the text in the batch, and of the window in the text.
         first, stop: the first token and one past the last, counted from the window's start.
-        weight: theirs.
+        weight: their weight.
     """
 
     row: int
@@ -153,15 +152,15 @@ def weak_parts(rows: Sequence[Sequence[float]], positions: int) -> list[WeakPart
 
 
 def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
-    """States drawn away from those of the empty prompt, or towards them: `empty + weight · (states − empty)`.
+    """States moved away from the empty prompt's states, or towards them: `empty + weight · (states − empty)`.
 
-    That is what compel does (`EmbeddingsProvider.build_weighted_embedding_tensor`). (A1111 multiplies the states
-    instead, and scales all of them so that their mean stays.) With weights below 1, `blend_without` comes next.
+    Source: compel (`EmbeddingsProvider.build_weighted_embedding_tensor`). A1111 multiplies the states instead, and
+    scales all of them so that their mean stays. For weights below 1, `blend_without` comes next.
 
     Args:
         states: (batch, tokens, dim).
-        empty: of the empty prompt at the same positions, (1, tokens, dim).
-        weights: of each token, (batch, tokens).
+        empty: states of the empty prompt at the same positions, (1, tokens, dim).
+        weights: weight of each token, (batch, tokens).
 
     Example:
         >>> import torch
@@ -173,15 +172,15 @@ def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
 
 
 def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) -> Tensor:
-    """Blend in what the encoder reads without a part: half of it at weight 0.5, all of it at 0.
+    """States blended with the states of the text without a part: half of these at weight 0.5, only these at 0.
 
-    As compel does for weights below 1 (`EmbeddingsProvider.get_embeddings_for_weighted_prompt_fragments`), but window
-    by window: there, weak parts of other windows thin the blend.
+    Source: compel (`EmbeddingsProvider.get_embeddings_for_weighted_prompt_fragments`). Here each window is blended by
+    itself; in compel, weak parts of other windows weaken the blend.
 
     Args:
-        states: weighted, (batch, windows · positions, dim).
-        parts: those with weights below 1, in order.
-        without: for each part, weighted states of its window without it, (parts, positions, dim).
+        states: weighted states, (batch, windows · positions, dim).
+        parts: parts with weights below 1, in order.
+        without: weighted states of each part's window without the part, (parts, positions, dim).
 
     Example:
         >>> import torch
@@ -202,10 +201,10 @@ def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) ->
 
 
 def _runs(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
-    """Parts of one weight, each as long as it goes; None for a break."""
+    """The longest parts of one weight, and their weights; None for a break."""
     run, of_run = "", 1.0
     for part, weight in _pieces(text, syntax):
-        # A1111 joins parts of one weight again, compel none that its syntax has parted.
+        # A1111 joins neighbors of equal weight; compel keeps them apart.
         apart = weight != of_run or syntax == "compel"
         space = " " if apart and run[-1:].isalnum() and part[:1].isalnum() else ""
         if weight == of_run:
@@ -221,10 +220,10 @@ def _runs(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
 
 
 def _pieces(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
-    """Parts as the syntax cuts them, and their weights."""
+    """The parts that the syntax cuts, and their weights."""
     pieces: list[list[Any]] = []  # text and weight of each
     brackets = _BRACKETS[syntax]
-    opened: dict[str, list[int]] = {bracket: [] for bracket in brackets.values()}  # the pieces that they are
+    opened: dict[str, list[int]] = {bracket: [] for bracket in brackets.values()}  # indices of their pieces
 
     def close(bracket: str, factor: float) -> None:
         first = opened[bracket].pop()
@@ -240,7 +239,7 @@ def _pieces(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
             close(closes, _factor(syntax, closes, found["weight"]))
         elif found["open"] or closes == '"':
             if sum(map(len, opened.values())) == MAX_DEPTH:
-                raise ValueError(f"The prompt has more than {MAX_DEPTH} brackets within one another: take some out.")
+                raise ValueError(f"The prompt has more than {MAX_DEPTH} nested brackets: take some out.")
             bracket = found["open"] or '"'
             opened[bracket].append(len(pieces))
             pieces.append([bracket, 1.0])
@@ -255,7 +254,7 @@ def _pieces(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
         for bracket, starts in opened.items():
             while starts:
                 close(bracket, _factor(syntax, bracket, None))
-    # Rounded, so that as many `(` as `[` come to 1.
+    # Rounded: equally many `(` and `[` cancel to exactly 1.
     yield from ((part, weight if weight is None else round(weight, 6)) for part, weight in pieces)
 
 
@@ -263,6 +262,6 @@ def _factor(syntax: Weighting, bracket: str, weight: str | None) -> float:
     if weight is None:
         return {"(": 1.1, "[": 1 / 1.1}[bracket] if syntax == "a1111" else 1.0
     if weight[0] in "+-" and not weight.strip("+-"):
-        # So many are out of range, and a power of thousands is more than a float holds.
+        # 999 signs are far out of range already, and a larger power could overflow a float.
         return (1.1 if weight[0] == "+" else 0.9) ** min(len(weight), 999)
     return float(weight)

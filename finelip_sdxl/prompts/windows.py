@@ -1,10 +1,10 @@
-"""Where a text that is too long for an encoder is cut."""
+"""The cut of a long text into windows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Scripts that write no spaces: their marks end a sentence or a clause by themselves, Latin ones only before a space.
+# Marks of scripts without spaces: they end a sentence or a clause by themselves, Latin marks only before a space.
 _WIDE_SENTENCE_ENDS = ("。", "！", "？", "｡")
 
 _WIDE_CLAUSE_ENDS = ("，", "、", "；", "：")
@@ -15,16 +15,19 @@ _CLOSING = "\"'”’»)]」』）"
 def split_windows(text: str, offsets: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:
     """Split a text into windows of at most `size` tokens, at sentence ends where possible.
 
-    Otherwise at commas, else between words, else between characters. Only boundaries in the second half of a window
-    count: windows that end early cost another run of the encoder and tear the text apart.
+    The next choices are commas, spaces between words, and borders between characters. Only cuts in the second half of
+    a window count: windows that end early cost another run of the encoder and tear the text apart.
 
     Args:
         text: the text.
-        offsets: for each token its first and one past its last character, without start and end token.
-        size: tokens that a window holds, without start and end token.
+        offsets: the first and one past the last character of each token, without start and end token.
+        size: number of tokens in a window, without start and end token.
 
     Returns:
-        For each window its first and one past its last token; together they are all tokens, in order.
+        The first and one past the last token of each window. The windows hold all tokens, in order.
+
+    Raises:
+        ValueError: `size` is below 1.
 
     Example:
         >>> text = "A fox. A hare, a bee."
@@ -33,7 +36,7 @@ def split_windows(text: str, offsets: Sequence[tuple[int, int]], size: int) -> l
         ['A fox.', 'A hare,', 'a bee.']
     """
     if size < 1:
-        raise ValueError(f"A window must hold at least 1 token, but size is {size}.")
+        raise ValueError(f"size is {size}; expected at least 1 token in a window.")
     spans, start = [], 0
     while len(offsets) - start > size:
         cuts = range(start + (size + 1) // 2, start + size + 1)
@@ -45,7 +48,7 @@ def split_windows(text: str, offsets: Sequence[tuple[int, int]], size: int) -> l
 
 
 def _boundary(text: str, before: tuple[int, int], after: tuple[int, int]) -> int:
-    """How good a place to cut lies between two tokens: 4 sentences, 3 clauses, 2 words, 1 characters, 0 inside one."""
+    """The rank of a cut between two tokens: 4 sentences, 3 clauses, 2 words, 1 characters, 0 within a character."""
     gap = text[before[1] : after[0]]
     left = text[max(0, before[1] - 8) : before[1]].rstrip(_CLOSING)
     if "\n" in gap or left.endswith(_WIDE_SENTENCE_ENDS) or (gap and left.endswith((".", "!", "?", "…"))):

@@ -1,1 +1,1 @@
-"""The parts that the training recipes are made of."""
+"""The parts of the training recipes."""

@@ -1,4 +1,4 @@
-"""The losses of both stages of the alignment, and the texts that stage 1 learns from."""
+"""The losses of both stages of the alignment, and the texts of stage 1."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from finelip_sdxl.options import STOCK_POSITIONS
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """A sentence of a long caption in a text that stock's encoders can encode whole.
+    """A sentence of a long caption, within a text that stock's encoders can encode whole.
 
     Attributes:
-        text: the sentence, after earlier ones that it refers to, all within 77 tokens.
+        text: the sentence, after earlier sentences with words of its own, all within 77 tokens.
         end: position in `text` of the sentence's last token, or of the last token that fits.
         end_in_caption: position of the same token in the caption.
     """
@@ -46,7 +46,7 @@ def captions_of(data: CaptionDataset, index: int, tokenizer: CLIPTokenizer) -> d
 
 
 def fit(text: str, tokenizer: CLIPTokenizer, positions: int) -> str:
-    """Returns the first sentences of a text that fit, or, if the first one does not, its beginning.
+    """Returns as many first sentences of a text as fit, or, if none does, the beginning of the first one.
 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
@@ -59,13 +59,13 @@ def fit(text: str, tokenizer: CLIPTokenizer, positions: int) -> str:
     if held:
         return " ".join(sentences[:held])
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    # A word that was cut, or a character of several tokens, may have more tokens than it had in the whole.
+    # A cut word, or a cut character of several tokens, may have more tokens than before.
     cuts = (text[:end] for _, end in reversed(offsets[: positions - 2]))
     return next(cut for cut in cuts if token_counts([cut], tokenizer)[0] <= positions - 2)
 
 
 def token_counts(sentences: list[str], tokenizer: CLIPTokenizer) -> list[int]:
-    """Returns the tokens of each sentence. Their sum is that of the text: no token of CLIP's reaches over a space."""
+    """Returns the number of tokens of each sentence. Their sum is the text's: no token of CLIP crosses a space."""
     return [len(ids) for ids in tokenizer(sentences, add_special_tokens=False).input_ids]
 
 
@@ -74,7 +74,7 @@ def words_of(text: str) -> set[str]:
 
 
 def word_rarity(captions: Collection[str]) -> dict[str, float]:
-    """Returns the inverse document frequency of each word: 0 if all captions have it.
+    """Returns the inverse document frequency of each word: 0 for a word in all captions.
 
     Example:
         >>> word_rarity(["A red star.", "A star."])["star"], round(word_rarity(["A red star.", "A star."])["red"], 2)
@@ -85,16 +85,15 @@ def word_rarity(captions: Collection[str]) -> dict[str, float]:
 
 
 def build_teacher_contexts(caption: str, tokenizer: CLIPTokenizer, rarity: Mapping[str, float]) -> list[TeacherContext]:
-    """Returns a context for each sentence of a long caption, in which stock's encoders can teach it.
+    """Returns a context for each sentence of a long caption, for stock's encoders to teach it.
 
-    The meaning of a sentence may depend on another one more than 77 tokens back ("the star"). So its context holds
-    first the sentences that introduced its words to the caption, the rarest words counting most, and then as many
-    others as fit.
+    The meaning of a sentence may depend on another one more than 77 tokens back ("the star"). So its context holds the
+    sentences that introduced its words, rare words first, and then as many others as fit.
 
     Args:
         caption: the text; the student encodes it whole.
-        tokenizer: the student's; SDXL's two have one vocabulary.
-        rarity: of each word, see `word_rarity`; a word that is not in it counts as the rarest.
+        tokenizer: tokenizer of the student; SDXL's two have one vocabulary.
+        rarity: rarity of each word, see `word_rarity`; a word that is not in it counts as the rarest.
 
     Example:
         >>> from finelip_sdxl.data import load_tokenizer
@@ -132,16 +131,16 @@ def build_teacher_contexts(caption: str, tokenizer: CLIPTokenizer, rarity: Mappi
 
 
 class Alignment(nn.Module):
-    """Both stages; several processes share its forward pass.
+    """Both stages as one module, for training with several processes.
 
     Args:
-        trained: the parameters that are trained: parts of the pipelines that the stages hold.
-        stages: by name, a function from a batch to its losses, with the one to minimize under `loss`.
+        trained: the parameters to train: parts of the stages' pipelines.
+        stages: functions from a batch to its losses, by name; the loss to minimize is under `loss`.
     """
 
     def __init__(self, trained: Iterable[nn.Parameter], stages: dict[str, Callable[..., dict[str, Tensor]]]) -> None:
         super().__init__()
-        self.trained = nn.ParameterList(trained)  # so a checkpoint holds these and nothing of SDXL
+        self.trained = nn.ParameterList(trained)  # so a checkpoint holds these alone, and nothing of SDXL
         self.stages = stages
 
     def forward(self, stage: str, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -149,18 +148,17 @@ class Alignment(nn.Module):
 
 
 class TextAlignment:
-    """Stage 1: states of the student, adapted, against states of stock's encoders as target. No images.
+    """Stage 1: adapted states of the student, with states of stock's encoders as target. No images.
 
     Both encode short captions whole. Their states are compared position by position, padding included, since the UNet
-    gets it too, and so are pooled vectors. Of long captions, stock encodes each sentence in a context
-    (`build_teacher_contexts`). States are compared at the sentence's end alone, where a causal encoder has seen all of
-    it; states before also depend on the rest of the text, which differs. Long captions' pooled vectors have no target:
-    stock encodes no long text whole.
+    gets it too; pooled vectors are compared as well. For long captions, stock encodes each sentence in a context
+    (`build_teacher_contexts`). States are compared at the sentence's end only: there a causal encoder has seen the
+    whole sentence. Long captions' pooled vectors have no target: stock cannot encode a long text whole.
 
     Args:
-        pipe: the student, which holds the parameters that are trained; it encodes as it will when it draws.
-        teacher: stock.
-        rarity: of words, by which sentences of a context are chosen.
+        pipe: the student, with the parameters to train; it encodes as in a call.
+        teacher: the stock pipeline.
+        rarity: rarity of words, which decides the sentences of a context.
     """
 
     def __init__(
@@ -169,7 +167,7 @@ class TextAlignment:
         self.pipe, self.teacher, self.rarity = pipe, teacher, rarity
 
     def __call__(self, long: list[str], short: list[str]) -> dict[str, Tensor]:
-        """Returns the loss and its parts: relative squared errors, for states the mean over tokens."""
+        """Returns the loss and its parts: relative squared errors, of states as means over tokens."""
         contexts = [build_teacher_contexts(caption, self.pipe.tokenizer, self.rarity) for caption in long]
         flat = [context for of_caption in contexts for context in of_caption]
         with torch.no_grad():
@@ -194,11 +192,11 @@ class TextAlignment:
 
 
 class ImageAlignment:
-    """Stage 2: the denoising loss of pictures and their captions through SDXL's UNet, which stays as it is.
+    """Stage 2: the denoising loss of pictures and their captions through SDXL's frozen UNet.
 
     Args:
-        pipe: holds the parameters that are trained.
-        snr_gamma: weigh timesteps by min-SNR with this gamma (arXiv 2303.09556, section 3.4); None weighs all alike.
+        pipe: the pipeline with the parameters to train.
+        snr_gamma: gamma of min-SNR weights of timesteps (arXiv 2303.09556, section 3.4); None for equal weights.
     """
 
     def __init__(self, pipe: FineLIPSDXLPipeline, snr_gamma: float | None = None) -> None:
@@ -209,9 +207,9 @@ class ImageAlignment:
         """Returns the mean loss of a batch.
 
         Args:
-            groups: pictures whose captions are padded alike: `latents` and `noise`, (batch, channels, height, width),
-                `timesteps`, (batch,), `time_ids`, (batch, 6), and either `captions`, or, encoded and not adapted yet,
-                `states`, (batch, tokens, dim), and `pooled`, (batch, dim).
+            groups: pictures with captions padded to one length: `latents` and `noise`, (batch, channels, height,
+                width), `timesteps`, (batch,), `time_ids`, (batch, 6), and either `captions`, or `states`, (batch,
+                tokens, dim), and `pooled`, (batch, dim), encoded and not adapted yet.
         """
         losses = torch.cat([self._losses(**group) for group in groups])
         return {"loss": losses.mean()}
@@ -256,10 +254,10 @@ def encode(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, T
 
 
 def relative_error(states: Tensor, target: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Returns the squared error over the target's squared norm: the mean over vectors, the sum over encoders.
+    """Returns the squared error over the target's squared norm, as a mean over vectors and a sum over encoders.
 
     Args:
-        states: (…, dim), the states of the encoders side by side.
+        states: (…, dim), the concatenated states of the encoders.
         target: likewise.
         dims: the width of each encoder.
 

@@ -1,6 +1,6 @@
-"""The command line of a recipe: flags that recipes share, presets in TOML files, checks, and a program that ends well.
+"""The command line of a recipe: common flags, presets in TOML files, checks, and the program around it.
 
-This is the one module of `finelip_sdxl.training` that knows flags.
+No other module of `finelip_sdxl.training` knows flags.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from finelip_sdxl.texts import read_text
 from finelip_sdxl.training.run_folder import MODELS
 
 PRESETS = Path(__file__).parent / "presets"
-MOST = 10**9  # the highest number where a flag has no bound of its own
-MOST_STEPS = 9_999_999  # the names of checkpoints have room for no more
+MOST = 10**9  # the highest number for flags without another bound
+MOST_STEPS = 9_999_999  # names of checkpoints have seven digits
 # Errors of the library name its arguments; a recipe's user has flags.
 FLAG_OF_ARGUMENT = {"skip_missing=True": "--skip-missing-images"}
-# Flags of every recipe that may change when a run goes on: a batch teaches the same with any of them.
+# Flags of every recipe that may change when a run goes on: they do not change the training.
 FREE_RUN_FLAGS = {
     "config",
     "output_dir",
@@ -64,9 +64,9 @@ def number(
     Args:
         kind: int or float.
         least: the lowest number that is allowed.
-        above: in place of `least`, a bound that is not allowed itself.
+        above: in place of `least`, the highest number that is too low.
         most: the highest number that is allowed.
-        below: in place of `most`, a bound that is not allowed itself.
+        below: in place of `most`, the lowest number that is too high.
 
     Example:
         >>> number(int, above=0)("8")
@@ -96,7 +96,7 @@ def number(
 
 
 def path(text: str) -> Path:
-    """A flag's type: a file or folder. An empty text is refused, since it would mean the current folder."""
+    """A flag's type: a file or folder. An empty text is refused: it would stand for the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a path instead of nothing")
     return Path(text)
@@ -113,7 +113,7 @@ KEEP = number(int, above=0, most=10_000)
 
 
 def add_config_flag(group: FlagGroup, presets: Sequence[Path]) -> None:
-    """Adds the flag for a file of other flags' values, which `parse_flags` reads."""
+    """Adds the flag `--config` for a file with values of flags; `parse_flags` reads it."""
     shipped = " or ".join(preset.name for preset in presets)
     folder = str(presets[0].parent).replace("%", "%%")  # argparse formats help texts
     group.add_argument("--config", type=path, metavar="FILE", help="TOML file with values of flags, such as a copy of "
@@ -124,9 +124,9 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
     """Adds the group "the run", for a `RunFolder`, and returns it for flags of the recipe's own.
 
     Args:
-        parser: the recipe's.
+        parser: parser of the recipe.
         output_dir: the default folder.
-        models: what the run writes there beside its checkpoints.
+        models: the models that the run writes there beside its checkpoints, for the help text.
 
     Example:
         >>> parser = argparse.ArgumentParser()
@@ -137,11 +137,11 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
     """
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"{models}, checkpoints/ to go on from: "
-        "a run that finds some goes on (default: %(default)s)")  # fmt: skip
+    add("--output-dir", type=path, default=output_dir, metavar="FOLDER", help=f"folder for {models}, and "
+        "checkpoints/; a run that finds checkpoints goes on from them (default: %(default)s)")  # fmt: skip
     add("--checkpointing-steps", type=STEPS, default=100, metavar="STEPS", help="steps between checkpoints (default: "
         "%(default)s)")  # fmt: skip
-    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="checkpoints that are kept (default: "
+    add("--checkpoints-total-limit", type=KEEP, default=2, metavar="N", help="number of checkpoints to keep (default: "
         "%(default)s)")  # fmt: skip
     return group
 
@@ -149,17 +149,19 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
 def add_accelerator_flags(group: FlagGroup) -> None:
     """Adds the flags of `build_accelerator`, and gradient checkpointing, to the group from `add_run_flags`."""
     add = group.add_argument
-    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="(default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--cpu", action="store_true", help="use no GPU")
-    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="(default: %(default)s)")
+    add("--mixed-precision", choices=("no", "bf16", "fp16"), default="no", help="precision of the computation "
+        "(default: %(default)s)")  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice, to save memory")
+    add("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
+    add("--report-to", choices=("none", "tensorboard", "wandb"), default="none", help="tracker of losses and figures "
+        "(default: %(default)s)")  # fmt: skip
 
 
 # Presets
 
 
 def preset_path(recipe: str, name: str) -> Path:
-    """Returns the file of a preset that ships.
+    """Returns the file of a preset that ships with the package.
 
     Example:
         >>> preset_path("train_finelip", "paper").name
@@ -169,11 +171,11 @@ def preset_path(recipe: str, name: str) -> Path:
 
 
 def read_preset(file: Path) -> dict[str, Any]:
-    """Reads a TOML file of flags' values, by the name of the option.
+    """Reads a TOML file with values of flags, by the names of their options.
 
     Raises:
-        ValueError: if it is no TOML.
-        OSError: if it cannot be read.
+        ValueError: it is no TOML.
+        OSError: it cannot be read.
 
     Example:
         >>> read_preset(preset_path("align_adapter", "sdxl"))["text_steps"]
@@ -182,25 +184,25 @@ def read_preset(file: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(read_text(file))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is no TOML ({error}).") from error
+        raise ValueError(f"{file} is no TOML ({error}): correct it, or copy a preset.") from error
     return {name.replace("-", "_"): value for name, value in values.items()}
 
 
 def add_preset_flag(
     group: FlagGroup, name: str, kind: Callable[[str], Any], metavar: str, text: str, presets: Sequence[Path]
 ) -> None:
-    """Adds a flag whose default depends on the preset; its help shows the value of each.
+    """Adds a flag with a default in each preset; its help shows all of them.
 
     Example:
         >>> parser = argparse.ArgumentParser()
         >>> presets = [preset_path("train_finelip", name) for name in ("paper", "miniature")]
         >>> add_preset_flag(parser, "--batch-size", int, "PAIRS", "pairs in a batch", presets)
         >>> parser.format_help().splitlines()[-1].strip()
-        '--batch-size PAIRS  pairs in a batch (64 / 40)'
+        '--batch-size PAIRS  pairs in a batch (default: 64 / 40)'
     """
     option = name.removeprefix("--").replace("-", "_")
     defaults = " / ".join(f"{read_preset(preset)[option]:g}" for preset in presets)
-    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} ({defaults})")
+    group.add_argument(name, type=kind, metavar=metavar, help=f"{text} (default: {defaults})")
 
 
 def parse_flags(
@@ -208,12 +210,12 @@ def parse_flags(
     arguments: Sequence[str] | None,
     choose_preset: Callable[[argparse.Namespace], Sequence[Path]],
 ) -> argparse.Namespace:
-    """Parses a recipe's flags. What is not given comes from the file of `--config`, and then from presets.
+    """Parses a recipe's flags. Values come from the command line, else from the file of `--config`, else from presets.
 
     Args:
-        parser: has `--config`.
-        arguments: of the command line, or None to take them from there.
-        choose_preset: returns the presets for the flags that were given; the first that has a value counts.
+        parser: a parser with `--config`.
+        arguments: the arguments; None for the command line's.
+        choose_preset: a function that returns the presets for the parsed flags; the first one with a value counts.
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config")
@@ -232,7 +234,7 @@ def parse_flags(
 
 
 def _checked_values(parser: argparse.ArgumentParser, file: Path) -> dict[str, Any]:
-    """The values of a preset, checked as those of flags are."""
+    """The values of a preset, after the checks of their flags."""
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     values = {}
     for name, value in read_preset(file).items():
@@ -266,10 +268,10 @@ def check_run(arguments: argparse.Namespace) -> None:
     """Checks a run's flags, before anything is loaded.
 
     Raises:
-        ValueError: if fp16 is to train on the CPU, the tracker is not installed, or the folder is none for a run.
-        OSError: if the folder cannot be written to.
+        ValueError: fp16 is set for a CPU, the tracker is not installed, or the folder cannot hold a run.
+        OSError: the folder cannot be written to.
     """
-    # Accelerate takes it, and trains nothing.
+    # Accelerate accepts fp16 on a CPU, and then trains nothing.
     if arguments.mixed_precision == "fp16" and uses_cpu(arguments):
         raise ValueError("--mixed-precision fp16 needs a GPU: on the CPU pass bf16, or no.")
     tracker = arguments.report_to
@@ -279,7 +281,7 @@ def check_run(arguments: argparse.Namespace) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"--output-dir {folder} is a file: pass the name of a folder.")
     if folder.resolve().parent == folder.resolve():
-        raise ValueError(f"--output-dir {folder} is the root of all folders: pass one of the run's own.")
+        raise ValueError(f"--output-dir {folder} is the root of all folders: pass a folder for this run alone.")
     for place in (folder / "checkpoints", *(folder / name for name in MODELS)):
         if os.path.lexists(place) and (not place.is_dir() or (place.is_symlink() and place.name in MODELS)):
             raise ValueError(f"{place} is no folder, but a run saves one there: move it, or pass another --output-dir.")
@@ -291,7 +293,7 @@ def uses_cpu(arguments: argparse.Namespace) -> bool:
 
 
 def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHandler] = ()) -> Accelerator:
-    """Builds the accelerator that the flags ask for."""
+    """Builds the accelerator for these flags."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # the others wait while one process evaluates
     return Accelerator(
         cpu=uses_cpu(arguments),
@@ -304,12 +306,12 @@ def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHa
 
 
 def fixed_settings(arguments: argparse.Namespace, free: Collection[str], processes: int) -> dict[str, Any]:
-    """Returns the settings that must stay as they are when a run goes on. A path is its last part: folders may move.
+    """Returns the settings that must not change when a run goes on. Of paths only the last part counts.
 
     Args:
         arguments: the flags of the run.
-        free: flags of the recipe's own that may change, beside `FREE_RUN_FLAGS`.
-        processes: the number of processes.
+        free: further flags of the recipe that may change, beside `FREE_RUN_FLAGS`.
+        processes: number of processes.
 
     Example:
         >>> arguments = argparse.Namespace(base="models/clip", seed=0, epochs=6, output_dir=Path("runs/clip"))
@@ -334,10 +336,10 @@ def run_recipe(
     """Runs a recipe as a program: libraries are quiet, and wrong input, or a signal, ends it with one line.
 
     Args:
-        script: its file name, with which such a line begins.
+        script: file name of the recipe, for this line.
         train: the recipe.
-        parse: parses its flags.
-        arguments: of the command line, or None to take them from there.
+        parse: a function that parses its flags.
+        arguments: the arguments; None for the command line's.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -348,7 +350,7 @@ def run_recipe(
         sys.exit(f"{script}: stopped; the same command goes on from the last checkpoint")
     except (ValueError, OSError, ImportError) as error:
         message = str(error).strip()
-        if "Original Traceback" in message:  # from a process that prepares data; the error itself is the last line
+        if "Original Traceback" in message:  # from a worker that loads data; the error itself is the last line
             message = message.splitlines()[-1].partition(": ")[2]
         for argument, flag in FLAG_OF_ARGUMENT.items():
             message = message.replace(argument, flag)
@@ -356,8 +358,8 @@ def run_recipe(
 
 
 def end_run(accelerator: Accelerator, progress: Mapping[str, Any]) -> None:
-    """Prints the progress of a run of which nothing else is held any more, and leaves the other processes."""
+    """Prints the progress of a run and leaves the other processes. The caller must hold no model any more."""
     accelerator.print(json.dumps(progress))
-    # Where the model is the last that holds Gloo's group, both wait for each other without end.
+    # If the model holds the last reference to Gloo's group, both wait for each other without end.
     accelerator.free_memory()
     accelerator.end_training()

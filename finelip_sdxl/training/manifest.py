@@ -1,4 +1,4 @@
-"""Manifests: a list of what a folder holds, by which damage is found later."""
+"""Manifests: lists of the files in a folder, to find damage later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists the files of a folder with their sizes and digests, in a file beside them.
+    """Writes a list of the files in a folder, with sizes and digests, beside them.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -30,7 +30,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Names the first difference between a folder and its manifest; None if there is none."""
+    """Returns the first difference between a folder and its manifest, in words; None if there is none."""
     try:
         entries = json.loads((folder / MANIFEST).read_text())
         if not entries:

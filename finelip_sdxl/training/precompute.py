@@ -1,4 +1,4 @@
-"""Latents and text states of a data set, computed once and kept in files that are loaded piece by piece."""
+"""Latents and text states of a data set, computed once and stored in files, to be loaded one item at a time."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CHUNK = 50  # images in a file
 
 
 class Precomputed(Dataset[dict[str, Any]]):
-    """The items of a folder that `precompute` wrote.
+    """The items in a folder from `precompute`.
 
-    Each holds `latents`, (channels, height, width), `time_ids`, (6,), the captions `long` and `short`, and, with
-    states, `long_states`, (tokens, dim), `long_pooled`, (dim,), and the same of `short`.
+    An item holds `latents`, (channels, height, width), `time_ids`, (6,), the captions `long` and `short`, and, with
+    states, `long_states`, (tokens, dim), `long_pooled`, (dim,), `short_states` and `short_pooled`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,25 +60,25 @@ class Precomputed(Dataset[dict[str, Any]]):
 def precompute(
     data: CaptionDataset, pipe: FineLIPSDXLPipeline, resolution: int, with_states: bool, folder: Path
 ) -> Precomputed:
-    """Encodes a data set to a folder: what is not there yet, or was made of other captions, images or weights.
+    """Encodes a data set to a folder. Files are made again if captions, images or weights have changed.
 
-    Images that cannot be read are named and left out, until they can be read.
+    Images that cannot be read are named and left out; a later call tries them again.
 
     Args:
         data: images and captions; the first of several captions is the long one.
-        pipe: its VAE and text encoders, not adapted, encode.
+        pipe: the pipeline; its VAE and text encoders encode, without the adapter.
         resolution: side of the square that is cut from the middle of each image, in pixels.
-        with_states: also encode captions, each kind padded alike; for a training that changes no text encoder.
-        folder: the files of one data set. Runs may share it: one at a time writes to it.
+        with_states: also encode captions, all of a kind padded to one length; for training without text encoders.
+        folder: folder of one data set. Runs may share it; only one at a time writes to it.
 
     Raises:
-        UnreadableImageError: if no image can be read.
-        OSError: if the folder cannot be written to.
+        UnreadableImageError: no image can be read.
+        OSError: the folder cannot be written to.
     """
     is_read_only = folder.exists() and not os.access(folder, os.W_OK)
     with nullcontext() if is_read_only else held(folder):
         if not is_read_only:
-            check_writable(folder)  # which removes what a run that was killed left half
+            check_writable(folder)  # this also removes unfinished files of a run that was killed
         encoded_by = digest_of(*digests_of_models(pipe, with_states), resolution)
         chunks = {
             folder / f"chunk-{first // CHUNK:06d}.safetensors": range(first, min(first + CHUNK, len(data)))
@@ -93,13 +93,13 @@ def precompute(
                 file.unlink()
 
         dtype = pipe.vae.dtype
-        pipe.vae.float()  # SDXL's overflows in half precision
+        pipe.vae.float()  # SDXL's VAE overflows in half precision
         for file in tqdm(stale, desc="encoding images", unit_scale=CHUNK, unit="image", disable=None):
             encode_chunk(data, pipe, resolution, with_states, file, chunks[file], made_of[file])
         pipe.vae.to(dtype)
     items = Precomputed(folder)
     if not len(items):
-        raise UnreadableImageError(f"None of the {len(data)} images can be read: look at the messages above.")
+        raise UnreadableImageError(f"None of the {len(data)} images can be read: see the messages above.")
     return items
 
 
@@ -112,7 +112,7 @@ def encode_chunk(
     indices: Iterable[int],
     made_of: dict[str, str],
 ) -> None:
-    """Writes a file of some images and their captions; no file, if none of the images can be read."""
+    """Writes a file of some images and their captions; no file if none of the images can be read."""
     images, captions, skipped = [], [], []
     for index in indices:
         try:
@@ -140,7 +140,7 @@ def encode_chunk(
 
 
 def why_stale(file: Path, made_of: dict[str, str], data: CaptionDataset) -> str | None:
-    """Returns why a file must be made again; None if it can stay. Images that it lacks are tried again, and named."""
+    """Returns the reason to make a file again; None if it can stay. Images that it lacks are tried again."""
     try:
         with safe_open(file, "pt") as tensors:
             found = tensors.metadata() or {}
@@ -149,7 +149,7 @@ def why_stale(file: Path, made_of: dict[str, str], data: CaptionDataset) -> str 
     except (SafetensorError, OSError):
         return "they are damaged"
     if "models" not in found:
-        return "an earlier version made them, which did not say of what"
+        return "an earlier version made them, without a record of their source"
     if found["models"] != made_of["models"]:
         return "the weights of the VAE or the text encoders have changed"
     if found["data"] != made_of["data"]:
@@ -160,12 +160,12 @@ def why_stale(file: Path, made_of: dict[str, str], data: CaptionDataset) -> str 
         except UnreadableImageError as error:
             tqdm.write(f"skipped: {error}")
         else:
-            return "images that could not be read now can"
+            return "images that could not be read before now can"
     return None
 
 
 def digest_of_data(data: CaptionDataset, indices: Iterable[int]) -> str:
-    """Digests captions, and images by path, size and time: to read a million of them would take too long."""
+    """Returns a digest of captions, and of images by path, size and time: reading a million of them takes too long."""
     return digest_of(
         *([data.captions(index), data.short_caption(index), fingerprint(data, index)] for index in indices)
     )
@@ -182,13 +182,12 @@ def fingerprint(data: CaptionDataset, index: int) -> tuple[Any, ...]:
 
 
 def digests_of_models(pipe: FineLIPSDXLPipeline, with_states: bool) -> Iterator[Any]:
-    """Yields configs and digests of all models that encode."""
+    """Yields configs and digests of all models that encode, without their places and versions."""
     models = {"vae": pipe.vae}
     if with_states:
         models |= {"text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
     for name, model in models.items():
         config = model.config if name == "vae" else model.config.to_dict()
-        # Not where it was loaded from, nor by which version.
         yield name, {key: repr(value) for key, value in config.items() if key[0] != "_" and "version" not in key}
         for key, tensor in sorted(model.state_dict().items()):
             content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -210,8 +209,8 @@ def digest_of(*parts: Any) -> str:
 def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[int]]:
     """Returns the largest square in the middle, scaled, and its time ids (SDXL, arXiv 2307.01952, section 2.2).
 
-    Time ids are height and width of the original, top and left of the cut in the scaled image, height and width of the
-    result.
+    Time ids are height and width of the original image, top and left of the square in the scaled image, and height and
+    width of the result.
 
     Example:
         >>> image, time_ids = cut_square(Image.new("RGB", (400, 200)), 100)
@@ -234,7 +233,7 @@ def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[i
 
 
 def to_latents(pipe: FineLIPSDXLPipeline, images: list[Image.Image]) -> Tensor:
-    """Returns latents, (images, channels, height, width), scaled as the UNet knows them."""
+    """Returns latents, (images, channels, height, width), scaled for the UNet."""
     pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
     latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pixels.split(8)]).float()
     config = pipe.vae.config

@@ -1,4 +1,4 @@
-"""Processes that share a folder: one run at a time, and all processes of a run together."""
+"""Processes that share a folder: one run at a time, and all processes of a run in step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from finelip_sdxl.training.manifest import write_manifest
 
 @contextmanager
 def only_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Holds the folder of a run, and removes the unfinished files of a run that was killed.
+    """Locks the folder of a run, and removes unfinished files of a run that was killed.
 
     Raises:
-        OSError: in every process, if another run holds it.
+        OSError: another run has locked it; in every process.
     """
     with ExitStack() as stack:
         with together(accelerator):
@@ -30,20 +30,20 @@ def only_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
                 stack.enter_context(held(folder, refusal))
                 for place in (folder, folder / "checkpoints", folder / "validation"):
                     if place.is_dir():
-                        check_writable(place)  # which clears it
+                        check_writable(place)  # this removes the unfinished files
         yield
 
 
 @contextmanager
 def held(folder: Path, refusal: str | None = None) -> Iterator[None]:
-    """Holds a folder against other processes. The lock of a process that was killed is free.
+    """Locks a folder against other processes. The lock of a process that was killed is free.
 
     Args:
-        folder: is made, and removed again if it stays empty.
-        refusal: the message if another process holds it; None waits for its end.
+        folder: the folder; it is made, and removed again if it stays empty.
+        refusal: the message if another process has locked it; None waits for that process.
 
     Raises:
-        OSError: if another process holds it.
+        OSError: another process has locked it, and `refusal` is not None.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def held(folder: Path, refusal: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)  # before it is free: a file made after that is another's
+        (folder / ".lock").unlink(missing_ok=True)  # before the release: a file made later belongs to another process
         lock.release()
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
@@ -66,10 +66,10 @@ def held(folder: Path, refusal: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Ends all processes if one of them fails in this block, since the others would wait for it. All must enter it.
+    """Ends all processes if one of them fails in this block, which all must enter. (The others would wait for it.)
 
     Raises:
-        OSError: in every process, if one raised it.
+        OSError: one process raised it; in every process.
     """
     problem = None
     try:
@@ -85,13 +85,13 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def written_together(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
-    """An empty folder that all processes write to. With a manifest, it takes the place of `folder` at the end.
+    """An empty folder for all processes. At the end it gets a manifest and takes the place of `folder`.
 
     Raises:
-        OSError: in every process, if one of them cannot write; what was there is as it was.
+        OSError: one process cannot write; in every process. The old folder has not changed.
     """
     is_main = accelerator.is_main_process
-    with together(accelerator), ExitStack() as stack:  # the folder is moved where the stack ends
+    with together(accelerator), ExitStack() as stack:  # the folder is moved at the end of the stack
         with together(accelerator):
             mine = stack.enter_context(written_folder(folder, replaced=os.listdir)) if is_main else None
         new: Path = gather_object([mine])[0]

@@ -1,4 +1,4 @@
-"""The folder of a training run: checkpoints to go on from after any stop, and the models that came out of it."""
+"""The folder of a training run: checkpoints to go on from, and the trained models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finelip_sdxl.files import written_folder
 from finelip_sdxl.training.manifest import MANIFEST, find_damage, write_manifest
 from finelip_sdxl.training.processes import together, written_together
 
-MODELS = ("best", "last", "after-text")  # the names of models that recipes save beside checkpoints/
+MODELS = ("best", "last", "after-text")  # names of the recipes' models, beside checkpoints/
 
 
 class Stateful(Protocol):
@@ -31,21 +31,21 @@ class Stateful(Protocol):
 
 
 class Saveable(Protocol):
-    """A model, a tokenizer, or anything else that saves itself to a folder."""
+    """An object that saves itself to a folder, such as a model or a tokenizer."""
 
     def save_pretrained(self, folder: Path, /) -> Any: ...
 
 
 class RunFolder:
-    """Keeps `checkpoints/` and the models of a run. Each is written whole, with a manifest that shows later damage.
+    """Keeps `checkpoints/` and the models of a run. Each is written completely, with a manifest to find later damage.
 
     Args:
-        folder: need not exist; held by `only_run`.
-        accelerator: has prepared the models and optimizers that checkpoints hold.
-        settings: must stay as they are when the run goes on.
-        keep: the number of newest checkpoints that are not deleted.
-        also: other objects that checkpoints hold, by the name of their file. Objects that are registered with the
-            accelerator instead are loaded from a pickle, which may run code.
+        folder: the folder, which need not exist, locked by `only_run`.
+        accelerator: the accelerator that has prepared the models and optimizers of the checkpoints.
+        settings: settings that must not change when the run goes on.
+        keep: number of newest checkpoints that are not deleted.
+        also: other objects in the checkpoints, by the names of their files. (Objects that are registered with the
+            accelerator instead are loaded from a pickle, which may run code.)
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class RunFolder:
         self.also = also or {}
 
     def resume(self) -> dict[str, Any] | None:
-        """Loads the newest whole checkpoint and returns the progress that was saved with it; None if there is none.
+        """Loads the newest whole checkpoint and returns the progress saved with it; None if there is no checkpoint.
 
-        Newer checkpoints that are damaged are named.
+        Damaged checkpoints that are newer are named.
 
         Raises:
-            ValueError: if all are damaged, or if it is of other settings or of another model, or holds code beside
-                tensors and numbers.
+            ValueError: all checkpoints are damaged; or this one has other settings, belongs to another model, or holds
+                code beside tensors and numbers.
         """
         found = self._newest_whole() if self.accelerator.is_main_process else None
-        newest, notes = gather_object([found])[0]  # all go on from the one that the main process sees
+        newest, notes = gather_object([found])[0]  # the main process chooses for all
         if newest is None and notes:
             raise ValueError(
                 f"{' '.join(notes)} No checkpoint is left to go on from: delete {self.folder / 'checkpoints'} to begin"
@@ -81,7 +81,7 @@ class RunFolder:
             return None
         progress: dict[str, Any] = json.loads((newest / "progress.json").read_text())
         if progress.pop("manifest", None) is None:
-            self.accelerator.print(f"{newest} is of an earlier version: it can be read, and no more is known of it.")
+            self.accelerator.print(f"{newest} is of an earlier version: its files can be read, and no more is checked.")
         self._check_settings(progress.pop("settings", {}))
         self._load(newest)
         return progress
@@ -90,7 +90,7 @@ class RunFolder:
         """Writes a checkpoint of `progress["step"]`; every process calls this.
 
         Raises:
-            OSError: in every process, if one of them cannot write; the checkpoints before are as they were.
+            OSError: one process cannot write; in every process. Earlier checkpoints have not changed.
         """
         is_main = self.accelerator.is_main_process
         checkpoint = self.folder / "checkpoints" / f"step-{progress['step']:07d}"
@@ -108,15 +108,15 @@ class RunFolder:
                 self._delete_others(checkpoint.name)
 
     def save_model(self, name: str, *parts: Saveable, **subfolders: Saveable) -> None:
-        """Writes a model, its tokenizer and the like to one folder; the main process does it.
+        """Writes the parts of a model, such as its tokenizer, to one folder, in the main process only.
 
         Args:
             name: one of `MODELS`.
-            parts: go into the folder itself.
-            subfolders: go into one folder each, by their name.
+            parts: parts for the folder itself.
+            subfolders: parts for a subfolder each, by its name.
 
         Raises:
-            OSError: if it cannot be written; what was there is as it was.
+            OSError: the folder cannot be written; the old one has not changed.
         """
         if not self.accelerator.is_main_process:
             return
@@ -128,12 +128,12 @@ class RunFolder:
             write_manifest(new)
 
     def holds(self, name: str) -> bool:
-        """Returns whether a model is there as it was saved, or, without a manifest (an earlier version), is there."""
+        """Returns whether a model is there, and undamaged if it has a manifest (earlier versions wrote none)."""
         folder = self.folder / name
         return folder.is_dir() and not ((folder / MANIFEST).exists() and find_damage(folder))
 
     def _newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and a sentence about each newer one."""
+        """The newest whole checkpoint, and a sentence about each newer, damaged one."""
         notes: list[str] = []
         for checkpoint in reversed(self._checkpoints()):
             has_manifest = (checkpoint / MANIFEST).exists()
@@ -151,7 +151,7 @@ class RunFolder:
         ]
         if changed:
             raise ValueError(
-                f"{self.folder} holds a run of other settings ({', '.join(changed)}): pass another folder."
+                f"{self.folder} holds a run with other settings ({', '.join(changed)}): pass another folder."
             )
 
     def _load(self, checkpoint: Path) -> None:
@@ -164,11 +164,11 @@ class RunFolder:
             raise ValueError(f"{checkpoint} is a checkpoint of another model: pass another folder.") from error
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{checkpoint} holds more than tensors and numbers: no run wrote it, delete it."
+                f"{checkpoint} holds more than tensors and numbers, so no run wrote it: delete it."
             ) from error
 
     def _delete_others(self, newest: str) -> None:
-        """Deletes checkpoints that are too old, and newer ones: they are damaged, or the run had gone on from them."""
+        """Deletes checkpoints that are too old, and newer ones: they are damaged, or of a discarded part of the run."""
         earlier = [checkpoint for checkpoint in self._checkpoints() if checkpoint.name <= newest]
         newer = [checkpoint for checkpoint in self._checkpoints() if checkpoint.name > newest]
         for checkpoint in (*earlier[: -self.keep], *newer):
@@ -181,12 +181,12 @@ class RunFolder:
         return sorted((self.folder / "checkpoints").glob("step-" + 7 * "[0-9]"))
 
 
-# The random generators' part of a checkpoint; Accelerate goes on without a word if it is not there.
+# States of random generators in a checkpoint; if one is missing, Accelerate goes on silently.
 _RANDOM_STATES = {"random_state", "numpy_random_seed", "torch_manual_seed"}
 
 
 def find_damage_by_reading(checkpoint: Path, also: Collection[str]) -> str | None:
-    """Names the damage of a checkpoint without a manifest (an earlier version), as far as reading it shows it."""
+    """Returns the damage of a checkpoint without a manifest (from an earlier version), found by reading its files."""
     name = "progress.json"
     try:
         progress = json.loads((checkpoint / name).read_text())
@@ -202,7 +202,7 @@ def find_damage_by_reading(checkpoint: Path, also: Collection[str]) -> str | Non
                 return f"{name} holds numbers that are not finite"
             if name.startswith("random_states") and not content.keys() >= _RANDOM_STATES:
                 return f"{name} is not from a run"
-    except Exception as error:  # broken files make readers raise almost anything
+    except Exception as error:  # broken files cause errors of almost any type
         is_missing = isinstance(error, FileNotFoundError) or not (checkpoint / name).exists()
         return f"{name} is missing" if is_missing else f"{name} cannot be read ({type(error).__name__})"
     return None

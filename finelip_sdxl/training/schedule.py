@@ -1,4 +1,4 @@
-"""When things happen in a run: the learning rate of each step, and the batches of each epoch."""
+"""The schedule of a run: the learning rate of each step, and the batches of each epoch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
 
 
 class Epoch(Protocol):
-    """The batches of one epoch, of known number."""
+    """The batches of one epoch, with a length."""
 
     def __len__(self) -> int: ...
 
@@ -31,9 +31,10 @@ def endless(batches: Epoch, set_epoch: Callable[[int, int], None], first: int) -
     """Yields batches without end, epoch after epoch, from number `first` on.
 
     Args:
-        batches: one epoch; its length is that of a whole one.
-        set_epoch: is called before each epoch with its number and its first batch, which is not 0 where a run goes on.
-        first: the number of the first batch, over all epochs.
+        batches: one epoch; its length is the number of batches in a whole one.
+        set_epoch: a function to call before each epoch, with its number and the number of its first batch, which is
+            above 0 if a run goes on within an epoch.
+        first: number of the first batch, counted over all epochs.
 
     Example:
         >>> from itertools import islice

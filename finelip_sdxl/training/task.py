@@ -1,4 +1,4 @@
-"""The losses of FineLIP's training, on one process or several, and the frozen teacher of one of them."""
+"""The losses of FineLIP's training, on one process or several, and the frozen teacher for distillation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LOSSES = ("triplet", "contrastive", "region", "distillation")
 
 
 class FineLIPTask(nn.Module):
-    """The losses of one batch of pairs; several processes share its forward pass.
+    """The losses of one batch of pairs, as one module, for training with several processes.
 
-    Negatives come from the batches of all processes. Each process compares its images with the texts of all processes;
-    gathered, with gradients, these rows are the similarities of the whole batch, of which each process computes the
-    loss. Averaging the gradients over processes then gives those of one process that has the whole batch.
+    Negatives come from the batches of all processes. Each process compares its images with the texts of all processes.
+    These rows are gathered, with gradients, to the similarities of the whole batch, and each process computes the loss
+    of all of them. The mean of the processes' gradients is then the gradient of one process with the whole batch.
 
     Args:
-        model: is trained.
-        weights: by the name of the loss, see `LOSSES`; a loss of weight 0 is left out.
-        margin: of the triplet loss.
-        hardest: let the triplet loss count a pair's hardest negative only.
+        model: the model to train.
+        weights: weights of the losses by name, see `LOSSES`; a loss of weight 0 is left out.
+        margin: margin of the triplet loss.
+        hardest: whether the triplet loss counts a pair's hardest negative only.
     """
 
     def __init__(self, model: FineLIPModel, weights: dict[str, float], margin: float, hardest: bool) -> None:
@@ -36,7 +36,7 @@ class FineLIPTask(nn.Module):
         self.model, self.weights, self.margin, self.hardest = model, weights, margin, hardest
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the weighted sum under `loss`, and under their names the losses that have a weight."""
+        """Returns the losses with a weight, by their names, and their weighted sum as `loss`."""
         model, weights = self.model, self.weights
         text: Any = model.encode_text(batch["input_ids"])
         image: Any = model.encode_image(batch["pixel_values"])
@@ -57,7 +57,7 @@ class FineLIPTask(nn.Module):
         return {"loss": loss, **losses}
 
     def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
-        """Compares each phrase with the regions of this process's batch; regions of equal label are no negatives."""
+        """The contrastive loss of phrases and regions in this process's batch; equal labels are no negatives."""
         patches = image_tokens[:, 1:]
         side = math.isqrt(patches.shape[1])
         centers = (torch.arange(side, device=patches.device) + 0.5) / side
@@ -71,11 +71,11 @@ class FineLIPTask(nn.Module):
         alike = (label[:, None] == label[None]).fill_diagonal_(False)
         logits = (self._scale() * normalize(of_texts) @ normalize(of_images).T).masked_fill(alike, float("-inf"))
         losses = F.cross_entropy(logits, torch.arange(len(label), device=label.device), reduction="none")
-        return (weight * losses).sum() / weight.sum().clamp(min=1e-6)  # 0 for a batch without any
+        return (weight * losses).sum() / weight.sum().clamp(min=1e-6)  # 0 for a batch without regions
 
     def _distillation_loss(self, batch: dict[str, Any]) -> Tensor:
-        """The distance of short captions from where the teacher has them: squared error over squared norm, the mean
-        over captions, of the states that SDXL takes and of the embedding."""
+        """The relative squared error of short captions, with the teacher's as target: of penultimate states and of the
+        embedding, as a mean over captions."""
         text: Any = self.model.encode_text(batch["short_input_ids"], output_hidden_states=True)
         mask = batch["short_mask"][..., None]
         target = batch["teacher_states"] * mask
@@ -89,16 +89,17 @@ class FineLIPTask(nn.Module):
 
 
 class FrozenTeacher:
-    """The text encoder that training starts from, as it was. It encodes short captions as stock does, at 77 positions.
+    """A frozen copy of the text encoder at the start of training. It encodes short captions as stock does, at 77
+    positions.
 
     Args:
-        model: is copied.
+        model: the model to copy.
     """
 
     def __init__(self, model: FineLIPModel) -> None:
         towers = nn.ModuleDict({name: model.get_submodule(name) for name in ("text_model", "text_projection")})
         self.towers = copy.deepcopy(towers).requires_grad_(False).eval()
-        # None for a model that was trained at 248 positions: all rows in their order.
+        # None for a model that was trained at 248 positions: then all rows are used in order.
         self.rows = Provenance.of(model.config.text_config).original_row_indices()
 
     @torch.no_grad()
@@ -110,17 +111,17 @@ class FrozenTeacher:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Returns the rows of all processes, (processes · batch, …), with gradients to the process of each."""
+    """Returns the rows of all processes, (processes · batch, …); gradients flow back to the process of each row."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return tensor
     return cast(Tensor, _Gather.apply(tensor.contiguous()))  # type: ignore[no-untyped-call]  # PyTorch has no types for it
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows; each process gets the sum of all processes' gradients for its own.
+    """The rows of all processes; backward, each process gets the sum of all processes' gradients of its own rows.
 
-    `torch.distributed.all_gather` carries no gradient, and the one of `torch.distributed.nn.functional` gives wrong
-    gradients with Gloo: two processes do not agree with one on the whole batch.
+    `torch.distributed.all_gather` carries no gradient. The function in `torch.distributed.nn.functional` returns wrong
+    gradients with Gloo: two processes do not agree with one process on the whole batch.
     """
 
     @staticmethod
@@ -131,7 +132,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A copy, since it is summed in place; contiguous, since memory is sent as it lies.
+        # A copy, since `all_reduce` sums in place; contiguous, since it sends raw memory.
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return torch.chunk(gradient, dist.get_world_size())[dist.get_rank()]

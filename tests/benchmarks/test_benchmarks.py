@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks import clim, miniature_alignment, miniature_pictures, miniature_retrieval, miniature_story
 from benchmarks.clim import Measured
 from benchmarks.miniature_alignment import Alignment
-from benchmarks.miniature_pictures import Reading, Results
+from benchmarks.miniature_pictures import Results, Row
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
@@ -139,9 +139,9 @@ def open_never() -> None:
     raise AssertionError("This row is drawn already.")
 
 
-def run_story(monkeypatch, *flags: str | Path, **rows: Reading) -> None:
+def run_story(monkeypatch, *flags: str | Path, **rows: Row) -> None:
     """The story of these rows alone."""
-    monkeypatch.setattr(miniature_story, "readings", lambda runs, flags="": {row.name: row for row in rows.values()})
+    monkeypatch.setattr(miniature_story, "table_rows", lambda runs, flags="": {row.name: row for row in rows.values()})
     monkeypatch.setattr(sys, "argv", ["miniature_story.py", "--scenes", str(SCENES), *map(str, flags)])
     miniature_story.main()
 
@@ -164,22 +164,22 @@ def test_an_object_counts_as_cut_where_stock_does_not_read_its_sentence_whole() 
 def test_what_is_drawn_right_counts_in_every_column_and_nothing_else_does(monkeypatch, capsys) -> None:
     run_story(
         monkeypatch,
-        truth=Reading("truth", lambda: draw_truth),
-        nothing=Reading("nothing", lambda: draw_nothing, kinds=("short",)),
+        truth=Row("truth", lambda: draw_truth),
+        nothing=Row("nothing", lambda: draw_nothing, kinds=("short",)),
     )
     out = capsys.readouterr().out
     assert re.match(
         rf"\d{{4}}-\d\d-\d\d, .* cores, torch \S+; {SCENES} scenes, 20 steps, guidance 3.0; drawn in \d+ s", out
     )
     ((head, truth, nothing),) = tables(out)
-    assert head == ["read by", *miniature_pictures.COLUMNS]
+    assert head == ["encoded by", *miniature_pictures.COLUMNS]
     assert truth[0] == "truth"
     assert {value.split()[0] for value in truth[1:]} == {"100.0"}
     assert [value.split()[0] for value in nothing[1:]] == ["0.0", "0.0", "–", "–", "–", "–"]
 
 
 def test_chance_is_what_stocks_pictures_score_against_other_scenes(monkeypatch, capsys) -> None:
-    run_story(monkeypatch, stock=Reading(miniature_story.STOCK, lambda: draw_truth))
+    run_story(monkeypatch, stock=Row(miniature_story.STOCK, lambda: draw_truth))
     ((_, stock, chance),) = tables(capsys.readouterr().out)
     assert stock[5].startswith("100.0")
     assert chance[0] == "chance"
@@ -190,8 +190,8 @@ def test_chance_is_what_stocks_pictures_score_against_other_scenes(monkeypatch, 
 def test_says_how_many_pictures_of_the_default_equal_stocks(draw, equal, monkeypatch, capsys) -> None:
     run_story(
         monkeypatch,
-        stock=Reading(miniature_story.STOCK, lambda: draw_truth),
-        default=Reading(miniature_story.DEFAULT, lambda: draw, kinds=("short",)),
+        stock=Row(miniature_story.STOCK, lambda: draw_truth),
+        default=Row(miniature_story.DEFAULT, lambda: draw, kinds=("short",)),
     )
     assert f"{equal} of {SCENES} default pictures equal stock's bit for bit." in capsys.readouterr().out
 
@@ -213,11 +213,11 @@ def test_every_picture_is_drawn_from_its_own_seed_in_any_batch(monkeypatch) -> N
 
 def test_rows_of_several_calls_make_one_table_and_figure(monkeypatch, capsys, tmp_path) -> None:
     file, plot, sheet = tmp_path / "story.json", tmp_path / "plot.png", tmp_path / "sheet.png"
-    truth, nothing = (Reading("truth", lambda: draw_truth), Reading("nothing", lambda: draw_nothing))
-    run_story(monkeypatch, "--json", file, "--only", "truth", a=truth, b=Reading("nothing", open_never))
-    run_story(monkeypatch, "--json", file, "--only", "nothing", a=Reading("truth", open_never), b=nothing)
+    truth, nothing = (Row("truth", lambda: draw_truth), Row("nothing", lambda: draw_nothing))
+    run_story(monkeypatch, "--json", file, "--only", "truth", a=truth, b=Row("nothing", open_never))
+    run_story(monkeypatch, "--json", file, "--only", "nothing", a=Row("truth", open_never), b=nothing)
     capsys.readouterr()
-    drawn = Reading("truth", open_never), Reading("nothing", open_never)
+    drawn = Row("truth", open_never), Row("nothing", open_never)
     run_story(monkeypatch, "--json", file, "--plot", plot, a=drawn[0], b=drawn[1])
     ((_, *rows),) = tables(capsys.readouterr().out)
     assert [[row[0], row[5].split()[0]] for row in rows] == [["truth", "100.0"], ["nothing", "0.0"]]
@@ -228,27 +228,27 @@ def test_rows_of_several_calls_make_one_table_and_figure(monkeypatch, capsys, tm
 
 
 def test_results_of_other_scenes_and_of_other_processes_stay(tmp_path) -> None:
-    file, row = tmp_path / "results.json", Reading("truth", lambda: draw_truth)
+    file, row = tmp_path / "results.json", Row("truth", lambda: draw_truth)
     first, second, more = Results(file, settings()), Results(file, settings()), Results(file, settings(steps=40))
     images = draw_truth([sample.caption.text for sample in SAMPLES["long"]])
     for results, name in ((first, "one"), (second, "two"), (more, "one")):
-        results.add(Reading(name, open_never), "long", SAMPLES["long"], images, time.time())
+        results.add(Row(name, open_never), "long", SAMPLES["long"], images, time.time())
     again = Results(file, settings())
-    assert again.find(Reading("one", open_never), "long")
-    assert again.find(Reading("two", open_never), "long")
-    assert again.find(Reading("one", open_never), "short") is None
-    assert Results(file, settings(steps=40)).find(Reading("two", open_never), "long") is None
+    assert again.find(Row("one", open_never), "long")
+    assert again.find(Row("two", open_never), "long")
+    assert again.find(Row("one", open_never), "short") is None
+    assert Results(file, settings(steps=40)).find(Row("two", open_never), "long") is None
     assert Results(file, settings(scenes=5)).find(row, "long") is None
 
 
 def test_a_row_is_drawn_again_when_its_weights_are_newer_or_others(tmp_path) -> None:
     file, weights = tmp_path / "results.json", tmp_path / "run" / "last"
-    row, started = Reading("a row", open_never, weights), time.time()
+    row, started = Row("a row", open_never, weights), time.time()
     results = Results(file, settings())
     results.add(row, "short", SAMPLES["short"], draw_nothing(SAMPLES["short"]), started)
     assert results.find(row, "short")  # weights that are gone are not trained for what is known
-    assert results.find(Reading("a row", open_never, tmp_path / "other" / "last"), "short") is None
-    assert results.find(Reading("a row", open_never), "short") is None
+    assert results.find(Row("a row", open_never, tmp_path / "other" / "last"), "short") is None
+    assert results.find(Row("a row", open_never), "short") is None
     weights.mkdir(parents=True)
     os.utime(weights, (started - 60, started - 60))
     assert results.find(row, "short")
@@ -267,7 +267,7 @@ def test_a_row_is_drawn_again_when_its_weights_are_newer_or_others(tmp_path) -> 
 )
 def test_refuses_bad_flags_before_drawing(flags, message, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        run_story(monkeypatch, *flags, truth=Reading("truth", open_never))
+        run_story(monkeypatch, *flags, truth=Row("truth", open_never))
     assert message in capsys.readouterr().err
 
 
@@ -276,7 +276,7 @@ def test_a_file_that_holds_no_results_is_left_alone(text, monkeypatch, tmp_path)
     file = tmp_path / "results.json"
     file.write_text(text)
     with pytest.raises(SystemExit, match=r"results\.json holds no results of this benchmark.*pass another --json"):
-        run_story(monkeypatch, "--json", file, truth=Reading("truth", open_never))
+        run_story(monkeypatch, "--json", file, truth=Row("truth", open_never))
     assert file.read_text() == text
 
 
@@ -292,7 +292,7 @@ def test_the_figure_parts_objects_where_stock_cuts() -> None:
 
 
 def test_each_line_of_the_figure_looks_different() -> None:
-    names = [row.name for row in miniature_story.readings(Path()).values() if "long" in row.kinds]
+    names = [row.name for row in miniature_story.table_rows(Path()).values() if "long" in row.kinds]
     assert len(names) == 13
     assert len({tuple(miniature_story.style(name).items()) for name in names}) == 13
     counts = {name: np.full((2, miniature_story.BINS, 2), 30.0) for name in names}

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.hooks.group_offloading import ModuleGroup
 
 from benchmarks import memory
+from tests.helpers import tiny_sdxl
 
 
 class Ledger:
@@ -66,19 +67,9 @@ class Ledger:
 
 @pytest.fixture
 def tiny(monkeypatch) -> None:
-    encoder = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
-    monkeypatch.setattr(memory, "CLIP_L", {**encoder, "hidden_size": 16})
-    monkeypatch.setattr(memory, "BIG_G", {**encoder, "hidden_size": 24, "projection_dim": 24})
+    for name in ("CLIP_L", "BIG_G", "UNET"):
+        monkeypatch.setattr(memory, name, getattr(tiny_sdxl, name))
     monkeypatch.setattr(memory, "ADAPTER", {"state_dims": (16, 24), "pooled_dim": 24, "hidden_dim": 8})
-    unet = {
-        "block_out_channels": (32, 64, 64),
-        "transformer_layers_per_block": 1,
-        "attention_head_dim": (2, 4, 4),
-        "cross_attention_dim": 40,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 24 + 6 * 8,
-    }
-    monkeypatch.setattr(memory, "UNET", {**memory.UNET, **unet})
     monkeypatch.setattr(memory, "VAE", {**memory.VAE, "block_out_channels": (32,) * 4, "sample_size": 64})
 
 

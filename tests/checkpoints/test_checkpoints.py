@@ -231,8 +231,8 @@ def test_an_old_config_s_end_token_is_no_hindrance(published, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"activation": "gelu"}, r"text_config has hidden_act 'gelu', and x\.pt would be read with 'quick_gelu'"),
-        ({"num_attention_heads": 4}, "vision_config has num_attention_heads 4.*read with 1"),
+        ({"activation": "gelu"}, r"text_config has hidden_act 'gelu', and x\.pt would be loaded with 'quick_gelu'"),
+        ({"num_attention_heads": 4}, "vision_config has num_attention_heads 4.*loaded with 1"),
         ({"hidden_size": 80}, "vision_model 80 wide, which does not split into heads of 64"),
         ("miniature-clip-1", "use save_pretrained"),
     ],
@@ -245,12 +245,12 @@ def test_refuses_to_write_what_would_be_read_as_another_model(source, message, t
 
 
 def test_refuses_to_write_positions_that_would_be_stretched_again(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"max_position_embeddings 77, and x\.pt would be read with 248"):
+    with pytest.raises(ValueError, match=r"max_position_embeddings 77, and x\.pt would be loaded with 248"):
         save_openai_layout(FineLIPModel(FineLIPConfig(text_config=tiny_clip().config.text_config)), tmp_path / "x.pt")
 
 
 def test_refuses_to_write_adapters_and_other_suffixes(published, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"x\.ckpt is neither named \.safetensors nor \.pt"):
+    with pytest.raises(ValueError, match=r"x\.ckpt has another suffix than \.safetensors or \.pt"):
         save_openai_layout(published, tmp_path / "x.ckpt")
     adapted = load_finelip(published)
     adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
@@ -460,7 +460,7 @@ def test_the_only_variant_is_taken_and_said(tmp_path, caplog) -> None:
         caplog.clear()
         assert same_weights(load_finelip(tmp_path / folder), load_finelip(clip))
         assert [record.getMessage() for record in caplog.records if "variant" in record.getMessage()] == [
-            f"{tmp_path / folder} holds weights of variant bf16 alone, so these are loaded."
+            f"{tmp_path / folder} holds only weights of variant bf16, so these are loaded."
         ]
     clip.save_pretrained(tmp_path / "whole", variant="fp16")
     with pytest.raises(ValueError, match="weights of variants bf16, fp16: pass one of these as variant="):
@@ -748,7 +748,7 @@ def test_the_parts_of_a_fused_weight_do_not_keep_it_alive() -> None:
         ),
         (
             ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.theta"],
-            "a CLIP in geometric parametrization .GmP., .* give the file that its author has converted back",
+            "a CLIP in geometric parametrization .GmP., .* pass its author's file of plain weights",
         ),
         (["vision_model.embeddings.class_embedding"], "the image tower of a CLIP"),
         (["bert.embeddings.word_embeddings.weight"], "a BERT"),
@@ -759,7 +759,7 @@ def test_the_parts_of_a_fused_weight_do_not_keep_it_alive() -> None:
 def test_says_what_other_weights_look_like(keys, looks_like, tmp_path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({key: torch.zeros(2, 2) for key in keys}, path)
-    with pytest.raises(ValueError, match=f"other.safetensors is not a checkpoint of a CLIP.*looks like {looks_like}"):
+    with pytest.raises(ValueError, match=f"other.safetensors is no checkpoint of a CLIP.*looks like {looks_like}"):
         load_finelip(path)
 
 
@@ -777,7 +777,7 @@ def test_refuses_tables_it_cannot_merge_or_stretch() -> None:
     del short["positional_embedding_res"]
     assert "has 64 text positions" in refusal(short)
     del short["positional_embedding"]
-    assert "lacks the positional table of its text tower: it is no whole checkpoint, or has rotary" in refusal(short)
+    assert "lacks the positional table of its text tower: it is incomplete, or has rotary" in refusal(short)
 
 
 def test_refuses_incomplete_unknown_and_unfit_weights() -> None:
@@ -796,22 +796,22 @@ def test_refuses_incomplete_unknown_and_unfit_weights() -> None:
 
 
 def test_refuses_bad_arguments() -> None:
-    assert "activation='relu' is unknown" in refusal(load_file(PUBLISHED), activation="relu")
-    assert "keep=77" in refusal(to_openai_layout(tiny_clip().state_dict()), keep=77)
+    assert "activation is 'relu'; expected" in refusal(load_file(PUBLISHED), activation="relu")
+    assert "keep is 77" in refusal(to_openai_layout(tiny_clip().state_dict()), keep=77)
     for arguments in (
         *({"keep": keep} for keep in (-1, 0.5, "20", True, None, [20], 248)),
         *({"factor": factor} for factor in (-1, 0, 4.0, "4", True, None, 10**9)),
     ):  # also where nothing is stretched
         for source in (load_file(PUBLISHED), to_openai_layout(tiny_clip().state_dict()), load_file(PUBLISHED).copy()):
-            assert "give a whole number from" in refusal(source, **arguments)
-    with pytest.raises(ValueError, match="not from int"):
+            assert "expected a whole number from" in refusal(source, **arguments)
+    with pytest.raises(ValueError, match="is of type int; expected a path"):
         load_finelip(3)
 
 
 @pytest.mark.parametrize("source", ["no/such/dir/at/all", "missing.safetensors", "here/missing.pt", Path("nowhere")])
 def test_a_path_that_does_not_exist(source) -> None:
     with pytest.raises(
-        FileNotFoundError, match="does not exist: give a checkpoint file, a model directory or a hub id"
+        FileNotFoundError, match="does not exist: pass a checkpoint file, a model directory or a hub id"
     ):
         load_finelip(source)
 
@@ -825,7 +825,7 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path) -> None:
     ("error", "message"),
     [
         ("LocalEntryNotFoundError", "cannot be reached"),
-        ("RepositoryNotFoundError", r"does not give it \(404: no such repository\)\.$"),
+        ("RepositoryNotFoundError", r"the hub refuses it \(404: no such repository\)\.$"),
         ("EntryNotFoundError", r"holds no config\.json"),
     ],
 )
@@ -865,7 +865,8 @@ def test_a_hub_id_is_read_like_a_directory(monkeypatch, tmp_path) -> None:
 def test_the_folder_of_a_run_leads_to_the_model_in_it(inner, tmp_path) -> None:
     tiny_clip().save_pretrained(tmp_path / inner)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(FileNotFoundError, match=rf"holds no config\.json: give {tmp_path / inner}, which does\.$"):
+    hint = rf"holds no config\.json: pass {tmp_path / inner}, which holds one\.$"
+    with pytest.raises(FileNotFoundError, match=hint):
         load_finelip(tmp_path)
 
 
@@ -908,7 +909,7 @@ def test_directories_that_hold_no_clip(tmp_path) -> None:
 @pytest.mark.parametrize("model_type", ["siglip", "t5", "qwen2", "jina_clip", "clip_vision_model", None])
 def test_other_models_are_refused_by_their_configs_before_their_weights_are_fetched(model_type, tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=f"config says model_type {model_type!r}, and nothing else can take the place"):
+    with pytest.raises(ValueError, match=f"config says model_type {model_type!r}, and SDXL's text encoders can be"):
         load_finelip(tmp_path)
 
 

@@ -435,7 +435,7 @@ def test_a_shard_that_is_missing_is_named(encoder) -> None:
 
 def test_a_tokenizer_without_its_files_is_refused(sdxl) -> None:
     (sdxl / "tokenizer_2" / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer_2 knows no words: its tokenizer\.json, or its vocab\.json"):
+    with pytest.raises(ValueError, match=r"tokenizer_2 knows no words, since its tokenizer\.json, or its vocab\.json"):
         FineLIPSDXLPipeline.from_pretrained(sdxl)
 
 

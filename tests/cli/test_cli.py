@@ -25,6 +25,7 @@ from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import open_device
 from finelip_sdxl.comparison import comparison
 from finelip_sdxl.console import printing_stops_nothing
+from finelip_sdxl.data import formats
 from finelip_sdxl.images import read_parameters
 from finelip_sdxl.miniature.drawing import draw_scene
 from finelip_sdxl.miniature.world import make_scene
@@ -48,7 +49,7 @@ def test_generate_writes_a_picture_that_says_how_it_was_made(stock_folder, pictu
     arguments = ["--base", stock_folder, "--steps", "2", "--seed", "3", "--device", "cpu", "--out", picture]
     assert main(["generate", LONG, "--negative-prompt", "large", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "text_encoder and text_encoder_2 read prompt" in printed
+    assert "text_encoder and text_encoder_2 encode prompt" in printed
     assert LONG in printed
     assert f"{picture} (seed 3)" in printed
 
@@ -120,7 +121,7 @@ class FakeComparison:
         cls.loaded, cls.drawn = {"base": base, **loading}, []
         return opened
 
-    def read(self, prompt: str, columns: list[str]) -> dict[str, EncoderPlan]:
+    def plan(self, prompt: str, columns: list[str]) -> dict[str, EncoderPlan]:
         parts = {"stock": [75], "compel": [75, 75, 25], "finelip": [175]}
         return {
             column: EncoderPlan(
@@ -149,7 +150,7 @@ def fake(monkeypatch) -> type[FakeComparison]:
 
 
 def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys) -> None:
-    arguments = ["--columns", "finelip", "stock", "stock", "--seeds", "2", "--seed", "7", "--device", "cpu"]
+    arguments = ["--columns", "finelip", "stock", "--seeds", "2", "--seed", "7", "--device", "cpu"]
     more = ["--steps", "4", "--guidance-scale", "3", "--negative-prompt", "large", "--width", "64", "--height", "72"]
     loading = ["--base", "some/sdxl", "--finelip", "some/clip", "--refiner", "some/refiner", "--dtype", "bfloat16"]
     scale = ["--conditioning-adapter-scale", "0.5", "--hidden-states", "last"]
@@ -161,8 +162,8 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     told = ("base", "finelip", "refiner", "dtype", "offload")
     assert [fake.loaded[name] for name in told] == ["some/sdxl", "some/clip", "some/refiner", torch.bfloat16, False]
     assert capsys.readouterr().out.splitlines() == [
-        "Stock SDXL reads 77 of 177 tokens, in 1 window of 77 positions; 100 are CUT",
-        "FineLIP-SDXL reads 177 of 177 tokens, in 1 window of 248 positions; nothing is cut",
+        "Stock SDXL encodes 77 of 177 tokens, in 1 window of 77 positions; 100 are CUT",
+        "FineLIP-SDXL encodes 177 of 177 tokens, in 1 window of 248 positions; nothing is cut",
         "Stock SDXL drew seed 7 in 1.5 s",
         "FineLIP-SDXL drew seed 7 in 1.5 s",
         "Stock SDXL drew seed 8 in 1.5 s",
@@ -182,7 +183,7 @@ def test_compare_draws_all_columns_of_one_random_seed_by_default(fake, picture, 
     assert main(["compare", LONG, "--out", picture, "--device", "cpu"]) == 0
     assert [column for column, _ in fake.drawn] == ["stock", "compel", "finelip"]
     assert len({drawn.seed for _, drawn in fake.drawn}) == 1
-    assert "compel reads 177 of 177 tokens, in 3 windows of 77 positions; nothing is cut" in capsys.readouterr().out
+    assert "compel encodes 177 of 177 tokens, in 3 windows of 77 positions; nothing is cut" in capsys.readouterr().out
     seeds = read_parameters(picture)["seeds"]
     assert main(["compare", LONG, "--out", picture, "--device", "cpu"]) == 0
     assert read_parameters(picture)["seeds"] != seeds
@@ -229,12 +230,20 @@ def test_compare_draws_with_the_miniature(picture, capsys) -> None:
     arguments = ["--steps", "2", "--seed", "0", "--device", "cpu", "--dtype", "float32", "--out", picture]
     assert main(["compare", prompt, *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "Stock SDXL reads 77 of 146 tokens, in 1 window of 77 positions; 69 are CUT" in printed
-    assert "compel reads 146 of 146 tokens, in 2 windows of 77 positions; nothing is cut" in printed
-    assert "FineLIP-SDXL reads 146 of 146 tokens, in 1 window of 154 positions; nothing is cut" in printed
+    assert "Stock SDXL encodes 77 of 146 tokens, in 1 window of 77 positions; 69 are CUT" in printed
+    assert "compel encodes 146 of 146 tokens, in 2 windows of 77 positions; nothing is cut" in printed
+    assert "FineLIP-SDXL encodes 146 of 146 tokens, in 1 window of 154 positions; nothing is cut" in printed
     assert Image.open(picture).width > 3 * 288
     found = read_parameters(picture)
     assert (found["columns"], found["seeds"], found["width"]) == (["stock", "compel", "finelip"], [0], 96)
+
+
+@pytest.mark.parametrize("columns", [["stock", "stock"], ["finelip", "compel", "finelip"]])
+def test_compare_refuses_a_column_that_is_there_twice(fake, picture, capsys, columns) -> None:
+    assert main(["compare", "a fox", "--out", picture, "--columns", *columns]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"`columns` names '{columns[0]}' 2 times: pass each column once.")
+    assert not Path(picture).exists()
 
 
 def test_compare_offers_the_columns_that_there_are(capsys) -> None:
@@ -515,7 +524,7 @@ def test_tokens_needs_no_weights(stock_folder, tmp_path, capsys) -> None:
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()
     assert main(["tokens", "a fox", "--base", str(tmp_path), "--overflow", "error"]) == 0
-    assert "as stock SDXL reads it" in capsys.readouterr().out
+    assert "as stock SDXL encodes it" in capsys.readouterr().out
 
 
 def test_evaluate_retrieval_prints_a_table_and_writes_its_figures(tmp_path, capsys) -> None:
@@ -588,7 +597,7 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "--prompt-file", "missing.txt"], "missing.txt"),
         (["tokens", "--prompt-file", "{binary}"], "is not text in UTF-8"),
         (["tokens", "{endless}", "--base", "{stock}"], "at most 20,000"),
-        (["tokens", "{long}", "--base", "{stock}", "--overflow", "error"], "which reads 248"),
+        (["tokens", "{long}", "--base", "{stock}", "--overflow", "error"], "expected at most 248"),
         (["tokens", "{breaks}", "--base", "{stock}", "--weighting", "a1111"], "needs 2,500 windows"),
         (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
         (["tokens", "a", "--config", "miniature"], "config miniature goes with a single file"),
@@ -620,13 +629,13 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["compare", "a", "--out", "{png}", "--device", "cpu", "--base", "{empty}"], "model_index.json"),
         (["convert", "{empty}", "{empty}/out"], "model_index.json"),
         (["generate", "{endless}", "--base", "no/such/folder", "--device", "cpu", "--out", "{png}"], "at most 20,000"),
-        (["tokens", "a", "--base", "{sd}"], "has not the CLIP text encoders of an SDXL"),
+        (["tokens", "a", "--base", "{sd}"], "lacks the CLIP text encoders of an SDXL"),
         *[
             ([command, "a", "--out", "{png}", "--device", "cpu", *more], message)
             for command in ("generate", "compare")
             for more, message in (
                 (["--base", "{sd}"], "is a StableDiffusionPipeline; expected an SDXL"),
-                (["--base", "{one}"], "has not SDXL's two text encoders"),
+                (["--base", "{one}"], "lacks one of SDXL's two text encoders"),
                 (["--base", "{cut}"], "is not a whole safetensors file ("),
                 (["--base", "{stock}", "--variant", "fp8"], "has no weights of variant fp8"),
                 (["--base", "{stock}", "--finelip", "{stock}"], "pass an encoder in it, such as {stock}/text_encoder"),
@@ -707,10 +716,10 @@ def test_devices_of_this_machine_are_taken() -> None:
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        ({"in_channels": 9}, "takes 9 channels and gives 4, and its VAE has 4. .*by FineLIPSDXLInpaintPipeline"),
-        ({"in_channels": 8}, "takes 8 channels and gives 4.*InstructPix2Pix"),
+        ({"in_channels": 9}, "takes 9 channels and returns 4, and its VAE has 4. .*by FineLIPSDXLInpaintPipeline"),
+        ({"in_channels": 8}, "takes 8 channels and returns 4.*InstructPix2Pix"),
         ({"in_channels": 5}, "takes 5 channels.*They do not belong together"),
-        ({"out_channels": 8}, "takes 4 channels and gives 8"),
+        ({"out_channels": 8}, "takes 4 channels and returns 8"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "compare"])
@@ -756,7 +765,7 @@ def test_a_prompt_file_is_read_up_to_the_limit(tmp_path, capsys) -> None:
     (tmp_path / "cut.txt").write_bytes("狐".encode()[:2])
     for name, message in (
         (str(file), "is too long: at most 20,000 characters"),
-        (str(tmp_path / "long.txt"), "20,001 characters; at most 20,000"),
+        (str(tmp_path / "long.txt"), "20,001 characters; expected at most 20,000"),
         (str(tmp_path / "cut.txt"), "is not text in UTF-8"),
         ("/dev/zero", "cannot be read (it is no file but a device or a pipe)"),
         (str(tmp_path / "pipe"), "cannot be read (it is no file but a device or a pipe)"),
@@ -794,13 +803,14 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
+@pytest.mark.slow
 def test_the_answer_stands_alone() -> None:
     """Whatever is installed beside it: the test extra's torchao, for one, has much to say."""
     done = run([*COMMAND, "tokens", "a red star"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "text_encoder and text_encoder_2 read prompt: 5 tokens in 1 window of 77 positions,"
-        " as stock SDXL reads it; nothing is cut",
+        "text_encoder and text_encoder_2 encode prompt: 5 tokens in 1 window of 77 positions,"
+        " as stock SDXL encodes it; nothing is cut",
         '  window 1, 5 tokens: "a red star"',
     ]
 
@@ -821,7 +831,9 @@ def test_the_pictures_and_figures_of_commands_stand_alone(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["training/train_finelip.py", "training/align_adapter.py", "demo/app.py"])
+@pytest.mark.parametrize(
+    "script", ["training/train_finelip.py", "training/align_adapter.py", "training/measure_memory.py", "demo/app.py"]
+)
 def test_scripts_say_nothing_of_what_they_import(script) -> None:
     done = run([sys.executable, script, "--help"])
     assert (done.returncode, done.stderr) == (0, "")
@@ -841,6 +853,7 @@ def test_characters_that_a_terminal_lacks_are_spelled(encoding, printed, monkeyp
     assert sys.stdout is terminal
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_characters_stops_no_drawing(stock_folder, tmp_path) -> None:
     file = tmp_path / "\udcff" / "狐.png"  # the folder's name is no UTF-8
     options = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--seed", "0", "--out", str(file)]
@@ -858,6 +871,7 @@ def test_an_argument_that_is_no_text_is_refused_in_a_sentence() -> None:
     assert "half of a surrogate pair" in line
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_stops_no_work(stock_folder, picture) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -914,6 +928,13 @@ def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) ->
     assert raised.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_help_names_every_kind_of_data(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "retrieval", "--help"])
+    words = re.findall(r"[\w:]+", capsys.readouterr().out)
+    assert not {*formats._READERS, "miniature:SCENES"} - {"txt"} - {*words}  # txt holds no images
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One prompt in three columns: what each reads and draws, with one UNet."""
+"""One prompt in three columns: the plan and the picture of each, with one UNet."""
 
 import copy
 import threading
@@ -141,6 +141,7 @@ def test_a_negative_prompt_is_negative_in_every_column_of_the_miniature() -> Non
     assert difference(stock, comparison.draw("stock", Settings(prompt, steps=1)).image) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "negative"), [(SENTENCE, LONG), (LONG, SENTENCE), (LONG, LONG * 2)])
 def test_prompt_and_negative_of_several_lengths_fit_in_compel_s_column(components, prompt, negative) -> None:
     comparison = make_comparison({**components, "force_zeros_for_empty_prompt": False})
@@ -187,7 +188,7 @@ def test_where_weights_were_replaced_stock_s_own_draw_stock_s_columns() -> None:
 def test_an_encoder_that_holds_no_stock_one_is_refused(components) -> None:
     components["text_encoder"] = make_text_encoder(32, positions=248)
     components["tokenizer"] = make_tokenizer(248)
-    with pytest.raises(ValueError, match=r"248 positions holds no stock one: it was trained\. Pass the stock SDXL"):
+    with pytest.raises(ValueError, match=r"248 positions was trained and holds no stock one: pass the stock SDXL"):
         make_comparison(components)
 
 
@@ -302,11 +303,11 @@ def test_a_drawing_that_ends_in_an_error_lets_the_waiting_one_begin(comparison) 
 
 
 def test_prompts_are_read_while_pictures_are_drawn(comparison) -> None:
-    # A tokenizer that is told to cut for stock's column must not cut, or be left uncut, for who reads meanwhile.
-    expected = comparison.read(LONG)
+    # A tokenizer that is told to cut for stock's column must not cut, or be left uncut, for plans made meanwhile.
+    expected = comparison.plan(LONG)
     states = comparison._base._encode_by_stock(SETTINGS)
     with ThreadPoolExecutor(3) as threads:
-        plans = [threads.submit(comparison.read, LONG) for _ in range(12)]
+        plans = [threads.submit(comparison.plan, LONG) for _ in range(12)]
         again = [comparison._base._encode_by_stock(SETTINGS) for _ in range(12)]
         assert all(plan.result() == expected for plan in plans)
     assert all(torch.equal(each["prompt_embeds"], states["prompt_embeds"]) for each in again)
@@ -430,66 +431,66 @@ def test_stock_draws_though_short_prompts_are_stretched(stock_folder) -> None:
     assert comparison.draw("stock", SETTINGS).image.size == (16, 16)
 
 
-# Reading
+# Planning
 
 
-def test_each_column_says_what_it_reads(comparison) -> None:
+def test_each_column_plans_the_prompt(comparison) -> None:
     prompt = LONG.strip()
-    read = comparison.read(prompt)
-    assert [len(plan.windows) for plan in read.values()] == [1, 3, 1]
-    assert read["stock"].windows[0].tokens == 77
-    assert read["stock"].cut_tokens == 162 - 77
-    assert all("".join(w.text for w in plan.windows) + plan.cut_text == prompt for plan in read.values())
-    assert all(window.text.rstrip().endswith(".") for window in read["compel"].windows)  # it cuts at sentences
+    plans = comparison.plan(prompt)
+    assert [len(plan.windows) for plan in plans.values()] == [1, 3, 1]
+    assert plans["stock"].windows[0].tokens == 77
+    assert plans["stock"].cut_tokens == 162 - 77
+    assert all("".join(w.text for w in plan.windows) + plan.cut_text == prompt for plan in plans.values())
+    assert all(window.text.rstrip().endswith(".") for window in plans["compel"].windows)  # it cuts at sentences
 
 
 def test_compel_s_windows_are_those_that_it_encodes(comparison) -> None:
-    windows = comparison.read(LONG, ["compel"])["compel"].windows
+    windows = comparison.plan(LONG, ["compel"])["compel"].windows
     read = comparison._base.compel(LONG, None)
     rows = read.tokenization_info["main_positive"][0].reshape(-1, 77).tolist()
     end = comparison._base.stock.tokenizer.eos_token_id
     assert [tuple(row[1 : row.index(end)]) for row in rows] == [window.token_ids for window in windows]
 
 
-def test_compel_s_syntax_is_taken_out_of_what_it_reads(comparison) -> None:
-    (window,) = comparison.read("a (red)1.3 fox++", ["compel"])["compel"].windows
+def test_compel_s_syntax_is_taken_out_of_its_plan(comparison) -> None:
+    (window,) = comparison.plan("a (red)1.3 fox++", ["compel"])["compel"].windows
     assert window.text == "a red fox"
 
 
 def test_white_space_is_shown_as_it_was_written(comparison) -> None:
-    (window,) = comparison.read("a red\n\n fox", ["compel"])["compel"].windows
+    (window,) = comparison.plan("a red\n\n fox", ["compel"])["compel"].windows
     assert window.text == "a red\n\n fox"
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("(" * 3000, "compel would take minutes for so many brackets"),
-        ("(" * 10 + "a fox", "compel would take minutes for so many brackets"),
-        ("((((a fox, " + "a hare, " * 50, "compel would take minutes for so many brackets"),
-        ('("a fox", "a hare").blend(0.5, 0.5) above', "compel cannot read this prompt .*: take out what it knows"),
-        ("a fox" + "+" * 7448, "compel cannot read this prompt .a weight too large to be a number.: take out"),
-        ("a fox\x0b in the snow", "compel cannot read this prompt .*: take out what it knows"),
+        ("(" * 3000, "compel would take minutes for so many nested brackets"),
+        ("(" * 10 + "a fox", "compel would take minutes for so many nested brackets"),
+        ("((((a fox, " + "a hare, " * 50, "compel would take minutes for so many nested brackets"),
+        ('("a fox", "a hare").blend(0.5, 0.5) above', "compel cannot parse this prompt .*: take out its syntax"),
+        ("a fox" + "+" * 7448, "compel cannot parse this prompt .a weight too large to be a number.: take out"),
+        ("a fox\x0b in the snow", "compel cannot parse this prompt .*: take out its syntax"),
     ],
 )
 def test_what_compel_cannot_parse_is_told_in_a_sentence(comparison, prompt, message) -> None:
     with pytest.raises(ValueError, match=message):
-        comparison.read(prompt)
+        comparison.plan(prompt)
     with pytest.raises(ValueError, match=message):
         comparison.draw("compel", Settings(prompt, steps=1))
     with pytest.raises(ValueError, match=message):
         comparison.draw("compel", Settings("a fox", prompt, steps=1))
-    assert comparison.read(prompt, ["stock", "finelip"])
+    assert comparison.plan(prompt, ["stock", "finelip"])
 
 
 @pytest.mark.parametrize("prompt", ["((((a fox))))", r"\(" * 50, ":( " + "a fox, " * 200, ")" * 99, "(a fox) " * 50])
 def test_what_compel_parses_soon_is_not_refused(comparison, prompt) -> None:
-    assert comparison.read(prompt, ["compel"])["compel"].windows
+    assert comparison.plan(prompt, ["compel"])["compel"].windows
 
 
-def test_a_text_that_is_too_long_is_refused_before_it_is_read(comparison) -> None:
-    with pytest.raises(ValueError, match="has 30,000 characters; at most 20,000 are read"):
-        comparison.read("a fox " * 5000)
+def test_a_text_that_is_too_long_is_refused_before_it_is_planned(comparison) -> None:
+    with pytest.raises(ValueError, match="has 30,000 characters; expected at most 20,000"):
+        comparison.plan("a fox " * 5000)
 
 
 @pytest.mark.parametrize(
@@ -507,13 +508,13 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_read(comparison) -> Non
 )
 def test_columns_that_are_no_columns_are_named(comparison, columns, error, message) -> None:
     with pytest.raises(error, match=message):
-        comparison.read("a fox", columns)
+        comparison.plan("a fox", columns)
 
 
 @pytest.mark.parametrize("prompt", [None, 3, ["a fox"], {}])
-def test_what_is_no_text_is_not_read(comparison, prompt) -> None:
+def test_only_strings_are_planned(comparison, prompt) -> None:
     with pytest.raises(TypeError, match="`prompt` must be a string, but is"):
-        comparison.read(prompt)
+        comparison.plan(prompt)
 
 
 # Settings

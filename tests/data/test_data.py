@@ -31,7 +31,7 @@ from finelip_sdxl.data import (
     open_dataset,
     tokenize,
 )
-from finelip_sdxl.data.formats import FileDataset
+from finelip_sdxl.data.file_dataset import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
 from finelip_sdxl.texts import lines_of
@@ -181,7 +181,7 @@ def test_a_text_file_holds_a_caption_a_line_and_no_images(tmp_path) -> None:
     assert data.short_caption(0) == "A fox sleeps."
     with pytest.raises(UnreadableImageError, match=r"captions\.txt, line 4, has no image: the file holds texts only"):
         data.image(1)
-    with pytest.raises(ValueError, match="holds texts only: there is no folder of images to give"):
+    with pytest.raises(ValueError, match="holds texts only: pass no folder of images with it"):
         open_dataset(f"txt:{file}", images=tmp_path)
 
 
@@ -201,13 +201,13 @@ def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
 @pytest.mark.parametrize(
     ("spec", "split", "message"),
     [
-        ("imagenet:X", "test", "imagenet:X is no data set: give miniature, or one of sharegpt4v"),
-        ("docci", "test", "docci names no path: give docci:PATH"),
-        ("miniature:none", "test", "miniature:none gives no number of scenes"),
-        ("miniature:0", "test", "miniature:0 gives no number"),
+        ("imagenet:X", "test", "imagenet:X is no data set: pass miniature, or one of sharegpt4v"),
+        ("docci", "test", "docci names no path: pass docci:PATH"),
+        ("miniature:none", "test", "miniature:none names no number of scenes"),
+        ("miniature:0", "test", "miniature:0 names no number"),
         ("webdataset:X", "test", "webdataset:X is a stream for training only"),
-        ("urban1k:X", "train", "urban1k has no split train: give test"),
-        ("docci:X", "dev", "docci has no split dev: give train or test or qual_dev or qual_test"),
+        ("urban1k:X", "train", "urban1k has no split train: pass test"),
+        ("docci:X", "dev", "docci has no split dev: pass train or test or qual_dev or qual_test"),
     ],
 )
 def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message) -> None:
@@ -216,7 +216,7 @@ def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message) -> None:
 
 
 def test_a_split_that_the_annotations_do_not_have_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"captions\.txt of flickr30k has no split train: give test"):
+    with pytest.raises(ValueError, match=r"captions\.txt of flickr30k has no split train: pass test"):
         open_dataset(flickr30k_csv(tmp_path), "train")
 
 
@@ -245,16 +245,16 @@ def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:
     [
         ("jsonl:x", '{"image": "a", "caption": "b"}\n\n{"image"', r"Line 3 of .*x is not JSON"),
         ("jsonl:x", '{"image": "a", "caption": "b"}\n{"image": "a"}', r"Line 2 of .*x lacks 'caption'"),
-        ("jsonl:x", '["a", "b"]', r"Line 1 of .*x has not the layout"),
+        ("jsonl:x", '["a", "b"]', r"Line 1 of .*x does not have the layout"),
         ("jsonl:x", '{"image": "a", "caption": " "}', r"jsonl:.* has no caption, or an empty one, for .*a: add it"),
         ("jsonl:x", '{"image": "a", "caption": 3}', r"The caption of .*a in jsonl:.*x is 3, where text was expected"),
         ("jsonl:x", "", "has no images in this split"),
         ("jsonl:x", b"\xff\xfe", "x is not UTF-8 text"),
         ("txt:x", "\n \n", "x holds no text: write a caption in each line"),
         ("txt:x", b"\xff\xfe", "x is not UTF-8 text"),
-        ("csv:x", "file,caption\na,b\n", "x has the columns file, caption: it needs image and caption"),
-        ("csv:x", "", "x has the columns of none: it needs image and caption"),
-        ("csv:x", "image,caption\na,b\na,b, c\n", "Line 3 of .*x does not hold .*: quote captions that have commas"),
+        ("csv:x", "file,caption\na,b\n", "x has the columns file, caption; expected image and caption"),
+        ("csv:x", "", "x has no columns; expected image and caption"),
+        ("csv:x", "image,caption\na,b\na,b, c\n", "Line 3 of .*x does not hold .*: put captions with commas in quotes"),
         ("csv:x", "image,caption\na\n", "Line 2 of .*x does not hold an image and a caption"),
         ("sharegpt4v:x", "[{}", "x is not JSON"),
         ("sharegpt4v:x", "{}", "x holds a dict, where a list was expected"),
@@ -318,7 +318,7 @@ def with_entry(kind: str, folder: Path, image: str, caption: str) -> tuple[str, 
 )
 def test_an_image_that_is_no_path_is_refused_with_its_place(kind, image, fault, tmp_path) -> None:
     spec, place = with_entry(kind, tmp_path, image, '"A."')
-    with pytest.raises(ValueError, match=rf"{place} has not the layout of its data set \({fault}[^\n]*\)\.$"):
+    with pytest.raises(ValueError, match=rf"{place} does not have the layout of its data set \({fault}[^\n]*\)\.$"):
         open_dataset(spec)
 
 
@@ -332,7 +332,7 @@ def test_an_image_that_is_no_path_is_refused_with_its_place(kind, image, fault, 
         (r'"A \ud83d fox."', r"The caption of .*a\.jpg in {} holds \\ud83d, which is half of a character"),
         (
             '"' + "a " * 50_001 + '"',
-            r"The caption of .*a\.jpg in {} has 100,002 characters, where 100,000 are the most",
+            r"The caption of .*a\.jpg in {} has 100,002 characters, where at most 100,000 were",
         ),
         ('" \\n"', "{} has no caption, or an empty one, for .*a\\.jpg: add it"),
     ],
@@ -369,9 +369,9 @@ def test_json_that_cannot_be_read_is_refused_with_its_file(kind, image, fault, t
             '[{"image_id": 1, "caption": "A."}, {"image_id": 7, "caption": "B."}]',
             "is of image 7, which is not am",
         ),
-        ('"b"', '[{"image_id": [], "caption": "A."}]', "Entry 1 of annotations in .* has not the layout"),
+        ('"b"', '[{"image_id": [], "caption": "A."}]', "Entry 1 of annotations in .* does not have the layout"),
         ('"b"', '[{"caption": "A."}]', "Entry 1 of annotations in .* lacks 'image_id'"),
-        ('"b"', "[3]", "Entry 1 of annotations in .* has not the layout"),
+        ('"b"', "[3]", "Entry 1 of annotations in .* does not have the layout"),
         ('"b"', "null", "annotations is None, where a list was expected"),
         ('"b"}, {"id": 1, "file_name": "c"', "[]", "Entry 3 of images in .* has the id of an earlier one, 1"),
     ],
@@ -386,7 +386,7 @@ def test_annotations_that_fit_no_image_are_refused_with_their_place(image, annot
 def test_a_malformed_line_of_a_token_file_is_refused(tmp_path) -> None:
     spec = flickr30k_token(tmp_path)
     write_lines(tmp_path / "results_20130124.token", "0.png#0\tA cat.", "no tab")
-    with pytest.raises(ValueError, match=r"Line 2 of .* is not IMAGE#NUMBER, a tab and a caption"):
+    with pytest.raises(ValueError, match=r"Line 2 of .* is faulty; expected IMAGE#NUMBER, a tab and a caption"):
         open_dataset(spec)
 
 
@@ -464,7 +464,7 @@ def test_text_that_is_in_no_regular_file_is_refused_at_once(tmp_path) -> None:
 def test_two_images_of_one_name_are_not_made_one(tmp_path) -> None:
     spec = urban1k(tmp_path)
     write_image(tmp_path / "image" / "1.bmp")
-    with pytest.raises(ValueError, match=r"1\.(png|bmp) and .*1\.(png|bmp) have one name"):
+    with pytest.raises(ValueError, match=r"1\.(png|bmp) and .*1\.(png|bmp) share one name"):
         open_dataset(spec)
 
 
@@ -490,7 +490,7 @@ def test_a_csv_may_quote_captions_of_several_lines(tmp_path) -> None:
         ('a,"A fox." he said\n', "begins in line 3 of .*close each quote"),
         ('a,"A fox.\n' + "b,A hare.\n" * 20_000, "begins in line 3 of .*field larger than field limit"),
         (f"a,{'x' * 131_073}\n", "begins in line 3 of .*field larger than field limit"),
-        (f"a,{'x' * 100_001}\n", "The caption of .*a in csv:.* has 100,001 characters, where 100,000 are the most"),
+        (f"a,{'x' * 100_001}\n", "The caption of .*a in csv:.* has 100,001 characters, where at most 100,000 were"),
         ("b\n", "Line 3 of .* does not hold an image and a caption"),
         ("b,\n", "Line 3 of .* does not hold an image and a caption"),
         (",b\n", "Line 3 of .* does not hold an image and a caption"),
@@ -508,10 +508,10 @@ def test_a_row_of_a_csv_that_cannot_be_read_is_refused_with_its_line(rows, messa
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("image,caption,caption", "has the column caption 2 times: it needs it once"),
-        ("image;caption", "has the columns image;caption: it needs image and caption"),
+        ("image,caption,caption", "has the column caption 2 times; expected it once"),
+        ("image;caption", "has the columns image;caption; expected image and caption"),
         ('image,"caption', "The row that begins in line 1 of .* cannot be read"),
-        ("caption", "has the columns caption: it needs image and caption"),
+        ("caption", "has the columns caption; expected image and caption"),
     ],
 )
 def test_a_header_of_a_csv_that_does_not_do_is_refused(header, message, tmp_path) -> None:
@@ -597,7 +597,7 @@ def test_without_a_tokenizer_one_is_asked_for(tmp_path) -> None:
 
 @pytest.mark.parametrize("load", [load_tokenizer, lambda source: load_image_processor(source, 224)])
 def test_a_source_that_is_nowhere_is_one_sentence(load, monkeypatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^/nowhere/at/all does not exist: give a directory or a hub id\.$"):
+    with pytest.raises(FileNotFoundError, match=r"^/nowhere/at/all does not exist: pass a directory or a hub id\.$"):
         load("/nowhere/at/all")
 
     def unreachable(*args: Any, **kwargs: Any) -> str:
@@ -674,7 +674,7 @@ def in_two_files(folder: Path, merges: str | None = None) -> None:
 def test_a_tokenizer_that_would_spell_letters_is_refused(damage, tmp_path) -> None:
     load_tokenizer("miniature-clip-1").save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=rf"^{tmp_path} knows no words: its tokenizer\.json, or its vocab\.json and"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path} knows no words, since its tokenizer\.json, or its vocab\.json"):
         load_tokenizer(tmp_path)
 
 
@@ -984,14 +984,14 @@ def test_a_name_in_a_shard_may_be_no_text(tmp_path) -> None:
         ("json", r'{"caption": "\ud800"}', r"The caption of a in .* holds \\ud800, which is half of a character\."),
         ("json", '{"text": "A."}', r"a in .* has no caption \(its json lacks a caption\)\."),
         ("json", '["A."]', r"a in .* has no caption \(its json lacks a caption\)\."),
-        ("json", '{"caption"', r"a in .* has no caption \(its json is none: .*\)\."),
+        ("json", '{"caption"', r"a in .* has no caption \(its json is not JSON: .*\)\."),
         ("json", "[" * 100_000, r"a in .* has no caption \(.*recursion.*\)\."),
-        ("json", "9" * 5_000, r"a in .* has no caption \(its json is none: .*digits.*\)\."),
+        ("json", "9" * 5_000, r"a in .* has no caption \(its json is not JSON: .*digits.*\)\."),
         ("txt", " \n", r"The caption of a in .* is empty\."),
         (
             "txt",
             "a " * 50_001,
-            r"The caption of a in .* has 100,002 characters, where 100,000 are the most that is read\.",
+            r"The caption of a in .* has 100,002 characters, where at most 100,000 were expected\.",
         ),
     ],
 )
@@ -1029,7 +1029,7 @@ def test_a_shard_that_breaks_off_is_left_with_a_warning(shards, tmp_path) -> Non
 def test_shards_that_cannot_be_read_are_refused(shards, tmp_path, monkeypatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"4\.tar, number 5 of 6 shards, does not exist"):
         load_shards(f"{tmp_path}/{{0..5}}.tar")
-    with pytest.raises(ValueError, match="4 shards do not feed 5 processes of 1 workers"):
+    with pytest.raises(ValueError, match="4 shards are too few for 5 processes of 1 workers"):
         load_shards(shards, processes=5)
     with pytest.raises(ValueError, match="An epoch of 40 pairs does not fill one batch of 45"):
         load_shards(shards, processes=9)

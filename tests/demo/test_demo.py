@@ -166,6 +166,7 @@ def test_a_prompt_that_describes_nothing_is_not_judged() -> None:
 # The API
 
 
+@pytest.mark.slow
 def test_the_api_gives_pngs_that_know_their_parameters(client) -> None:
     files = client.predict(LONG, steps=2, guidance_scale=3, seed=7, api_name="/compare")
     parameters = [read_parameters(file) for file in files]
@@ -194,10 +195,10 @@ def test_the_api_counts_tokens(client) -> None:
     ("prompt", "arguments", "message"),
     [
         ("", {}, "The prompt is empty: write one"),
-        ("a star " * 1000, {}, "The text has 7,000 characters; at most 6,000 are read here"),
+        ("a star " * 1000, {}, "The text has 7,000 characters; at most 6,000 are allowed here"),
         ("a star", {"steps": 0}, "`steps` is 0; expected a whole number from 1 to 200"),
-        ("a star", {"steps": 150}, "Steps are bounded to 100 here"),
-        ("a star", {"width": 8000}, "Width and height are bounded to 384 pixels here"),
+        ("a star", {"steps": 150}, "Steps are limited to 100 here"),
+        ("a star", {"width": 8000}, "Width and height are limited to 384 pixels here"),
         ("a star", {"height": 100}, "`height` is 100; expected a multiple of 8"),
         ("a star", {"seed": -1}, "`seed` is -1; expected a whole number"),
         ("a star", {"columns": ["other"]}, "`column` must be one of"),
@@ -275,7 +276,7 @@ def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch
     if not is_right:
         said = json.loads(answer.split("event: error\ndata: ")[1])["error"]
         assert "<" not in said
-        assert any(word in said for word in ("expected", "must be", "No column", "bounded", "empty"))
+        assert any(word in said for word in ("expected", "must be", "No column", "limited", "empty"))
 
 
 def test_null_stands_for_what_is_left_out_or_is_named(demo, monkeypatch) -> None:
@@ -438,7 +439,7 @@ def test_seeds_past_the_last_are_explained(demo) -> None:
 def test_a_grid_is_bounded(demo, monkeypatch) -> None:
     monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
     for columns, seeds, message in (
-        (["stock"], 9, "Seeds are bounded to 8 here"),
+        (["stock"], 9, "Seeds are limited to 8 here"),
         (["stock"], 0, "`seeds` is 0"),
         (["stock"], float("nan"), "`seeds` is nan"),
         (["stock"], None, "`seeds` is None"),
@@ -466,7 +467,7 @@ def parsed(monkeypatch) -> list[str]:
 def test_the_meter_does_not_wait_for_compel_s_parser(demo, parsed, text) -> None:
     html = demo.page.render_meter(text, Visitor())
     assert not parsed
-    assert "is still reading" in html
+    assert "is still planning" in html
     assert html.count('class="meter-line') == 3
 
 
@@ -474,7 +475,7 @@ def test_compel_s_part_of_the_meter_follows(demo, parsed) -> None:
     demo.page.render_meter(LONG, Visitor())
     html = demo.page.render_whole_meter(LONG, Visitor())
     assert parsed == [LONG]
-    assert "is still reading" not in html
+    assert "is still planning" not in html
     assert "in 2 windows of 77" in html
 
 

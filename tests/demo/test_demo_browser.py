@@ -125,9 +125,9 @@ def test_a_long_prompt_is_measured_drawn_downloaded_and_loaded_again(open_page, 
     page.locator("#meter", has_text="at once").wait_for()
     page.wait_for_function("document.querySelector('#meter').textContent.includes('purple arrow')")
     stock, compel, finelip = meter_lines(page)
-    assert re.fullmatch(r"Stock SDXL reads 77 of \d+ tokens; \d+ are dropped", stock)
-    assert re.fullmatch(r"compel reads all \d+ tokens in 2 windows of 77", compel)
-    assert re.fullmatch(r"FineLIP-SDXL reads all \d+ tokens at once", finelip)
+    assert re.fullmatch(r"Stock SDXL encodes 77 of \d+ tokens; \d+ are left out", stock)
+    assert re.fullmatch(r"compel encodes all \d+ tokens in 2 windows of 77", compel)
+    assert re.fullmatch(r"FineLIP-SDXL encodes all \d+ tokens at once", finelip)
     assert "leaf of the same color as the star" in page.locator("#meter del.meter-cut").last.inner_text()
 
     page.click("#draw")
@@ -154,7 +154,7 @@ def test_a_long_prompt_is_measured_drawn_downloaded_and_loaded_again(open_page, 
 def test_clicking_on_an_example_fills_the_prompt(open_page) -> None:
     page = open_page()
     page.get_by_text("Short one by night").click()
-    page.locator("#meter", has_text="Short enough: all three read the whole prompt.").wait_for()
+    page.locator("#meter", has_text="Short enough: all three encode the whole prompt.").wait_for()
     assert page.locator("#meter del").count() == 0
 
 
@@ -211,7 +211,7 @@ def test_a_prompt_that_cannot_be_drawn_is_explained(open_page, prompt, message) 
 def test_a_long_text_is_not_cut_in_silence(open_page) -> None:
     page = open_page()
     write(page, "a star " * 1000)
-    page.locator("#meter", has_text="The text has 7,000 characters; at most 6,000 are read here").wait_for()
+    page.locator("#meter", has_text="The text has 7,000 characters; at most 6,000 are allowed here").wait_for()
     page.click("#draw")
     page.locator(".toast-body", has_text="The text has 7,000 characters").first.wait_for()
 
@@ -270,10 +270,10 @@ def test_typing_does_not_wait_for_compel_s_parser(open_page, monkeypatch) -> Non
         for thing, times in (("(a green star)1.2 ", 100), ("a blue ring ", 20)):
             write(page, thing * times)
             page.locator("#meter .meter-text", has_text=thing).wait_for()
-            page.locator("#meter .meter-pending", has_text="is still reading").wait_for()
+            page.locator("#meter .meter-pending", has_text="is still planning").wait_for()
     finally:
         may_parse.set()
-    page.locator("#meter .meter-line", has_text=re.compile("reads all 62 tokens at once")).nth(1).wait_for()
+    page.locator("#meter .meter-line", has_text=re.compile("encodes all 62 tokens at once")).nth(1).wait_for()
     page.wait_for_timeout(1000)  # the first text's part comes late, and must not take the second's place
     assert "green" not in page.locator("#meter").inner_text()
 

@@ -20,7 +20,7 @@ TOKENIZER = make_tokenizer(248)
 FOX = "a red fox and the hare. "  # seven tokens
 
 
-def read(prompt: str, positions: int, overflow: str = "window", tokenizer=TOKENIZER) -> EncoderPlan:
+def plan_of(prompt: str, positions: int, overflow: str = "window", tokenizer=TOKENIZER) -> EncoderPlan:
     spec = EncoderSpec("text_encoder", tokenizer, positions)
     return plan_prompts([spec], [[prompt]], overflow=overflow, length_buckets=(77,)).plans[0]
 
@@ -34,9 +34,9 @@ def plan(*windows: str) -> EncoderPlan:
 
 def plans_of(prompt: str, *columns: str) -> dict[str, EncoderPlan]:
     every = {
-        "stock": read(prompt, 77, "truncate"),
-        "compel": read(prompt, 77),
-        "finelip": read(prompt, 248),
+        "stock": plan_of(prompt, 77, "truncate"),
+        "compel": plan_of(prompt, 77),
+        "finelip": plan_of(prompt, 248),
     }
     return {column: every[column] for column in columns or every}
 
@@ -100,46 +100,48 @@ def page(prompt: str, plans: dict[str, EncoderPlan]) -> Page:
         (
             217,
             [
-                "Stock SDXLreads 77 of 219 tokens; 142 are dropped",
-                "compelreads all 219 tokens in 3 windows of 77",
-                "FineLIP-SDXLreads all 219 tokens at once",
+                "Stock SDXLencodes 77 of 219 tokens; 142 are left out",
+                "compelencodes all 219 tokens in 3 windows of 77",
+                "FineLIP-SDXLencodes all 219 tokens at once",
             ],
         ),
         (
             76,
             [
-                "Stock SDXLreads 77 of 78 tokens; 1 is dropped",
-                "compelreads all 78 tokens in 2 windows of 77",
-                "FineLIP-SDXLreads all 78 tokens at once",
+                "Stock SDXLencodes 77 of 78 tokens; 1 is left out",
+                "compelencodes all 78 tokens in 2 windows of 77",
+                "FineLIP-SDXLencodes all 78 tokens at once",
             ],
         ),
         (
             75,
             [
-                "Stock SDXLreads all 77 tokens at once",
-                "compelreads all 77 tokens at once",
-                "FineLIP-SDXLreads all 77 tokens at once",
+                "Stock SDXLencodes all 77 tokens at once",
+                "compelencodes all 77 tokens at once",
+                "FineLIP-SDXLencodes all 77 tokens at once",
             ],
         ),
         (
             2000,
             [
-                "Stock SDXLreads 77 of 2,002 tokens; 1,925 are dropped",
-                "compelreads all 2,002 tokens in 27 windows of 77",
-                "FineLIP-SDXLreads all 2,002 tokens in 9 windows of 248",
+                "Stock SDXLencodes 77 of 2,002 tokens; 1,925 are left out",
+                "compelencodes all 2,002 tokens in 27 windows of 77",
+                "FineLIP-SDXLencodes all 2,002 tokens in 9 windows of 248",
             ],
         ),
     ],
 )
-def test_each_column_says_how_much_it_reads(words, lines) -> None:
+def test_each_column_says_how_much_it_encodes(words, lines) -> None:
     prompt = " ".join(["fox"] * words)
     assert page(prompt, plans_of(prompt)).lines == lines
 
 
 def test_bars_are_as_long_as_windows_have_tokens() -> None:
     prompt = " ".join(["fox"] * 100)
-    bar = re.findall(r'meter-(read|dropped)" style="flex-grow: (\d+)"', render_meter(prompt, plans_of(prompt), TITLES))
-    stock, compel, finelip = [("read", "75"), ("dropped", "25")], [("read", "75"), ("read", "25")], [("read", "100")]
+    html = render_meter(prompt, plans_of(prompt), TITLES)
+    bar = re.findall(r'meter-(encoded|left-out)" style="flex-grow: (\d+)"', html)
+    stock, compel = [("encoded", "75"), ("left-out", "25")], [("encoded", "75"), ("encoded", "25")]
+    finelip = [("encoded", "100")]
     assert bar == [*stock, *compel, *finelip]
 
 
@@ -151,7 +153,7 @@ def test_a_cut_prompt_is_struck_through_where_stock_stops() -> None:
     assert shown.struck == plans["stock"].cut_text
     stop = len(prompt) - len(shown.struck)
     assert ("stock", "Stock SDXL stops here", stop) in shown.marks
-    assert "Stock SDXL never sees it" in shown.legend
+    assert "Stock SDXL leaves it out" in shown.legend
 
 
 def test_windows_are_marked_where_they_begin() -> None:
@@ -170,7 +172,7 @@ def test_windows_are_marked_where_they_begin() -> None:
 
 def test_borders_at_the_same_place_are_all_marked() -> None:
     prompt = " ".join(["fox"] * 300)
-    plans = {"compel": read(prompt, 77), "finelip": read(prompt, 77), "stock": read(prompt, 77, "truncate")}
+    plans = {"compel": plan_of(prompt, 77), "finelip": plan_of(prompt, 77), "stock": plan_of(prompt, 77, "truncate")}
     stop = len(prompt) - len(plans["stock"].cut_text)
     assert {column for column, _, start in page(prompt, plans).marks if start == stop} == set(TITLES)
 
@@ -178,9 +180,9 @@ def test_borders_at_the_same_place_are_all_marked() -> None:
 def test_windows_of_a_rewritten_prompt_are_counted_but_not_marked() -> None:
     prompt = "a (red fox)1.5 and a hare"
     shown = page(prompt, {"compel": plan("a red fox ", "and a hare"), "finelip": plan(prompt)})
-    assert shown.lines[0] == "compelreads all 8 tokens in 2 windows of 77"
+    assert shown.lines[0] == "compelencodes all 8 tokens in 2 windows of 77"
     assert not shown.marks
-    assert shown.legend == "compel reads a rewritten prompt, so its windows are not marked"
+    assert shown.legend == "compel encodes a rewritten prompt, so its windows are not marked"
     assert shown.text == prompt
     assert not page(prompt, {"compel": plan("a red fox and a hare")}).legend, "one window has no borders to miss"
 
@@ -214,9 +216,9 @@ def test_titles_are_escaped() -> None:
 @pytest.mark.parametrize(
     ("columns", "praise"),
     [
-        ((), "Short enough: all three read the whole prompt."),
-        (("stock", "finelip"), "Short enough: both read the whole prompt."),
-        (("finelip",), "Short enough: FineLIP-SDXL reads the whole prompt."),
+        ((), "Short enough: all three encode the whole prompt."),
+        (("stock", "finelip"), "Short enough: both encode the whole prompt."),
+        (("finelip",), "Short enough: FineLIP-SDXL encodes the whole prompt."),
     ],
 )
 def test_a_short_prompt_is_told_to_be_short_enough(columns, praise) -> None:
@@ -229,7 +231,7 @@ def test_a_short_prompt_is_told_to_be_short_enough(columns, praise) -> None:
 def test_a_long_prompt_is_not_told_to_be_short() -> None:
     prompt = FOX * 20
     html = render_meter(prompt, plans_of(prompt, "compel", "finelip"), TITLES)
-    assert "Nothing is lost: both read the whole prompt." in html
+    assert "Nothing is left out: both encode the whole prompt." in html
     assert "whole prompt" not in render_meter(prompt, plans_of(prompt), TITLES)
 
 
@@ -292,7 +294,7 @@ def test_examples_are_one_paragraph(text) -> None:
 def test_examples_of_the_miniature_link_objects_behind_the_cut_or_are_short(text) -> None:
     tokenizer = build_tokenizer(max_length=248)
     prompt = text.strip()
-    stock = read(prompt, 77, "truncate", tokenizer)
+    stock = plan_of(prompt, 77, "truncate", tokenizer)
     tokens = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     assert tokens == len(count_words(prompt)), "the miniature knows every word"
     assert tokens <= 75 or 150 <= tokens <= 246
@@ -308,5 +310,5 @@ def test_there_are_six_examples_for_sdxl() -> None:
 
 
 @pytest.mark.parametrize("text", examples("sdxl"))
-def test_examples_of_sdxl_are_longer_than_stock_reads(text) -> None:
+def test_examples_of_sdxl_are_longer_than_stock_encodes(text) -> None:
     assert 150 <= len(count_words(text)) <= 240  # CLIP's own vocabulary splits hardly any of these words

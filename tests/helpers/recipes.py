@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["accelerate", "finelip_sdxl.evaluation", "torch.distributed"])
+processes.set_forkserver_preload(["torch.distributed", "training.align_adapter", "training.train_finelip"])
 
 
 def forget_accelerator() -> None:

@@ -1,11 +1,26 @@
-"""A tiny SDXL with random weights: its tokenizers, text encoders and UNet."""
+"""A tiny SDXL with random weights: its tokenizers, text encoders and UNet; and tiny sizes for code of SDXL's sizes."""
 
 import torch
 from diffusers import UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
+from finelip_sdxl import sdxl_sizes
+
 WORDS = ["a", "the", "red", "blue", "square", "fox", "hare", "above", "of", "and", "in", "quiet", "small", "large"]
+
+_ENCODER = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+# Sizes in place of those of `finelip_sdxl.sdxl_sizes`.
+CLIP_L, BIG_G = {**_ENCODER, "hidden_size": 16}, {**_ENCODER, "hidden_size": 24, "projection_dim": 24}
+UNET = {
+    **sdxl_sizes.UNET,
+    "block_out_channels": (32, 64, 64),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": (2, 4, 4),
+    "cross_attention_dim": 40,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
 
 
 def make_tokenizer(model_max_length: int = 77, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -49,6 +64,14 @@ def make_text_encoder(
     # As loaded from a hub's file, whose keys begin with `text_model.`.
     weights = {f"text_model.{key}": value for key, value in CLIPTextModel(config).state_dict().items()}
     return CLIPTextModel.from_pretrained(None, config=config, state_dict=weights).eval()
+
+
+def make_text_encoders() -> dict[str, PreTrainedModel]:
+    """Both text encoders of the tiny SDXL."""
+    return {
+        "text_encoder": make_text_encoder(32, seed=1),
+        "text_encoder_2": make_text_encoder(48, projection_dim=24, seed=2),
+    }
 
 
 def make_unet() -> UNet2DConditionModel:

@@ -4,10 +4,12 @@ import copy
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -104,13 +106,13 @@ def test_refuses_states_that_it_was_not_made_for(states, message) -> None:
 
 
 def test_refuses_widths_below_one() -> None:
-    with pytest.raises(ValueError, match="hidden_dim=0: all widths must be at least 1"):
+    with pytest.raises(ValueError, match="hidden_dim=0; expected whole numbers of at least 1"):
         ConditioningAdapter((32, 48), 24, hidden_dim=0)
 
 
 @pytest.mark.parametrize("state_dims", [(), [], None, "32", 32, {}, (32, "48"), (32, True), (32.0, 48), [[32], 48]])
 def test_refuses_widths_that_are_no_list_of_whole_numbers(state_dims) -> None:
-    with pytest.raises(ValueError, match="all widths must be at least 1, in whole numbers"):
+    with pytest.raises(ValueError, match="expected whole numbers of at least 1"):
         ConditioningAdapter(state_dims, 24, hidden_dim=8)
 
 
@@ -212,7 +214,7 @@ def test_works_offloaded(pipe) -> None:
 
 
 def test_of_another_sdxl_is_refused_in_a_sentence(stock_folder) -> None:
-    sentence = "made for states and a pooled vector of widths 32, 64, 24, but"
+    sentence = "takes states and a pooled vector of widths 32, 64, 24, but"
     with pytest.raises(ValueError, match=f"{sentence} this SDXL's are 32, 48, 24: use it with"):
         FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=make_adapter(state_dims=(32, 64)))
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
@@ -303,3 +305,72 @@ def test_another_finelip_comes_without_the_saved_adapter(pipe, tmp_path) -> None
 def test_a_folder_that_is_not_there_is_named(stock_folder, tmp_path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        (
+            "{folder}/nowhere",
+            FileNotFoundError,
+            "{folder}/nowhere does not exist: pass the directory or hub id of a con",
+        ),
+        ("adapter.safetensors", FileNotFoundError, "adapter.safetensors does not exist: pass the directory or hub id"),
+        ("me/my/adapter", FileNotFoundError, "me/my/adapter does not exist: pass the directory or hub id of a cond"),
+        ("", FileNotFoundError, "'' does not exist: pass the directory or hub id of a conditioning adapter"),
+        ("me/adapter", OSError, "me/adapter is no path here, and the hub cannot be reached to look for it: pass a path"),
+        (
+            "{folder}/weights.safetensors",
+            FileNotFoundError,
+            "weights.safetensors is a file, and no conditioning adapter",
+        ),
+        ("{folder}/empty", FileNotFoundError, "empty holds no conditioning adapter: pass the folder `last` of a run"),
+        (
+            "{folder}/pipeline",
+            FileNotFoundError,
+            "holds no conditioning adapter: pass {folder}/pipeline/conditioning_a",
+        ),
+        ("{folder}/damaged", ValueError, "config.json is no JSON"),
+        ("{folder}/list", ValueError, "config.json holds a list; expected an object"),
+        (
+            "miniature",
+            ValueError,
+            "takes states and a pooled vector of widths 128, 160, 160, but this SDXL's are 32",
+        ),
+    ],
+)
+def test_a_name_that_leads_to_no_adapter_is_told_as_for_other_models(
+    stock_folder, tmp_path, monkeypatch, name, error, said
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for folder, config in (("empty", None), ("damaged", "{"), ("list", "[1]"), ("pipeline/conditioning_adapter", "{}")):
+        (tmp_path / folder).mkdir(parents=True)
+        if config is not None:
+            (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(error, match=re.escape(said.format(folder=tmp_path))):
+        FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter=name.format(folder=tmp_path))
+
+
+def test_an_adapter_on_the_hub_is_found(stock_folder, tmp_path, monkeypatch) -> None:
+    make_adapter().save_pretrained(tmp_path / "adapter")
+    asked = []
+
+    def download(repo, filename, subfolder=None, **arguments) -> str:
+        asked.append((repo, arguments))
+        return str(tmp_path / "adapter" / filename)
+
+    real = ConditioningAdapter.from_pretrained
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(
+        ConditioningAdapter, "from_pretrained", lambda name, **arguments: real(tmp_path / name.split("/")[1])
+    )
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder, conditioning_adapter="me/adapter", revision="main")
+    assert torch.equal(pipe.conditioning_adapter.pooled[-1].weight, make_adapter().pooled[-1].weight)
+    assert asked == [("me/adapter", {"revision": "main"})]
+
+
+def test_the_name_of_an_sdxl_that_ships_stands_for_its_adapter() -> None:
+    named = FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter="miniature").conditioning_adapter
+    own = FineLIPSDXLPipeline.from_pretrained("miniature").conditioning_adapter
+    assert all(torch.equal(one, other) for one, other in zip(named.parameters(), own.parameters(), strict=True))

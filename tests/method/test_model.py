@@ -199,7 +199,7 @@ def test_refuses_a_text_longer_than_its_positions() -> None:
 @pytest.mark.parametrize("part", ["image tower", "token refinement"])
 def test_refuses_parts_that_need_a_projection(part) -> None:
     vision = {"vision_config": None} if part == "token refinement" else {}
-    with pytest.raises(ValueError, match=f"{part} needs a projection_dim"):
+    with pytest.raises(ValueError, match=f"projection_dim is None; expected a width, which (an )?{part} needs"):
         random_model(projection_dim=None, **vision)
 
 
@@ -256,7 +256,7 @@ def test_texts_or_images_alone_are_encoded_and_not_compared() -> None:
         assert out[encoded].embeds.shape == (3, 20)
         assert out.get(other) is out.similarity is out.loss is None
         with pytest.raises(
-            ValueError, match=r"ids were given without texts and images.*pass input_ids and pixel_values"
+            ValueError, match=r"ids were passed without texts and images.*pass input_ids and pixel_values"
         ):
             model(**inputs, ids=torch.arange(3))
     assert not model().keys()
@@ -334,11 +334,11 @@ def test_few_patches_give_one_refined_token() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({}, "has a token refinement: load another base"),
+        ({}, "has a token refinement already: train that one"),
         ({"vision_config": None, "refined_image_tokens": None}, "has a token refinement"),
         (
             {"vision_config": None, "refined_image_tokens": None, "refined_text_tokens": None},
-            "needs an image tower and a text projection",
+            "lacks an image tower or a text projection",
         ),
     ],
 )

@@ -72,16 +72,16 @@ def test_indices_of_77_rows() -> None:
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [
-        (torch.zeros(77), {}, r"\(positions, dim\).*\(77,\)"),
-        (torch.zeros(77, 4, dtype=torch.int64), {}, "floating.*int64"),
-        (torch.zeros(1, 4), {"keep": 0}, "at least 2 rows.*got 1"),
-        (torch.zeros(77, 4), {"keep": 77}, "keep=77.*0 to 76"),
-        (torch.zeros(77, 4), {"keep": -1}, "keep=-1"),
-        (torch.zeros(77, 4), {"keep": 20.0}, "keep=20.0 .* whole number from 0 to 76"),
-        (torch.zeros(77, 4), {"keep": True}, "keep=True"),
-        (torch.zeros(77, 4), {"factor": 0}, "factor=0"),
-        (torch.zeros(77, 4), {"factor": 1001}, "factor=1001 .* whole number from 1 to 1000"),
-        (torch.zeros(77, 4), {"factor": None}, "factor=None"),
+        (torch.zeros(77), {}, r"\(77,\).*\(positions, dim\)"),
+        (torch.zeros(77, 4, dtype=torch.int64), {}, "int64.*floating"),
+        (torch.zeros(1, 4), {"keep": 0}, "has 1 rows; expected at least 2"),
+        (torch.zeros(77, 4), {"keep": 77}, "keep is 77;.*0 to 76"),
+        (torch.zeros(77, 4), {"keep": -1}, "keep is -1"),
+        (torch.zeros(77, 4), {"keep": 20.0}, "keep is 20.0; .* whole number from 0 to 76"),
+        (torch.zeros(77, 4), {"keep": True}, "keep is True"),
+        (torch.zeros(77, 4), {"factor": 0}, "factor is 0"),
+        (torch.zeros(77, 4), {"factor": 1001}, "factor is 1001; .* whole number from 1 to 1000"),
+        (torch.zeros(77, 4), {"factor": None}, "factor is None"),
     ],
 )
 def test_refuses_what_cannot_be_stretched(table, options, message) -> None:

@@ -103,5 +103,5 @@ def test_pictures_of_other_sizes_and_modes_are_marked_too() -> None:
 
 
 def test_too_few_scores_are_refused() -> None:
-    with pytest.raises(ValueError, match="got 2 objects and 1 scores; pass one score for each object"):
+    with pytest.raises(ValueError, match="Got 2 objects and 1 scores; pass one score for each object"):
         mark_objects(PICTURE, SCENE.objects[:2], [GOOD])

@@ -96,6 +96,7 @@ def test_default_pipeline_draws_short_captions_bit_for_bit_as_stock(stock: Stabl
         assert a.tobytes() == b.tobytes()
 
 
+@pytest.mark.slow
 def test_default_pipeline_draws_what_stock_cuts_off() -> None:
     pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
     pipe.set_progress_bar_config(disable=True)

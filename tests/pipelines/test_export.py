@@ -105,6 +105,7 @@ numpy.save(f"{folder}/image.npy", image)
 """
 
 
+@pytest.mark.slow
 def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp_path, capsys) -> None:
     finelip, out = tmp_path / "finelip", tmp_path / "deep" / "exported"
     make_text_encoder(32, positions=248, seed=7).save_pretrained(finelip)
@@ -167,7 +168,7 @@ def test_a_conditioning_adapter_and_published_states_are_left_out_with_a_warning
     assert main(["export", str(tmp_path / "out"), "--base", str(tmp_path / "saved")]) == 0
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("conditioning_adapter is left out")
-    assert "A LoRA that training/align_adapter.py trains" in first
+    assert "A LoRA from training/align_adapter.py" in first
     assert second.startswith('hidden_states="last" is left out')
     assert not (tmp_path / "out" / "conditioning_adapter").exists()
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
@@ -225,7 +226,7 @@ def test_the_miniature_is_exported_too_and_a_line_says_what_comfyui_wants(tmp_pa
     assert main(["export", str(tmp_path), "--format", "comfyui"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in reversed(FILES)]
     (warning,) = (record.getMessage() for record in caplog.records if "ComfyUI" in record.getMessage())
-    assert "tells clip_g by its layer 30, but these have 6 and 6 layers" in warning
+    assert "recognizes clip_g by its layer 30, but these have 6 and 6 layers" in warning
     pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
     for file, encoder in (FILES[1], pipe.text_encoder), (FILES[0], pipe.text_encoder_2):
         weights = load_file(tmp_path / file)

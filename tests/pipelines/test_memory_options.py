@@ -209,6 +209,7 @@ def compiled(pipe) -> Iterator[Any]:
 GROWING = [SHORT, LONG, " ".join([SHORT] * 30), ENDLESS]  # one of every bucket, and one of two windows
 
 
+@pytest.mark.slow
 def test_a_unet_of_fixed_shapes_is_compiled_once_a_bucket(pipe, compiled) -> None:
     expected = [draw(pipe, prompt) for prompt in GROWING]
     graphs = compiled(dynamic=False)
@@ -221,6 +222,7 @@ def test_a_unet_of_fixed_shapes_is_compiled_once_a_bucket(pipe, compiled) -> Non
     assert len(graphs) == len(GROWING)
 
 
+@pytest.mark.slow
 def test_a_unet_is_compiled_at_most_twice_by_default(pipe, compiled) -> None:
     """The second length tells the compiler that lengths vary."""
     expected = [draw(pipe, prompt) for prompt in GROWING]

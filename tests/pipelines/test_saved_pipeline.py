@@ -292,13 +292,13 @@ def test_a_finelip_for_an_encoder_passed_as_none_is_refused() -> None:
 def test_a_variant_that_is_not_there_is_told_in_diffusers_words_and_ours(stock_folder) -> None:
     with pytest.raises(ValueError, match="You are trying to load the model files of the `variant=fp16`") as caught:
         FineLIPSDXLPipeline.from_pretrained(stock_folder, variant="fp16")
-    assert f"{stock_folder} has no weights of variant fp16, so leave the variant out" in str(caught.value)
+    assert f"{stock_folder} has no weights of variant fp16; leave the variant out" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_weights_of_a_variant_that_was_not_asked_for_are_told(stock_folder, tmp_path) -> None:
     StableDiffusionXLPipeline.from_pretrained(stock_folder).save_pretrained(tmp_path, variant="fp16")
-    with pytest.raises(FileNotFoundError, match="or pass variant= if they are named after one"):
+    with pytest.raises(FileNotFoundError, match="or pass variant= if their names hold one"):
         FineLIPSDXLPipeline.from_pretrained(tmp_path)
 
 
@@ -472,7 +472,7 @@ def test_what_was_built_with_77_positions_comes_back_so(components, tmp_path, ca
     pipe, stock = FineLIPSDXLPipeline.from_pretrained(tmp_path), StableDiffusionXLPipeline.from_pretrained(tmp_path)
     assert_same_pipelines(pipe, FineLIPSDXLPipeline(**components))
     assert np.array_equal(draw(pipe, SENTENCES), draw(stock, SENTENCES))
-    assert "swap_text_encoders() gives them 248" in caplog.text
+    assert "swap_text_encoders() makes them 248" in caplog.text
     stock.save_pretrained(tmp_path / "stock")
     assert num_positions(FineLIPSDXLPipeline.from_pretrained(tmp_path / "stock").text_encoder) == 248
     finelip = make_text_encoder(32, positions=248, seed=7)

@@ -109,9 +109,9 @@ def test_what_is_shared_opens_again_and_has_a_card(hub, stock_folder, finelip_fo
 
     text = hub.card().text
     assert text.strip().startswith("# long-sdxl")
-    assert "| `text_encoder` | `my_finelip` in place of the base's; reads 248 tokens |" in text
-    assert "| `text_encoder_2` | the base's, its 77 positions stretched, not trained; reads 248 tokens |" in text
-    assert "| `stock_text_encoder` | the base's own; reads prompts of up to 77 tokens as the base does |" in text
+    assert "| `text_encoder` | `my_finelip` in place of the base's; encodes 248 tokens |" in text
+    assert "| `text_encoder_2` | the base's, its 77 positions stretched, not trained; encodes 248 tokens |" in text
+    assert "| `stock_text_encoder` | the base's own; encodes prompts of up to 77 tokens as the base does |" in text
     assert f"| all else | as in `{Path(stock_folder).name}` |" in text
     assert f'FineLIPSDXLPipeline.from_pretrained("{REPOSITORY}", dtype=torch.float16)' in text
     assert str(tmp_path) not in text
@@ -190,12 +190,12 @@ def test_a_merged_finelip_is_named_as_one(stock_folder, finelip_folder) -> None:
     pipe = FineLIPSDXLPipeline.from_pretrained(
         stock_folder, finelip_folder, finelip_merge="delta", finelip_base=stock_folder
     )
-    assert "the base's, with what `my_finelip` has learned added" in model_card(pipe, REPOSITORY).text
+    assert "the base's, with the delta of `my_finelip` added" in model_card(pipe, REPOSITORY).text
 
 
 def test_what_was_built_in_memory_has_a_card_too(components) -> None:
     unswapped = model_card(FineLIPSDXLPipeline(**components), REPOSITORY).text
-    assert "| `text_encoder` | the base's; reads 77 tokens |" in unswapped
+    assert "| `text_encoder` | the base's; encodes 77 tokens |" in unswapped
     components |= {"text_encoder": None, "tokenizer": None}
     refiner = model_card(FineLIPSDXLPipeline(**components), REPOSITORY).text
     assert "| `text_encoder` |" not in refiner

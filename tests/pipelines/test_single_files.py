@@ -87,7 +87,7 @@ def folders(stock, stock_folder, tmp_path_factory) -> dict[str, str]:
     full.register_modules(stock_text_encoder=stock.text_encoder, stock_text_encoder_2=stock.text_encoder_2)
     pipes = {
         "swapped": swapped,
-        "with FineLIPs, held encoders and an adapter": full,
+        "with FineLIPs, original encoders and an adapter": full,
         "unswapped": FineLIPSDXLPipeline(**stock.components),
         "exported": stock_pipeline(swapped),
     }
@@ -97,7 +97,7 @@ def folders(stock, stock_folder, tmp_path_factory) -> dict[str, str]:
     return saved
 
 
-SAVED = ["swapped", "with FineLIPs, held encoders and an adapter", "unswapped", "exported"]
+SAVED = ["swapped", "with FineLIPs, original encoders and an adapter", "unswapped", "exported"]
 
 
 @pytest.mark.parametrize("saved", SAVED)
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_another_kind_is_named_with_what_does_not_fit(file, stoc
     }
     save_file(weights, tmp_path / "sd_1.safetensors")
     message = refusal(tmp_path / "sd_1.safetensors", config=stock_folder)
-    assert "sd_1.safetensors is no SDXL with the sizes that its config says" in message
+    assert "sd_1.safetensors is no SDXL of the sizes in its config" in message
     assert "expected shape torch.Size([77, 48]), but got torch.Size([77, 32])" in message
 
 

@@ -139,22 +139,24 @@ def test_report_reads_well() -> None:
     specs = [spec(has_stock=True), spec(has_stock=True, encoder="text_encoder_2")]
     report = plan_prompts(specs, [["a fox", "the hare"], ["a fox", "a hare"]], [["red", "red"], ["red", "red"]])
     assert str(report) == (
-        "text_encoder and text_encoder_2 read prompt 1:"
-        " 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        "text_encoder and text_encoder_2 encode prompt 1:"
+        " 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 4 tokens: "a fox"\n'
-        "text_encoder reads prompt 2: 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        "text_encoder encodes prompt 2:"
+        " 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 4 tokens: "the hare"\n'
-        "text_encoder_2 reads prompt 2: 4 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        "text_encoder_2 encodes prompt 2:"
+        " 4 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 4 tokens: "a hare"\n'
-        "text_encoder and text_encoder_2 read negative prompt 1:"
-        " 3 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        "text_encoder and text_encoder_2 encode negative prompt 1:"
+        " 3 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 3 tokens: "red"\n'
-        "text_encoder and text_encoder_2 read negative prompt 2:"
-        " 3 tokens in 1 window of 77 positions, as stock SDXL reads it; nothing is cut\n"
+        "text_encoder and text_encoder_2 encode negative prompt 2:"
+        " 3 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
         '  window 1, 3 tokens: "red"'
     )
     single = str(report.plans[0])
-    assert single.startswith("text_encoder reads prompt: 4 tokens")
+    assert single.startswith("text_encoder encodes prompt: 4 tokens")
 
 
 def test_texts_of_every_kind_are_checked() -> None:
@@ -209,7 +211,7 @@ def test_windows_are_bounded() -> None:
 def test_breaks_are_bounded_as_windows_are() -> None:
     most = MAX_POSITIONS // 248
     assert plan_prompts([spec()], [["a BREAK " * most]], weighting="a1111").windows == most
-    with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}: shorten it, take BREAKs out"):
+    with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}, since every .*: shorten it, take BREAKs out"):
         plan_prompts([spec()], [["a BREAK " * 2500]], weighting="a1111")
 
 

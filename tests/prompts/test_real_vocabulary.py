@@ -161,7 +161,7 @@ def test_a_report_counts_what_the_encoders_get(pipe) -> None:
     report = pipe.describe_prompt(text, negative_prompt="blurry, low-res… 🦊")
     assert (report.positions, report.windows, report.cut) == (248, 1, ())
     assert str(report).startswith(
-        "text_encoder and text_encoder_2 read prompt: 182 tokens in 1 window of 248 positions; nothing is cut\n"
+        "text_encoder and text_encoder_2 encode prompt: 182 tokens in 1 window of 248 positions; nothing is cut\n"
     )
     negative = report.negative_prompts["text_encoder"][0]
     assert negative.tokens == len(pipe.tokenizer("blurry, low-res… 🦊").input_ids)
@@ -189,23 +189,23 @@ def test_short_and_very_long_prompts(pipe) -> None:
 
 def test_stock_and_compel_beside_it(comparison, tokenizer) -> None:
     text = example("the-clockmaker").strip()
-    read = comparison.read(text)
+    plans = comparison.plan(text)
     whole, _ = tokenize(tokenizer, text)
-    assert (read["stock"].tokens, read["stock"].cut_tokens) == (77, len(whole) - 75)
-    assert read["stock"].windows[0].text + read["stock"].cut_text == text
-    first, *others = read["compel"].windows
+    assert (plans["stock"].tokens, plans["stock"].cut_tokens) == (77, len(whole) - 75)
+    assert plans["stock"].windows[0].text + plans["stock"].cut_text == text
+    first, *others = plans["compel"].windows
     assert len(others) == 2
     assert all(window.tokens <= 77 for window in (first, *others))
     assert first.text.rstrip().endswith(".")
-    assert ids_of(read["compel"].windows) == whole == ids_of(read["finelip"].windows)
-    assert "".join(window.text for window in read["compel"].windows) == text
-    assert len(read["finelip"].windows) == 1
+    assert ids_of(plans["compel"].windows) == whole == ids_of(plans["finelip"].windows)
+    assert "".join(window.text for window in plans["compel"].windows) == text
+    assert len(plans["finelip"].windows) == 1
 
 
 @pytest.mark.parametrize("text", [text for text in TRICKY if "<|" not in text])  # compel stops at an end token
 def test_compel_s_windows_of_a_tricky_text(comparison, tokenizer, text) -> None:
     text = (text + " and the ") * 20
-    windows = comparison.read(text, ["compel"])["compel"].windows
+    windows = comparison.plan(text, ["compel"])["compel"].windows
     read = text.replace(",”", ", ”")  # compel sets a space after a comma here
     assert ids_of(windows) == tokenize(tokenizer, read)[0]
     assert len(windows) > 1

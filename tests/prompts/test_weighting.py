@@ -98,8 +98,8 @@ def test_compel_s_own_parser_finds_the_same_weights(text) -> None:
         ("a1111", "(red:11)", "'red' has weight 11; expected one from 0 to 10"),
         ("a1111", "(red:-1)", "'red' has weight -1"),
         ("compel", "(red)11", "'red' has weight 11"),
-        ("a1111", "(" * 2000, f"more than {MAX_DEPTH} brackets within one another"),
-        ("compel", "(" * 2000, f"more than {MAX_DEPTH} brackets within one another"),
+        ("a1111", "(" * 2000, f"more than {MAX_DEPTH} nested brackets"),
+        ("compel", "(" * 2000, f"more than {MAX_DEPTH} nested brackets"),
         ("compel", '("a fox", "a hare").blend(0.5, 0.5)', "more than weights"),
         ("compel", "a fox.swap(a hare)", "more than weights"),
         *[

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import UnreadableImageError, load_tokenizer, open_dataset, split_sentences
-from finelip_sdxl.data.formats import FileDataset
+from finelip_sdxl.data.file_dataset import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.text_encoders import build_text_encoder, num_positions, text_encoder_tensors
 from finelip_sdxl.training import alignment, precompute
@@ -55,10 +55,11 @@ SHORT = ["A red star is in the middle.", "The top left holds a small ring in gre
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_state() -> Any:
-    """Sums are the same bit for bit, and no accelerator hears of the one before."""
+def one_thread_and_no_state(monkeypatch) -> Any:
+    """Sums are the same bit for bit, no accelerator hears of the one before, and pictures on the way cost two steps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    monkeypatch.setattr(align_adapter, "VALIDATION_STEPS", 2)
     yield
     forget_accelerator()
     torch.set_num_threads(threads)
@@ -141,6 +142,22 @@ def assert_same_weights(one: Path, other: Path) -> None:
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys() != set()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory) -> Callable[..., tuple[Path, dict[int, dict[str, float]]]]:
+    """The folder of a run of these flags, made once for all tests that compare with it, and what was logged."""
+    runs: dict[tuple[str, ...], tuple[Path, dict[int, dict[str, float]]]] = {}
+
+    def run(*flags: str) -> tuple[Path, dict[int, dict[str, float]]]:
+        if flags not in runs:
+            with pytest.MonkeyPatch.context() as patch:
+                folder, figures = tmp_path_factory.mktemp("undisturbed"), record_figures(patch)
+                align(base, folder, *flags)
+            runs[flags] = folder, figures
+        return runs[flags]
+
+    return run
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -515,7 +532,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out(base, tmp_path, caps
 def test_none_that_can_be_read_is_an_error(base, tmp_path) -> None:
     pipe, _ = load_pair(base)
     data = open_dataset(write_images(tmp_path / "data", [None, None]), "train")
-    with pytest.raises(UnreadableImageError, match="None of the 2 images can be read: look at the messages above"):
+    with pytest.raises(UnreadableImageError, match="None of the 2 images can be read: see the messages above"):
         precompute.precompute(data, pipe, 16, False, tmp_path / "out")
 
 
@@ -706,10 +723,10 @@ def test_without_arguments_the_miniature_is_aligned() -> None:
 def test_help_shows_what_flags_default_to(capsys) -> None:
     with pytest.raises(SystemExit):
         align_adapter.parse(["--help"])
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # lines are broken at the width of the terminal
     assert "(default: runs/alignment)" in printed
     sdxl, miniature = (read_preset(preset)["text_steps"] for preset in (align_adapter.SDXL, align_adapter.MINIATURE))
-    assert f"({sdxl} / {miniature})" in printed
+    assert f"(default: {sdxl} / {miniature})" in printed
 
 
 @pytest.fixture
@@ -871,11 +888,10 @@ def test_both_stages_have_long_and_short_captions_in_each_batch(base, tmp_path, 
         assert align_adapter.num_long(parse(base, tmp_path, "--batch-size", "10", "--short-share", share)) == expected
 
 
-def test_gradient_checkpointing_changes_nothing(base, tmp_path) -> None:
-    for method in ("adapter", "lora"):
-        for flags in ((), ("--gradient-checkpointing",)):
-            align(base, tmp_path / method / str(len(flags)), "--method", method, *flags)
-        plain, saving = (weights(tmp_path / method / name / "last") for name in ("0", "1"))
+def test_gradient_checkpointing_changes_nothing(base, tmp_path, undisturbed) -> None:
+    for flags in ((), ("--method", "lora")):
+        align(base, tmp_path / str(len(flags)), *flags, "--gradient-checkpointing")
+        plain, saving = (weights(out / "last") for out in (undisturbed(*flags)[0], tmp_path / str(len(flags))))
         for key in plain:
             torch.testing.assert_close(plain[key], saving[key], atol=1e-5, rtol=1e-4)
 
@@ -913,13 +929,12 @@ def test_a_finelip_takes_the_place_of_an_encoder(base, tmp_path, seen) -> None:
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path) -> None:
+def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path, undisturbed) -> None:
     file = tmp_path / "fine_tune.safetensors"
     save_single_file(StableDiffusionXLPipeline.from_pretrained(base), file)
-    align(base, tmp_path / "folder")
     align(file, tmp_path / "file", "--base-config", str(base))
     for name in ("after-text", "last"):
-        one, other = weights(tmp_path / "folder" / name), weights(tmp_path / "file" / name)
+        one, other = weights(undisturbed()[0] / name), weights(tmp_path / "file" / name)
         for key, value in one.items():
             torch.testing.assert_close(other[key], value, atol=1e-4, rtol=1e-3)
 
@@ -927,7 +942,6 @@ def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path)
 # Pictures on the way
 
 
-@pytest.mark.slow
 def test_pictures_are_drawn_by_stock_and_aligned(base, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -950,10 +964,9 @@ def test_pictures_are_drawn_by_stock_and_aligned(base, tmp_path) -> None:
     assert [event.step for event in events.Scalars("image/loss")] == [4, 5, 6]
 
 
-def test_drawing_changes_nothing(base, tmp_path) -> None:
-    align(base, tmp_path / "plain")
-    align(base, tmp_path / "drawing", "--validate-every", "2")
-    assert_same_weights(tmp_path / "plain" / "last", tmp_path / "drawing" / "last")
+def test_drawing_changes_nothing(base, tmp_path, undisturbed) -> None:
+    align(base, tmp_path, "--validate-every", "2")
+    assert_same_weights(undisturbed()[0] / "last", tmp_path / "last")
 
 
 # What a stop costs
@@ -988,9 +1001,8 @@ def stop_before_step(step: int, base: Path, out: Path, monkeypatch: pytest.Monke
     ],
     ids=["text", "border", "image", "gradient_accumulation_steps", "lora text", "lora border", "lora image"],
 )
-def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, flags, stop, saved) -> None:
-    whole = record_figures(monkeypatch)
-    align(base, tmp_path / "whole", *flags)
+def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, undisturbed, flags, stop, saved) -> None:
+    whole_folder, whole = undisturbed(*flags)
     stop_before_step(stop, base, tmp_path / "stopped", monkeypatch, *flags)
     assert checkpoints(tmp_path / "stopped")[-1] == f"step-{saved:07d}"
     history = record_figures(monkeypatch)
@@ -1000,11 +1012,11 @@ def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, f
         figures.pop(next(name for name in figures if name.endswith("captions_per_second")), None)
         assert all(whole[step][name] == figure for name, figure in figures.items())
     for name in ("after-text", "last"):
-        assert_same_weights(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+        assert_same_weights(whole_folder / name, tmp_path / "stopped" / name)
     assert checkpoints(tmp_path / "stopped") == ["step-0000004", "step-0000006"]
 
 
-def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_path, monkeypatch) -> None:
+def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_path, monkeypatch, undisturbed) -> None:
     def stop(self: RunFolder, name: str, *parts: Any, **subfolders: Any) -> None:
         raise Stop
 
@@ -1015,9 +1027,8 @@ def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_
                 align(base, tmp_path / "stopped")
     assert made(tmp_path / "stopped") == []
     align(base, tmp_path / "stopped")
-    align(base, tmp_path / "whole")
     for name in ("after-text", "last"):
-        assert_same_weights(tmp_path / "whole" / name, tmp_path / "stopped" / name)
+        assert_same_weights(undisturbed()[0] / name, tmp_path / "stopped" / name)
 
 
 def test_a_complete_run_trains_no_further_and_says_so(base, tmp_path, capsys, monkeypatch) -> None:
@@ -1137,7 +1148,7 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
         ("--short-share nan", "--short-share: expected a number of at least 0 instead of nan"),
         ("--ema-decay 1", "--ema-decay: expected a number below 1 instead of 1"),
         ("--guidance-scale inf", "--guidance-scale: expected a number of at most 100 instead of inf"),
-        ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all: 9,999,999 are the most"),
+        ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all; expected at most 9,999,999"),
         ("--base-config there", "--base-config there goes with a single file, but --base"),
         ("--precomputed=", "--precomputed: expected a path instead of nothing"),
         ("--method prefix", "--method: invalid choice: 'prefix'"),
@@ -1230,7 +1241,7 @@ def test_refuses_a_base_that_is_swapped_already(base, tmp_path, capsys) -> None:
     pipe, _ = load_pair(base)
     pipe.save_pretrained(tmp_path / "swapped")
     message = refusal(align_adapter, capsys, *f"--base {tmp_path / 'swapped'} --captions miniature:20 --cpu".split())
-    assert "swapped has not the two text encoders of 77 positions that SDXL was trained with" in message
+    assert "swapped lacks the two text encoders of 77 positions that SDXL was trained with" in message
 
 
 def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
@@ -1238,7 +1249,7 @@ def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
     flags = f"--base {base} --output-dir {tmp_path} --cpu --captions miniature:20 --batch-size 5 --resolution 16"
     flags += " --hidden-dim 8 --learning-rate 1e-2 --rank 2 --validate-every 0 --text-steps 3 --image-steps 0"
     message = refusal(align_adapter, capsys, *flags.split(), "--seed", "1")
-    assert message.endswith("holds a run of other settings (seed was 0 and is 1): pass another folder.")
+    assert message.endswith("holds a run with other settings (seed was 0 and is 1): pass another folder.")
     message = refusal(align_adapter, capsys, *flags.split(), "--method", "lora")
     assert "method was adapter and is lora" in message
     align_adapter.main([*flags.split(), "--checkpointing-steps", "7", "--checkpoints-total-limit", "1"])

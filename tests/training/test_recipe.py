@@ -418,6 +418,7 @@ def test_weights_that_are_not_finite_are_counted(value) -> None:
     assert health.count_broken(tensors) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_finelip", "align_adapter"])
 def test_a_recipe_runs_where_it_was_copied_to(tmp_path, name) -> None:
     copied = shutil.copy(Path(__file__).parents[2] / "training" / f"{name}.py", tmp_path)
@@ -482,7 +483,7 @@ def test_a_flag_counts_before_a_file_and_a_file_before_a_preset(tmp_path) -> Non
         ('method = "prefix"', "sets method to 'prefix': expected one of adapter, lora."),
         ('output-dir = ""', "sets output-dir to '': expected a path instead of nothing."),
         ("batch-size 3", "mine.toml is no TOML ("),
-        (None, "mine.toml does not exist, or is no file."),
+        (None, "mine.toml does not exist, or is no file: pass the name of a text file."),
     ],
 )
 def test_refuses_what_a_preset_may_not_say(tmp_path, capsys, content, expected) -> None:

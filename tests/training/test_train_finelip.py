@@ -591,7 +591,7 @@ def test_a_damaged_best_model_is_named_and_made_anew(base, tmp_path, capsys) -> 
     os.truncate(tmp_path / "best" / "model.safetensors", 100)
     capsys.readouterr()
     assert train(base, tmp_path, *flags, "--max-steps", "3")["best"] is not None
-    assert "best is not whole any more: it begins anew with the next evaluation" in capsys.readouterr().out
+    assert "best is damaged: the next evaluation writes it anew" in capsys.readouterr().out
     load_finelip(tmp_path / "best")
 
 
@@ -772,13 +772,13 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
     [
         ("--base no/such/folder --data miniature:20", "no/such/folder does not exist"),
         ("--base other", "--base other needs --data, such as sharegpt4v:captions.json"),
-        ("--data pictures:x", "pictures:x is no data set: give miniature, or one of"),
+        ("--data pictures:x", "pictures:x is no data set: pass miniature, or one of"),
         ("--data csv:nowhere.csv", "nowhere.csv does not exist"),
         ("--batch-size 7", "The batch size is 7: expected a multiple of 5"),
         ("--batch-size 25", "The data set has 20 images, which do not fill one batch of 25"),
-        ("--data webdataset:{0..1}.tar", "Shards do not tell how many pairs they hold: pass --epoch-size"),
+        ("--data webdataset:{0..1}.tar", "Shards do not tell their number of pairs: pass --epoch-size"),
         ("--data webdataset:nowhere.tar --epoch-size 100 --region-weight 0", "nowhere.tar, the first of 1 shards"),
-        ("--data webdataset:nowhere.tar --epoch-size 100", "--region-weight is 1, but webdataset:nowhere.tar knows no"),
+        ("--data webdataset:nowhere.tar --epoch-size 100", "--region-weight is 1, but webdataset:nowhere.tar has no regions: pass 0"),
         ("--eval-data webdataset:nowhere.tar", "is a stream for training only"),
         (
             "--dataloader-num-workers -1",
@@ -833,8 +833,7 @@ def test_refuses_data_without_regions(base, tmp_path, capsys) -> None:
     data = f"csv:{write_csv(tmp_path / 'data')}"
     flags = f"--base {base} --data {data} --batch-size 5 --region-weight 0.5 --cpu --output-dir {tmp_path / 'run'}"
     assert (
-        refusal(train_finelip, capsys, *flags.split())
-        == f"--region-weight is 0.5, but {data} knows no regions: pass 0."
+        refusal(train_finelip, capsys, *flags.split()) == f"--region-weight is 0.5, but {data} has no regions: pass 0."
     )
 
 
@@ -873,7 +872,7 @@ def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, c
     capsys.readouterr()
     message = refusal(train_finelip, capsys, "--base", str(base), *flags, "--seed", "1", "--margin", "0.3")
     assert message.endswith(
-        "run of other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another folder."
+        "run with other settings (margin was 0.2 and is 0.3, seed was 0 and is 1): pass another folder."
     )
     wider = save_clip(tmp_path / "clip", width=32)
     message = refusal(train_finelip, capsys, "--base", str(wider), *flags)
@@ -889,7 +888,7 @@ def test_refuses_images_none_of_which_can_be_read_also_from_workers(base, tmp_pa
     flags += f" --output-dir {tmp_path / 'run'}"
     message = refusal(train_finelip, capsys, *flags.split())
     assert message.startswith("10 images in a row cannot be read")
-    assert message.endswith("Where images are missing on purpose, pass --skip-missing-images.")
+    assert message.endswith("If images are missing on purpose, pass --skip-missing-images.")
 
 
 @pytest.mark.slow

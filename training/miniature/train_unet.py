@@ -113,7 +113,9 @@ def encoded_captions(clips: list[CLIPModel], path: Path, scenes: int) -> tuple[T
             pooled.append(encoded[1])
         parts = {"states": states, "pooled": pooled}
         with written_whole(path) as temporary:
-            torch.save({name: torch.cat(part).unflatten(0, (CAPTIONS, scenes)) for name, part in parts.items()}, temporary)
+            torch.save(
+                {name: torch.cat(part).unflatten(0, (CAPTIONS, scenes)) for name, part in parts.items()}, temporary
+            )
     cached = torch.load(path, weights_only=True, mmap=True)
     return cached["states"], cached["pooled"]
 
