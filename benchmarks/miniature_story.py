@@ -190,16 +190,16 @@ def draw_figure(counts: dict[str, np.ndarray]) -> Figure:
 
 
 def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """The described scenes, and below them each row's pictures of their captions, twice as large."""
+    """The described scenes, and below them each row's pictures of their captions."""
     rows = {"the scene": [draw_scene(sample.scene) for sample in samples], **rows}
-    size, label, gap = 2 * IMAGE_SIZE, 28, 8
+    size, label, gap = IMAGE_SIZE, 28, 8
     sheet = Image.new("RGB", (len(samples) * (size + gap) - gap, len(rows) * (size + label + gap) - gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
     for row, (name, images) in enumerate(rows.items()):
         top = row * (size + label + gap)
         pen.text((0, top), name, fill="black", font=font)
         for column, image in enumerate(images[: len(samples)]):
-            sheet.paste(image.resize((size, size), Image.Resampling.LANCZOS), (column * (size + gap), top + label))
+            sheet.paste(image, (column * (size + gap), top + label))
     return sheet
 
 

@@ -15,7 +15,6 @@ from torch import LongTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, CLIPImageProcessorPil, CLIPTokenizer
 
-from finelip_sdxl.miniature.drawing import IMAGE_SIZE
 from finelip_sdxl.names import bundled_model, resolve
 from finelip_sdxl.text_encoders import check_tokenizer
 
@@ -80,7 +79,8 @@ def load_image_processor(source: str | os.PathLike[str], image_size: int) -> CLI
         torch.Size([1, 3, 96, 96])
     """
     if bundled_model(source) is not None:
-        processor = _clip_processor(IMAGE_SIZE)
+        processor = _clip_processor(image_size)
+        processor.resample = Image.Resampling.BOX  # the towers were trained on drawings of half the size, made so
         processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
         return processor
     if not Path(source).is_file():

@@ -26,7 +26,7 @@ class MiniatureScenes(CaptionDataset):
     Example:
         >>> scenes = MiniatureScenes("test", size=10)
         >>> len(scenes), scenes.image(0).size, len(scenes.captions(0))
-        (10, (96, 96), 1)
+        (10, (192, 192), 1)
     """
 
     group_size = 5

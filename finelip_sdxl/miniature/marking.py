@@ -25,7 +25,7 @@ _CROSS = (((-3.5, -3.5), (3.5, 3.5)), ((-3.5, 3.5), (3.5, -3.5)))
 
 
 def mark_objects(
-    image: Image.Image, described: Sequence[Thing], scores: Sequence[ObjectScore], scale: int = 5
+    image: Image.Image, described: Sequence[Thing], scores: Sequence[ObjectScore], scale: int = 3
 ) -> Image.Image:
     """The enlarged picture with frames around its described objects: green with a check, or red with a cross.
 
@@ -49,7 +49,7 @@ def mark_objects(
         >>> picture = draw_scene(make_scene("unseen-0"))
         >>> described = parse_description("The top left holds a blue leaf. In the top center there is a red moon.")
         >>> mark_objects(picture, described, score_objects(picture, described)).size
-        (480, 480)
+        (576, 576)
     """
     if len(described) != len(scores):
         raise ValueError(f"Got {len(described)} objects and {len(scores)} scores; pass one score for each object.")

@@ -18,7 +18,6 @@ from PIL import Image
 from .drawing import CELL_SIZE, IMAGE_SIZE, LOOKS, coverage
 from .world import BACKGROUNDS, COLORS, PLACES, SIZES, Scene, SceneObject
 
-
 # Root mean squared error of a cell's pixels, from 0 to 1, up to which it is clean: PLACEHOLDER
 CLEAN_ERROR = 0.05
 

@@ -174,7 +174,7 @@ def main() -> None:
         mentions = Mentions(scenes, captions, encoding, device)
         with torch.autocast(device, torch.bfloat16):
             text = clip.text_model(encoding.input_ids.to(device), output_hidden_states=True)
-            image = clip.vision_model(draw_batch(scenes).to(device))
+            image = clip.vision_model(F.avg_pool2d(draw_batch(scenes), 2).to(device))  # 96 × 96 pixels
             contrast = symmetric_contrast(
                 clip.text_projection(text.pooler_output), clip.visual_projection(image.pooler_output), clip.logit_scale
             )
