@@ -12,9 +12,9 @@ from diffusers.hooks import apply_group_offloading
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import LENGTH_BUCKETS
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, OPTIONS, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
-from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 
 

@@ -810,8 +810,9 @@ def test_the_answer_stands_alone() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "text_encoder and text_encoder_2 encode prompt: 5 tokens in 1 window of 77 positions,"
-        " as stock SDXL encodes it; nothing is cut",
+        " as the stock miniature encodes it; nothing is cut",
         '  window 1, 5 tokens: "a red star"',
+        "Counted in the miniature's tokens.",
     ]
 
 
