@@ -64,8 +64,7 @@ class _Page:
         self.max_side = min(max_side, 4 * max(comparison.size))  # no SDXL draws larger ones well
         self.visitors = Visitors()
         self.examples = _read_examples(EXAMPLES / ("miniature" if comparison.is_miniature else "sdxl"))
-        steps, guidance = (20, 3.0) if comparison.is_miniature else (30, 5.0)
-        self.defaults = Settings(next(iter(self.examples.values())), steps=steps, guidance_scale=guidance)
+        self.defaults = Settings(next(iter(self.examples.values()))).filled(comparison.recommended)
 
     # Layout
 

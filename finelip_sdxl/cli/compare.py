@@ -74,6 +74,8 @@ def compare(options: argparse.Namespace) -> None:
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
         **picture_parameters(options, prompt, dtype, opened.pipe),
+        "steps": pictures[0].settings.steps,
+        "guidance_scale": pictures[0].settings.guidance_scale,
         "refiner": options.refiner and public_name(options.refiner),
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,

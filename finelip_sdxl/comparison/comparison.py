@@ -36,6 +36,7 @@ from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
 from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, plan_prompts
 from finelip_sdxl.provenance import public_name
+from finelip_sdxl.recommended import Recommended, recommended_of
 from finelip_sdxl.text_encoders import TextEncoder, num_positions, unstretch_text_encoder, with_max_length
 
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
@@ -189,6 +190,11 @@ class Comparison:
         return comparison
 
     @property
+    def recommended(self) -> Recommended:
+        """The steps and the guidance scale for settings that leave them out."""
+        return recommended_of(self.pipe.config) or Recommended()
+
+    @property
     def size(self) -> tuple[int, int]:
         """The model's own width and height, in pixels."""
         side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
@@ -235,7 +241,7 @@ class Comparison:
         """
         check_columns([column])
         with self._drawing:
-            return self._draw_alone(column, settings, on_step or (lambda step, steps: None))
+            return self._draw_alone(column, settings.filled(self.recommended), on_step or (lambda step, steps: None))
 
     def _draw_alone(self, column: str, settings: Settings, on_step: OnStep) -> Picture:
         started = time.perf_counter()
@@ -257,6 +263,7 @@ class Comparison:
 
     def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
         """The pixels, (3, height, width)."""
+        assert settings.steps is not None  # filled
         width, height = settings.width or self.size[0], settings.height or self.size[1]
         common: dict[str, Any] = {
             "num_inference_steps": settings.steps,
@@ -335,7 +342,7 @@ class _Stage:
             embeds, negative, pooled, negative_pooled = self.stock.encode_prompt(
                 settings.prompt,
                 device=self.pipe._execution_device,
-                do_classifier_free_guidance=settings.guidance_scale > 1,
+                do_classifier_free_guidance=(settings.guidance_scale or 0) > 1,
                 negative_prompt=settings.negative_prompt or None,
             )
         self.free()

@@ -51,6 +51,7 @@ from finelip_sdxl.pipelines.checking import (
 from finelip_sdxl.pipelines.model_card import model_card
 from finelip_sdxl.pipelines.prompt_encoding import PromptEncodingMixin
 from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
+from finelip_sdxl.recommended import recommended_of, record_recommended
 from finelip_sdxl.text_encoders import (
     TextEncoder,
     build_text_encoder,
@@ -180,6 +181,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             )
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
+        record_recommended(pipe, recommended_of(index))
         if index.get(UNSWAPPED) and weights is None and weights_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions stay so; swap_text_encoders() makes them 248.")
         else:
