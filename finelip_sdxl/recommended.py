@@ -40,9 +40,10 @@ def recommended_of(config: Mapping[str, Any]) -> Recommended | None:
     entry = config.get(_KEY)
     if entry is None:
         return None
-    found = dict(entry) if isinstance(entry, Mapping) else {}
+    found: dict[str, Any] = dict(entry) if isinstance(entry, Mapping) else {}
     steps, scale = found.get("num_inference_steps"), found.get("guidance_scale")
-    if type(steps) is not int or steps < 1 or type(scale) not in (int, float) or not 0 <= scale < 1000:
+    is_whole, is_number = type(steps) is int, isinstance(scale, int | float)
+    if steps is None or scale is None or not is_whole or steps < 1 or not is_number or not 0 <= scale < 1000:
         raise ValueError(
             f"The model's {_KEY} is {entry!r:.100}; expected num_inference_steps of at least 1 and a guidance_scale of"
             " at least 0: correct its model_index.json."

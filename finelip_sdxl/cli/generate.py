@@ -16,7 +16,7 @@ from finelip_sdxl.cli.options import (
     loading_arguments,
     settings_by_seed,
 )
-from finelip_sdxl.cli.output import image_files, picture_parameters
+from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
 from finelip_sdxl.console import quiet_transformers
 
 
@@ -46,7 +46,9 @@ def generate(options: argparse.Namespace) -> None:
     seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)
     pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
-    print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt), flush=True)
+    plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt)
+    print(plan, flush=True)
+    print_notice(prompt, plan.plans)
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
     else:

@@ -65,7 +65,7 @@ def parse_description(text: str) -> tuple[DescribedObject, ...]:
 def is_of_world(text: str) -> bool:
     """Whether a text is of the miniature's world: it has no other words, or it describes an object with few others.
 
-    Few is one in six. A text of spaces alone is of every world.
+    Few is one in eight. A text of spaces alone is of every world.
 
     Example:
         >>> is_of_world("a red star"), is_of_world("Draw a red star in the top left")
@@ -76,17 +76,17 @@ def is_of_world(text: str) -> bool:
     words, foreign = _find_words(text), foreign_words(text)
     if not words or not foreign:
         return bool(words) or not text.strip()
-    return 6 * len(foreign) <= len(words) and bool(parse_description(text))
+    return 8 * len(foreign) <= len(words) and bool(parse_description(text))
 
 
 def foreign_words(text: str) -> list[str]:
-    """The words of a text that no caption of the miniature has, in their order, repeated ones too.
+    """The words of a text that the miniature does not know, in their order, repeated ones too.
 
     Example:
         >>> foreign_words("A cat under a red star")
         ['cat', 'under']
     """
-    return [word for word in _find_words(text) if word.lower() not in _caption_words()]
+    return [word for word in _find_words(text) if word.lower() not in _known_words()]
 
 
 def _find_words(text: str) -> list[str]:
@@ -94,8 +94,10 @@ def _find_words(text: str) -> list[str]:
 
 
 @cache
-def _caption_words() -> frozenset[str]:
-    return frozenset(word.lower() for part in vocabulary() for word in _find_words(part))
+def _known_words() -> frozenset[str]:
+    """The words of captions, and further spellings that `parse_description` takes."""
+    texts = [*vocabulary(), *_PLACES, "colour"]
+    return frozenset(word.lower() for text in texts for word in _find_words(text))
 
 
 def _read_sentence(text: str, start: int, end: int, colors: dict[str, str | None]) -> list[DescribedObject]:

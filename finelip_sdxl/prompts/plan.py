@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -97,7 +97,7 @@ class EncoderPlan:
         return sum(window.tokens for window in self.windows)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.encoder} encodes {self.role}: {self._body()}", *_counted([self])])
+        return "\n".join([f"{self.encoder} encodes {self.role}: {self._body()}", *counted_in([self])])
 
     def _body(self) -> str:
         windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
@@ -149,7 +149,7 @@ class PromptPlan:
             f"{' and '.join(names)} {'encodes' if len(names) == 1 else 'encode'} {text}"
             for text, names in encoders.items()
         ]
-        return "\n".join([*lines, *_counted(self.plans)])
+        return "\n".join([*lines, *counted_in(self.plans)])
 
 
 def plan_prompts(
@@ -229,6 +229,12 @@ def plan_prompts(
         for texts_of in (prompt_texts, negative_texts)
     )
     return PromptPlan(by_encoder, negative_by_encoder, positions, windows)
+
+
+def counted_in(plans: Iterable[EncoderPlan]) -> list[str]:
+    """The line of a report that says whose tokens the plans count; empty if they do not say."""
+    names = " and ".join(dict.fromkeys(plan.vocabulary for plan in plans if plan.vocabulary))
+    return [f"Counted in {names}."] if names else []
 
 
 def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, windows: int) -> list[list[list[int]]]:
@@ -392,12 +398,6 @@ def _padded_length(longest: int, capacity: int, length_buckets: Sequence[int], s
 def _row(window: Window, tokenizer: CLIPTokenizer, positions: int) -> list[int]:
     row = [tokenizer.bos_token_id, *window.token_ids, tokenizer.eos_token_id]
     return row + [tokenizer.pad_token_id] * (positions - len(row))
-
-
-def _counted(plans: Sequence[EncoderPlan]) -> list[str]:
-    """The line of a report that says whose tokens are counted."""
-    names = " and ".join(dict.fromkeys(plan.vocabulary for plan in plans if plan.vocabulary))
-    return [f"Counted in {names}."] if names else []
 
 
 def _quoted(text: str) -> str:

@@ -19,14 +19,14 @@ SCENE = "A red star is in the top left. The center holds a small blue ring."
 @pytest.mark.parametrize(
     ("arguments", "count", "vocabulary"),
     [
-        ([PORTRAIT], 33, SDXL),
+        ([PORTRAIT], 34, SDXL),
         (["a photo of a cat on a sofa"], 10, SDXL),
-        ([SCENE], 18, MINIATURE),
+        ([SCENE], 19, MINIATURE),
         ([f"{SCENE} A dragon sleeps."], 29, MINIATURE),
         (["a red star"], 5, MINIATURE),
-        (["a photo of a cat on a sofa", "--base", "miniature"], 19, MINIATURE),
-        (["a photo of a cat", "--base", str(miniature_path())], 13, MINIATURE),
-        (["🦊"], 3, SDXL),
+        (["a photo of a cat on a sofa", "--base", "miniature"], 15, MINIATURE),
+        (["a photo of a cat", "--base", str(miniature_path())], 10, MINIATURE),
+        (["🦊"], 4, SDXL),
     ],
 )
 def test_the_report_says_whose_tokens_it_counts(capsys, arguments, count, vocabulary) -> None:
