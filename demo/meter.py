@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from demo.rendering import render
-from finelip_sdxl.prompts.plan import EncoderPlan
+from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
 STOCK = "stock"
 MARKERS = 2  # start and end token
@@ -21,6 +21,7 @@ def render_meter(
     plans: Mapping[str, EncoderPlan],
     titles: Mapping[str, str],
     pending: Collection[str] = (),
+    note: str = "",
 ) -> str:
     """Show the plans of a prompt: a line with a bar for each column, then the prompt with the left-out text struck out.
 
@@ -31,6 +32,7 @@ def render_meter(
         plans: for each column, such as `"stock"`, the plan of its first encoder. Windows must hold their tokens.
         titles: for each column, its name on the page.
         pending: columns whose plan follows.
+        note: a sentence after the line that says whose tokens are counted.
 
     Returns:
         HTML, with all text escaped. Where a column's windows do not join to the prompt (compel takes its syntax of
@@ -56,6 +58,7 @@ def render_meter(
         kept=kept,
         cut=cut,
         stock=STOCK,
+        sentence=" ".join([*counted_in(plans.values()), *([note] if note else [])]),
     )
 
 

@@ -23,7 +23,8 @@ from demo.theme import ABOUT_MINIATURE, INTRO, heading, sources_line, status_lin
 from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture, label_pictures
 from finelip_sdxl.comparison.settings import MAX_SEED, MIN_SIDE, Settings
 from finelip_sdxl.images import read_parameters, save_png
-from finelip_sdxl.miniature.parsing import DescribedObject, parse_description
+from finelip_sdxl.miniature.notice import REAL_SDXL, unknown
+from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world, parse_description
 from finelip_sdxl.options import COLUMNS, HIDDEN_STATES
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -64,8 +65,7 @@ class _Page:
         self.max_side = min(max_side, 4 * max(comparison.size))  # no SDXL draws larger ones well
         self.visitors = Visitors()
         self.examples = _read_examples(EXAMPLES / ("miniature" if comparison.is_miniature else "sdxl"))
-        steps, guidance = (20, 3.0) if comparison.is_miniature else (30, 5.0)
-        self.defaults = Settings(next(iter(self.examples.values())), steps=steps, guidance_scale=guidance)
+        self.defaults = Settings(next(iter(self.examples.values()))).filled(comparison.recommended)
 
     # Layout
 
@@ -233,10 +233,12 @@ class _Page:
         plans, trouble = {}, ""
         for column in (column for column in COLUMNS if column not in pending):
             try:
-                plans |= self.comparison.plan(prompt, [column])
+                plans |= self.comparison.plan_for_reader(prompt, [column])
             except ValueError as error:  # such as unfinished brackets, which compel cannot parse
                 trouble += _hint(str(error))
-        return meter.render_meter(prompt, plans, COLUMNS, pending) + trouble
+        foreign = self.comparison.is_miniature and not is_of_world(prompt)
+        note = unknown(prompt, f"python demo/app.py --base {REAL_SDXL}") if foreign else ""
+        return meter.render_meter(prompt, plans, COLUMNS, pending, note) + trouble
 
     def tokens(self, prompt: str) -> dict[str, Any]:
         """The plan of a prompt in each column: the windows, as texts and in tokens, and the cut text."""
@@ -247,8 +249,9 @@ class _Page:
                     "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in plan.windows],
                     "cut_text": plan.cut_text,
                     "cut_tokens": plan.cut_tokens,
+                    "counted_in": plan.vocabulary,
                 }
-                for column, plan in self.comparison.plan(prompt).items()
+                for column, plan in self.comparison.plan_for_reader(prompt).items()
             }
 
     # Settings

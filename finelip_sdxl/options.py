@@ -16,6 +16,9 @@ MAX_POSITIONS = 100 * 248
 STOCK_POSITIONS = 77
 """Number of positions of CLIP's own text encoders; stock SDXL pads every prompt to it."""
 
+STRETCH_KEEP, STRETCH_FACTOR = 20, 4
+"""Leading rows that a stretch of a positional table leaves unchanged, and rows that it makes from each later one."""
+
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """SDXL's text encoders and their tokenizers, by the names of a pipeline's components."""
 

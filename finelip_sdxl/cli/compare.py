@@ -17,10 +17,10 @@ from finelip_sdxl.cli.options import (
     loading_arguments,
     settings_by_seed,
 )
-from finelip_sdxl.cli.output import image_files, picture_parameters
+from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import COLUMNS
-from finelip_sdxl.prompts.plan import EncoderPlan
+from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
 
 def add_parser(commands: Commands) -> None:
@@ -62,8 +62,12 @@ def compare(options: argparse.Namespace) -> None:
         **loading_arguments(options),
     )
     opened.plan(options.negative_prompt or "", columns)  # a text that compel cannot parse is refused before drawing
-    for column, plan in opened.plan(prompt, columns).items():
+    plans = opened.plan(prompt, columns)
+    for column, plan in plans.items():
         print(f"{COLUMNS[column]} encodes {_outline(plan)}")
+    for line in counted_in(plans.values()):
+        print(line)
+    print_notice(prompt, plans.values())
 
     pictures = []
     for settings in rows:
@@ -74,6 +78,8 @@ def compare(options: argparse.Namespace) -> None:
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
         **picture_parameters(options, prompt, dtype, opened.pipe),
+        "steps": pictures[0].settings.steps,
+        "guidance_scale": pictures[0].settings.guidance_scale,
         "refiner": options.refiner and public_name(options.refiner),
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,

@@ -16,7 +16,7 @@ from finelip_sdxl.cli.options import (
     loading_arguments,
     settings_by_seed,
 )
-from finelip_sdxl.cli.output import image_files, picture_parameters
+from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
 from finelip_sdxl.console import quiet_transformers
 
 
@@ -41,22 +41,27 @@ def generate(options: argparse.Namespace) -> None:
     from finelip_sdxl.comparison import comparison
     from finelip_sdxl.images import save_png, to_image
     from finelip_sdxl.pipelines.opening import open_text_to_image
+    from finelip_sdxl.recommended import Recommended, recommended_of
 
     seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)
     pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
-    print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt), flush=True)
+    plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt)
+    print(plan, flush=True)
+    print_notice(prompt, plan.plans)
     if options.offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
     pipe.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
+    recommended = recommended_of(pipe.config) or Recommended()
+    chosen = settings_by_seed(options, prompt, 1)[0].filled(recommended)
     try:
         images = pipe(
             prompt,
             negative_prompt=options.negative_prompt,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
+            num_inference_steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
             width=options.width,
             height=options.height,
             num_images_per_prompt=options.num_images,
@@ -70,7 +75,8 @@ def generate(options: argparse.Namespace) -> None:
         side = pipe.default_sample_size * pipe.vae_scale_factor
         comparison.raise_out_of_memory(options.width or side, options.height or side, options.num_images)
 
-    parameters = picture_parameters(options, prompt, dtype, pipe)
+    drawn = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
+    parameters = {**picture_parameters(options, prompt, dtype, pipe), **drawn}
     for seed, pixels, file in zip(seeds, images, files, strict=True):
         image = to_image(pixels)
         size = {"width": image.width, "height": image.height}

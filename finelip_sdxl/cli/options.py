@@ -64,9 +64,10 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
 
 def add_drawing(command: argparse.ArgumentParser) -> None:
     """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
-    command.add_argument("--steps", type=count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
-    text = "classifier-free guidance, off up to 1 (default: %(default)s)"
-    command.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help=text)
+    text = "denoising steps (default: as the model recommends, or else 30)"
+    command.add_argument("--steps", type=count, metavar="N", help=text)
+    text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else 5)"
+    command.add_argument("--guidance-scale", type=float, metavar="X", help=text)
     text = "seed of the noise, plus one for each further image (default: random)"
     command.add_argument("--seed", type=int, metavar="N", help=text)
     text = "of the picture, a multiple of 8 (default: the model's own)"

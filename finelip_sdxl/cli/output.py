@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finelip_sdxl.files import check_file, check_writable
+from finelip_sdxl.miniature.notice import REAL_SDXL, notice
 from finelip_sdxl.options import ENCODING, LOADED
+from finelip_sdxl.prompts.plan import EncoderPlan
+from finelip_sdxl.prompts.vocabulary import MINIATURE
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +79,12 @@ def image_files(out: str, count: int) -> list[Path]:
     for file in files:
         check_file(file)
     return files
+
+
+def print_notice(prompt: str, plans: Iterable[EncoderPlan]) -> None:
+    """Print that the miniature draws, and what it does not know of the prompt, if the plans count in its tokens."""
+    if any(plan.vocabulary == MINIATURE for plan in plans):
+        print(*notice(prompt, f"--base {REAL_SDXL}"), sep="\n", flush=True)
 
 
 def picture_parameters(

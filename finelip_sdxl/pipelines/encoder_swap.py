@@ -23,6 +23,7 @@ from finelip_sdxl.checkpoints.sources import Source
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.names import Location, bundled_model, bundled_sdxl, resolve, sdxl_path
+from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import (
     AS_SAVED,
     ENCODERS,
@@ -48,9 +49,9 @@ from finelip_sdxl.pipelines.checking import (
     write_configs,
 )
 from finelip_sdxl.pipelines.model_card import model_card
-from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import PromptEncodingMixin
 from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
+from finelip_sdxl.recommended import recommended_of, record_recommended
 from finelip_sdxl.text_encoders import (
     TextEncoder,
     build_text_encoder,
@@ -180,6 +181,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             )
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
+        record_recommended(pipe, recommended_of(index))
         if index.get(UNSWAPPED) and weights is None and weights_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions stay so; swap_text_encoders() makes them 248.")
         else:

@@ -12,10 +12,11 @@ from diffusers.hooks import apply_group_offloading
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
+from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import LENGTH_BUCKETS
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, OPTIONS, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
-from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
+from finelip_sdxl.recommended import recommended_arguments
 
 
 def _option(name: str, doc: str) -> property:
@@ -196,7 +197,8 @@ def _drawing(call: Callable[..., Any]) -> Callable[..., Any]:
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
-        return call(self, *args, **kwargs)
+        given = inspect.signature(call).bind_partial(self, *args, **kwargs).arguments
+        return call(self, *args, **{**kwargs, **recommended_arguments(self.config, given)})
 
     return one_at_a_time(checked)
 

@@ -28,6 +28,7 @@ from finelip_sdxl.console import printing_stops_nothing
 from finelip_sdxl.data import formats
 from finelip_sdxl.images import read_parameters
 from finelip_sdxl.miniature.drawing import draw_scene
+from finelip_sdxl.miniature.notice import DRAWS
 from finelip_sdxl.miniature.world import make_scene
 from finelip_sdxl.prompts.plan import EncoderPlan, Window
 from tests.helpers.single_file import save_single_file
@@ -810,8 +811,9 @@ def test_the_answer_stands_alone() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "text_encoder and text_encoder_2 encode prompt: 5 tokens in 1 window of 77 positions,"
-        " as stock SDXL encodes it; nothing is cut",
+        " as the stock miniature encodes it; nothing is cut",
         '  window 1, 5 tokens: "a red star"',
+        "Counted in the miniature's tokens.",
     ]
 
 
@@ -820,10 +822,10 @@ def test_the_pictures_and_figures_of_commands_stand_alone(tmp_path) -> None:
     picture, grid = str(tmp_path / "a.png"), str(tmp_path / "grid.png")
     drawing = ["--steps", "1", "--device", "cpu", "--seed", "0"]
     done = run([*COMMAND, "generate", "a red star", *drawing, "--out", picture])
-    assert done.stdout.splitlines()[2:] == [f"{picture} (seed 0)"]
+    assert done.stdout.splitlines()[3:] == [DRAWS, f"{picture} (seed 0)"]
     assert said(done) == []
     done = run([*COMMAND, "compare", "a red star", *drawing, "--out", grid])
-    assert (len(done.stdout.splitlines()), said(done)) == (7, [])
+    assert (len(done.stdout.splitlines()), said(done)) == (9, [])
     done = run([*COMMAND, "evaluate", "retrieval", "--data", "miniature:2", "--device", "cpu"])
     assert (done.returncode, said(done)) == (0, [])
     done = run([*COMMAND, "convert", "miniature", str(tmp_path / "long"), "--conditioning-adapter", "none"])
@@ -942,7 +944,7 @@ def test_help_names_every_kind_of_data(capsys) -> None:
     [
         (
             ["generate"],
-            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "default: 30"),
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "or else 30"),
         ),
         (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "default: 30")),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),

@@ -15,6 +15,7 @@ from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.comparison import COLUMNS, Settings
 from finelip_sdxl.comparison.comparison import Comparison, Picture, label_pictures
 from finelip_sdxl.miniature.parsing import parse_description
+from finelip_sdxl.recommended import Recommended
 from finelip_sdxl.text_encoders import num_positions
 from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer
 
@@ -42,6 +43,7 @@ def stock(components) -> StableDiffusionXLPipeline:
 
 
 def draw(pipe, settings: Settings = SETTINGS, prompt: str | None = LONG, **arguments) -> Image.Image:
+    settings = settings.filled(Recommended())
     return pipe(
         prompt,
         num_inference_steps=settings.steps,

@@ -242,6 +242,11 @@ def test_an_empty_prompt_gets_a_hint(prompt) -> None:
     assert not Page(html).lines
 
 
+def test_the_meter_says_whose_tokens_are_counted() -> None:
+    html = render_meter(FOX, plans_of(FOX), TITLES, note="<b> & a note.")
+    assert "Counted in this model&#39;s own tokens. &lt;b&gt; &amp; a note." in html
+
+
 def test_columns_can_be_left_out() -> None:
     prompt = FOX * 20
     shown = page(prompt, plans_of(prompt, "finelip"))

@@ -153,7 +153,8 @@ def test_report_reads_well() -> None:
         '  window 1, 3 tokens: "red"\n'
         "text_encoder and text_encoder_2 encode negative prompt 2:"
         " 3 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
-        '  window 1, 3 tokens: "red"'
+        '  window 1, 3 tokens: "red"\n'
+        "Counted in this model's own tokens."
     )
     single = str(report.plans[0])
     assert single.startswith("text_encoder encodes prompt: 4 tokens")
