@@ -11,6 +11,7 @@ from finelip_sdxl.cli.options import (
     add_encoding,
     add_prompt,
     add_refiner,
+    check_models,
     chosen_prompt,
     count,
     device_and_dtype,
@@ -18,6 +19,7 @@ from finelip_sdxl.cli.options import (
     settings_by_seed,
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters
+from finelip_sdxl.comparison.settings import check_columns
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan
@@ -41,17 +43,17 @@ def add_parser(commands: Commands) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Print how many tokens each column encodes, draw all columns from every seed, and write one PNG file."""
     prompt, (file,) = chosen_prompt(options), image_files(options.out, 1)
+    chosen = check_columns(options.columns)
+    rows = settings_by_seed(options, prompt, options.seeds)
+    check_models(options)
 
     quiet_transformers()
     from finelip_sdxl.comparison import comparison
-    from finelip_sdxl.comparison.settings import check_columns
     from finelip_sdxl.images import save_png
     from finelip_sdxl.miniature.parsing import parse_description
     from finelip_sdxl.provenance import public_name
 
-    chosen = check_columns(options.columns)
     columns = [column for column in COLUMNS if column in chosen]
-    rows = settings_by_seed(options, prompt, options.seeds)
     device, dtype = device_and_dtype(options)
     opened = comparison.Comparison.load(
         options.base,

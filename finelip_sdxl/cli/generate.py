@@ -10,6 +10,7 @@ from finelip_sdxl.cli.options import (
     add_drawing,
     add_encoding,
     add_prompt,
+    check_models,
     chosen_prompt,
     count,
     device_and_dtype,
@@ -35,6 +36,9 @@ def add_parser(commands: Commands) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Print the prompt's plan, draw the prompt, and write one or more PNG files."""
     prompt, files = chosen_prompt(options), image_files(options.out, options.num_images)
+    seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
+    check_models(options)
+
     quiet_transformers()
     import torch
 
@@ -42,7 +46,6 @@ def generate(options: argparse.Namespace) -> None:
     from finelip_sdxl.images import save_png, to_image
     from finelip_sdxl.pipelines.opening import open_text_to_image
 
-    seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)
     pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
     print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt), flush=True)
