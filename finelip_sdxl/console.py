@@ -82,6 +82,60 @@ def quiet_transformers() -> None:
     transformers_logging: Any = utils.logging  # has no types
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    _say_once()
+
+
+def _say_once() -> None:
+    """Let Diffusers print each of its messages once from now on."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.get_logger()  # type: ignore[no-untyped-call]  # this makes its handler
+    for handler in logging.getLogger("diffusers").handlers:
+        for former in [added for added in handler.filters if isinstance(added, _Once)]:
+            handler.removeFilter(former)
+        handler.addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.said
+        self.said.add(message)
+        return is_new
+
+
+@contextmanager
+def messages_with_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Print the warnings of this package with flags in the place of its arguments, each once.
+
+    Args:
+        flags: see `with_flags`.
+
+    Example:
+        >>> with messages_with_flags({"dtype": "--dtype"}):
+        ...     pass
+    """
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return with_flags(super().format(record), flags)
+
+    handler, once = logging.lastResort, _Once()  # it prints the messages of loggers without a handler
+    if handler is None:
+        yield
+        return
+    before = handler.formatter
+    handler.setFormatter(Formatter())
+    handler.addFilter(once)
+    try:
+        yield
+    finally:
+        handler.setFormatter(before)
+        handler.removeFilter(once)
 
 
 @contextmanager

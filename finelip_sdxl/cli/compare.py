@@ -3,6 +3,7 @@
 import argparse
 from functools import partial
 
+from finelip_sdxl.cli.drawing import add_parts, part_parameters, set_scheduler, vae_arguments
 from finelip_sdxl.cli.options import (
     MAX_PICTURES,
     Commands,
@@ -37,6 +38,7 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("--seeds", type=pictures, default=1, metavar="N", help=text)
     add_drawing(command)
     add_refiner(command)
+    add_parts(command)
     add_encoding(command)
 
 
@@ -62,7 +64,9 @@ def compare(options: argparse.Namespace) -> None:
         offload=options.offload,
         dtype=dtype,
         **loading_arguments(options),
+        **vae_arguments(options, dtype),
     )
+    set_scheduler(opened.pipe, options.scheduler)
     opened.plan(options.negative_prompt or "", columns)  # a text that compel cannot parse is refused before drawing
     for column, plan in opened.plan(prompt, columns).items():
         print(f"{COLUMNS[column]} encodes {_outline(plan)}")
@@ -76,6 +80,7 @@ def compare(options: argparse.Namespace) -> None:
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
         **picture_parameters(options, prompt, dtype, opened.pipe),
+        **part_parameters(options),
         "refiner": options.refiner and public_name(options.refiner),
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from finelip_sdxl.cli import compare, convert, evaluate, export, generate, tokens
-from finelip_sdxl.console import Parser, printing_stops_nothing, with_flags
+from finelip_sdxl.console import Parser, messages_with_flags, printing_stops_nothing, with_flags
 from finelip_sdxl.files import stopped_by_signals
 from finelip_sdxl.report import command_line
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.command_line = command_line("finelip-sdxl", arguments)
     try:
-        with stopped_by_signals():
+        with stopped_by_signals(), messages_with_flags(options.flags()):
             options.run(options)
     except (ValueError, TypeError, OSError, MemoryError) as error:
         message = with_flags(" ".join(str(error).split()), options.flags())

@@ -253,7 +253,7 @@ def check_models(options: argparse.Namespace) -> None:
         OSError: a model is not there.
         ValueError: a config is given for a base that is no single file, or a file for a folder.
     """
-    if hasattr(options, "base"):
+    if getattr(options, "base", None) is not None:
         check_config(options.base, getattr(options, "config", None))
     for option in _MODELS:
         name = getattr(options, option, None)
