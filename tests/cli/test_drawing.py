@@ -47,7 +47,9 @@ def test_loras_are_loaded_with_their_scales(draw, tmp_path) -> None:
 
 
 def test_a_scheduler_draws_as_diffusers_does(draw, stock_folder) -> None:
-    pictures = {name: draw("--scheduler", name, "--steps", "4") for name in ("euler_a", "dpmpp_2m_karras", "DDIMScheduler")}
+    pictures = {
+        name: draw("--scheduler", name, "--steps", "4") for name in ("euler_a", "dpmpp_2m_karras", "DDIMScheduler")
+    }
     assert len({picture.tobytes() for picture, _ in pictures.values()}) == 3
     assert [found["scheduler"] for _, found in pictures.values()] == list(pictures)
     assert pictures["euler_a"][1]["sampler"] == "Euler a"

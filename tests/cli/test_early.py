@@ -198,3 +198,46 @@ def test_errors_of_the_library_name_flags(stock_folder, tmp_path, capsys, argume
     assert main([argument.format(new=tmp_path / "new", stock=stock_folder) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
     assert not Path(tmp_path / "new").exists()
+
+
+# The recipes
+
+RECIPE = """
+import json, runpy, sys
+for command in json.load(sys.stdin):
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stopped:
+        said = stopped.code
+    print(json.dumps([str(said), sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())]))
+"""
+
+RECIPE_MISTAKES = {
+    ("align_adapter.py", "--text-step", "0", "--lerning-rate", "1"): "did you mean --learning-rate?",
+    ("align_adapter.py", "--resolution", "100"): "--resolution is 100; expected a multiple of 8",
+    ("align_adapter.py", "--base", "./gone", "--captions", "txt:a"): "",
+    ("align_adapter.py", "--base", "./gone", "--captions", "csv:a.csv"): "./gone does not exist",
+    ("align_adapter.py", "--finelip", "gone.pt"): "gone.pt does not exist",
+    ("align_adapter.py", "--guidance-scale", "nan"): "--guidance-scale: expected a number",
+    ("train_finelip.py", "--base", "gone.pt", "--data", "csv:a.csv"): "gone.pt does not exist",
+    ("train_finelip.py", "--batchsize", "8"): "--batchsize is no flag here: did you mean --batch-size?",
+    ("train_finelip.py", "--epochs", "many"): "--epochs: expected a number above 0 instead of many",
+    ("train_finelip.py", "--output-dir", "/proc/none"): "cannot be written to",
+}
+
+
+def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
+    training = Path(__file__).parents[2] / "training"
+    commands = [[str(training / recipe), *flags] for recipe, *flags in RECIPE_MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    errors = iter(done.stderr.splitlines())
+    for mistake, (said, heavy) in zip(RECIPE_MISTAKES, found, strict=True):
+        line = next(errors) if said == "2" else said  # argparse writes it itself
+        assert line.startswith(f"{mistake[0]}: error: "), mistake
+        assert RECIPE_MISTAKES[mistake] in line
+        assert heavy == [], mistake
