@@ -23,6 +23,8 @@ import argparse
 import copy
 import hashlib
 import json
+import shlex
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +49,6 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils import make_image_grid
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ from tqdm import tqdm
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.images import label_grid
 from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
 from finelip_sdxl.pipelines.checking import loading_errors, single_file_errors
@@ -63,7 +65,7 @@ from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.texts import lines_of, read_text
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
-from finelip_sdxl.training.command_line import build_accelerator, end_run, fixed_settings
+from finelip_sdxl.training.command_line import build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
 from finelip_sdxl.training.precompute import Precomputed, precompute
 from finelip_sdxl.training.processes import only_run, together
@@ -86,7 +88,7 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     accelerator = build_accelerator(arguments)
     with only_run(arguments.output_dir, accelerator):
         progress = align_alone(arguments, accelerator)
-    end_run(accelerator, progress)
+    end_run(accelerator, progress, results_of(arguments))
     return progress
 
 
@@ -123,6 +125,8 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     folder = RunFolder(
         arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit, also={"average": average}
     )
+    trained = sum(parameter.numel() for parameter in method.parameters)
+    say_disk_needs(accelerator, arguments.output_dir, disk_needs(arguments, data, pipe, trained))
     progress = folder.resume() or {"step": 0}
     if progress["step"] >= arguments.text_steps + arguments.image_steps:
         accelerator.print(
@@ -388,6 +392,43 @@ def models_of(pipe: FineLIPSDXLPipeline, stock: StableDiffusionXLPipeline) -> di
     return {**own, **{f"stock_{name}": getattr(stock, name) for name in ENCODERS}}
 
 
+def disk_needs(
+    arguments: argparse.Namespace, data: CaptionDataset, pipe: FineLIPSDXLPipeline, trained: int
+) -> dict[str, int]:
+    """Returns the bytes of a run's files: checkpoints hold weights, average and AdamW's two moments."""
+    encoders = sum(parameter.numel() for name in ENCODERS for parameter in getattr(pipe, name).parameters())
+    stages = bool(arguments.text_steps) + bool(arguments.image_steps)
+    needed = {
+        "checkpoints": 4 * 4 * trained * (arguments.checkpoints_total_limit + 1),
+        "results": 4 * stages * (encoders if arguments.method == "lora" else trained),
+    }
+    if arguments.image_steps:
+        side = arguments.resolution // pipe.vae_scale_factor
+        values = pipe.vae.config.latent_channels * side**2
+        if arguments.method == "adapter":
+            dim = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
+            values += (num_positions(pipe.text_encoder) + STOCK_POSITIONS) * dim
+        needed["precomputed"] = 4 * values * len(data)
+    return needed
+
+
+def results_of(arguments: argparse.Namespace) -> list[str]:
+    """Returns lines about a run's results, and the command that uses them."""
+    last = arguments.output_dir / "last"
+    use = f"--conditioning-adapter {shlex.quote(str(last))}"
+    if arguments.method == "lora":
+        use = " ".join(
+            f"--finelip{suffix} {shlex.quote(str(last / f'text_encoder{suffix}'))}" for suffix in ("", "_2")
+        ).replace("--finelip_2", "--finelip-2")
+    elif arguments.finelip or arguments.finelip_2:
+        given = {"--finelip": arguments.finelip, "--finelip-2": arguments.finelip_2}
+        use += "".join(f" {flag} {shlex.quote(name)}" for flag, name in given.items() if name)
+    base = "" if arguments.base == "miniature" else f" --base {shlex.quote(arguments.base)}"
+    lines = [f"result: {last}", f'to draw with it: finelip-sdxl generate "A LONG PROMPT"{base} {use}']
+    sheets = sorted((arguments.output_dir / "validation").glob("step-*.png"))
+    return lines + [f"to look at: {sheets[-1]} (above by stock, below aligned)" for _ in sheets[-1:]]
+
+
 def place(models: dict[str, nn.Module], needed: Sequence[str], device: torch.device) -> None:
     """Moves models that are needed to the device, and the others out of its memory."""
     for name, model in sorted(models.items(), key=lambda item: item[0] in needed):
@@ -486,18 +527,21 @@ def draw(
     stock: StableDiffusionXLPipeline, pipe: FineLIPSDXLPipeline, prompts: list[str], arguments: argparse.Namespace
 ) -> Image.Image:
     """Draws two rows, by stock and aligned, from the same noise."""
-    images = []
-    for drawing in (stock, pipe):
-        for seed, prompt in enumerate(prompts):
-            images += drawing(
+    rows = [
+        [
+            drawing(
                 prompt,
                 width=arguments.resolution,
                 height=arguments.resolution,
                 num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=arguments.guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
-            ).images
-    return make_image_grid(images, rows=2, cols=len(prompts))
+            ).images[0]
+            for seed, prompt in enumerate(prompts)
+        ]
+        for drawing in (stock, pipe)
+    ]
+    return label_grid(rows, ["stock", "aligned"], [textwrap.shorten(prompt, 80) for prompt in prompts])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

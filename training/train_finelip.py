@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -53,7 +54,7 @@ from finelip_sdxl.data import (
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.stretch import KEEP
-from finelip_sdxl.training.command_line import MOST_STEPS, build_accelerator, end_run, fixed_settings
+from finelip_sdxl.training.command_line import MOST_STEPS, build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
 from finelip_sdxl.training.processes import only_run, together
 from finelip_sdxl.training.run_folder import RunFolder
@@ -148,7 +149,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     accelerator = build_accelerator(arguments, handlers=[parallel])
     with only_run(arguments.output_dir, accelerator):
         progress = train_alone(arguments, accelerator)
-    end_run(accelerator, progress)
+    end_run(accelerator, progress, results_of(arguments, progress))
     return progress
 
 
@@ -181,6 +182,12 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     free = FREE - {"dataloader_num_workers"} if arguments.data.startswith("webdataset:") else FREE
     fixed = fixed_settings(arguments, free, accelerator.num_processes)
     run = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    needed = {
+        "checkpoints": 3 * size * (arguments.checkpoints_total_limit + 1),  # weights and AdamW's two moments
+        "models": size * (1 if eval_data is None else 2),
+    }
+    say_disk_needs(accelerator, arguments.output_dir, needed)
     progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
     if progress["best"] is not None and not run.holds("best"):
         accelerator.print(f"{arguments.output_dir / 'best'} is damaged: the next evaluation writes it anew.")
@@ -256,6 +263,22 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     with together(accelerator):
         run.save_model("last", model, tokenizer, image_processor)
     return progress
+
+
+def results_of(arguments: argparse.Namespace, progress: dict[str, Any]) -> list[str]:
+    """Returns lines about a run's results, and the commands that use them."""
+    best = arguments.output_dir / ("last" if progress["best"] is None else "best")
+    name = shlex.quote(str(best))
+    lines = [f"result: {best}"]
+    if progress["best"] is not None:
+        lines.append(f"best recall at 1: {100 * progress['best']:.1f} %, {arguments.output_dir / 'last'} is the last")
+    if progress["skipped"]:
+        lines.append(f"left out: {progress['skipped']:,} images that cannot be read")
+    return [
+        *lines,
+        f"to measure it: finelip-sdxl evaluate retrieval --model {name}",
+        f"to align it with SDXL: python training/align_adapter.py --finelip {name}",
+    ]
 
 
 def trains_all(arguments: argparse.Namespace) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import math
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -375,9 +375,44 @@ def run_recipe(
         sys.exit(f"{script}: error: {' '.join(message.split())}")
 
 
-def end_run(accelerator: Accelerator, progress: Mapping[str, Any]) -> None:
-    """Prints the progress of a run and leaves the other processes. The caller must hold no model any more."""
-    accelerator.print(json.dumps(progress))
+def say_disk_needs(accelerator: Accelerator, folder: Path, needed: Mapping[str, int]) -> None:
+    """Prints before training how much room a run takes, and how much there is.
+
+    Args:
+        accelerator: the accelerator; its main process prints.
+        folder: the folder of the run.
+        needed: bytes by the kind of files.
+    """
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    parts = ", ".join(f"{name} {in_words(size)}" for name, size in needed.items())
+    total = sum(needed.values())
+    accelerator.print(f"disk: about {in_words(total)} in {folder} ({parts}); {in_words(free)} are free", flush=True)
+    if total > free:
+        accelerator.print("This is more than is free: the run will stop when the disk is full. Make room.", flush=True)
+
+
+def in_words(size: int) -> str:
+    """Returns a size in the unit that suits it.
+
+    Example:
+        >>> in_words(1_234_567), in_words(98_765_432_100)
+        ('1 MB', '99 GB')
+    """
+    return f"{size / 1e9:,.{0 if size >= 1e10 else 1}f} GB" if size >= 1e9 else f"{max(size / 1e6, 1):,.0f} MB"
+
+
+def end_run(accelerator: Accelerator, progress: Mapping[str, Any], results: Sequence[str]) -> None:
+    """Prints the results of a run and leaves the other processes. The caller must hold no model any more.
+
+    Args:
+        accelerator: the accelerator of the run.
+        progress: the progress, which stands in the last checkpoint's progress.json, too.
+        results: lines that say where the result is, and the commands that use it.
+    """
+    accelerator.print("\n".join([f"done: {progress['step']:,} steps", *results]))
     # If the model holds the last reference to Gloo's group, both wait for each other without end.
     accelerator.free_memory()
     accelerator.end_training()

@@ -307,7 +307,10 @@ def test_the_first_positions_stay_bit_for_bit(base, tmp_path) -> None:
 def test_models_load_with_their_tokenizer_and_are_bases_again(base, tmp_path, capsys) -> None:
     flags = ("--eval-data", "miniature:10", "--eval-every", "2", "--max-steps", "4")
     progress = train(base, tmp_path, *flags)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == progress
+    printed = capsys.readouterr().out
+    assert f"result: {tmp_path / 'best'}" in printed
+    assert f"finelip-sdxl evaluate retrieval --model {tmp_path / 'best'}" in printed.splitlines()[-2]
+    assert printed.index("disk: about") < printed.index("done: 4 steps")
     assert progress["best"] is not None
     for name in ("best", "last"):
         folder = tmp_path / name
