@@ -89,7 +89,7 @@ def _say_once() -> None:
     """Let Diffusers print each of its messages once from now on."""
     from diffusers.utils import logging as diffusers_logging
 
-    diffusers_logging.get_logger()  # type: ignore[no-untyped-call]  # this makes its handler
+    diffusers_logging.get_logger()  # this makes its handler
     for handler in logging.getLogger("diffusers").handlers:
         for former in [added for added in handler.filters if isinstance(added, _Once)]:
             handler.removeFilter(former)
