@@ -37,6 +37,9 @@ WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompt
 
 LENGTH_BUCKETS = (77, 154)
 
+MARGIN = 0.2  # of the triplet margin loss, as in FineLIP
+LOSSES = ("triplet", "contrastive", "region", "distillation")  # of a FineLIP's training
+
 # Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")

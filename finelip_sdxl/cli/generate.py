@@ -3,6 +3,16 @@
 import argparse
 from functools import partial
 
+from finelip_sdxl.cli.drawing import (
+    add_everyday,
+    check_everyday,
+    everyday_parameters,
+    image_to_image,
+    load_loras,
+    set_scheduler,
+    upscaled,
+    vae_arguments,
+)
 from finelip_sdxl.cli.options import (
     MAX_PICTURES,
     Commands,
@@ -10,6 +20,7 @@ from finelip_sdxl.cli.options import (
     add_drawing,
     add_encoding,
     add_prompt,
+    check_models,
     chosen_prompt,
     count,
     device_and_dtype,
@@ -30,11 +41,16 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("--num-images", type=pictures, default=1, metavar="N", help=text)
     add_drawing(command)
     add_encoding(command)
+    add_everyday(command)
 
 
 def generate(options: argparse.Namespace) -> None:
     """Print the prompt's plan, draw the prompt, and write one or more PNG files."""
     prompt, files = chosen_prompt(options), image_files(options.out, options.num_images)
+    seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
+    check_everyday(options)
+    check_models(options)
+
     quiet_transformers()
     import torch
 
@@ -43,27 +59,29 @@ def generate(options: argparse.Namespace) -> None:
     from finelip_sdxl.pipelines.opening import open_text_to_image
     from finelip_sdxl.recommended import Recommended, recommended_of
 
-    seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)
-    pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
+    pipe = open_text_to_image(options.base, **loading_arguments(options), **vae_arguments(options, dtype), dtype=dtype)
+    set_scheduler(pipe, options.scheduler)
+    load_loras(pipe, options.lora)
+    drawing, how = image_to_image(pipe, options)
     plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt)
     print(plan, flush=True)
     print_notice(prompt, plan.plans)
     if options.offload:
-        pipe.enable_model_cpu_offload(device=device)
+        drawing.enable_model_cpu_offload(device=device)
     else:
-        pipe.to(device)
-    pipe.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
+        drawing.to(device)
+    drawing.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
     recommended = recommended_of(pipe.config) or Recommended()
     chosen = settings_by_seed(options, prompt, 1)[0].filled(recommended)
     try:
-        images = pipe(
+        images = drawing(
             prompt,
             negative_prompt=options.negative_prompt,
             num_inference_steps=chosen.steps,
             guidance_scale=chosen.guidance_scale,
-            width=options.width,
-            height=options.height,
+            clip_skip=options.clip_skip,
+            **how,
             num_images_per_prompt=options.num_images,
             # Noise is drawn on the CPU, so that a seed means the same noise on every device.
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -76,9 +94,9 @@ def generate(options: argparse.Namespace) -> None:
         comparison.raise_out_of_memory(options.width or side, options.height or side, options.num_images)
 
     drawn = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
-    parameters = {**picture_parameters(options, prompt, dtype, pipe), **drawn}
+    parameters = {**picture_parameters(options, prompt, dtype, pipe), **drawn, **everyday_parameters(options)}
     for seed, pixels, file in zip(seeds, images, files, strict=True):
         image = to_image(pixels)
         size = {"width": image.width, "height": image.height}
-        save_png(image, file, {**parameters, **size, "seed": seed})
+        save_png(upscaled(image, options.upscale), file, {**parameters, **size, "seed": seed})
         print(f"{file} (seed {seed})", flush=True)
