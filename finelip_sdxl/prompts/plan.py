@@ -179,9 +179,9 @@ def plan_prompts(
             be cut; or the windows of a text have more than `MAX_POSITIONS` in all.
 
     Example:
-        >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
-        >>> spec = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
-        >>> print(plan_prompts([spec], [["a red square"]]))  # doctest: +SKIP
+        >>> from finelip_sdxl.data import load_tokenizer
+        >>> spec = EncoderSpec("text_encoder", load_tokenizer("miniature-clip-1"), positions=248)
+        >>> print(plan_prompts([spec], [["a red square"]]))
         text_encoder encodes prompt: 5 tokens in 1 window of 77 positions; nothing is cut
           window 1, 5 tokens: "a red square"
     """
