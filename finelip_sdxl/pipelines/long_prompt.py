@@ -99,7 +99,8 @@ class LongPromptMixin(EncoderSwapMixin):
         own: Any = cls  # to a type checker these are not for assignment
         if LongPromptMixin in cls.__bases__:
             stock: Any = cls._stock_class()
-            cls.__doc__ = _with_arguments(cls.__doc__, LongPromptMixin.__doc__)
+            if cls.__doc__ is not None:  # without one, Python shows that of the mixin
+                cls.__doc__ = _with_arguments(cls.__doc__, LongPromptMixin.__doc__)
             own._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
             own.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
