@@ -11,7 +11,21 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 # Messages of these modules at import are about parts that no SDXL needs here.
-_TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "transformers.utils.import_utils")
+_TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+
+
+def drop_torchvision_warnings() -> None:
+    """Drop the warnings of Transformers that image processors do without torchvision.
+
+    Diffusers imports three such processors with every pipeline. No SDXL uses them, and torchvision is not needed. All
+    other messages stay, and so do levels and handlers. Call it before these imports.
+    """
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_not_about_torchvision)
+
+
+def _is_not_about_torchvision(record: logging.LogRecord) -> bool:
+    return "ImageProcessor` requires torchvision (not installed); falling back to" not in record.getMessage()
+
 
 # An argument in a message of the library: `a_name`, "a_name is", a_name=, a_name="value" or a_name=True.
 _ARGUMENT = re.compile(

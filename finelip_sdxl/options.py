@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -54,13 +55,19 @@ DATA_KINDS = (
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 
 
-class _AsSaved:
+class _Absent:
+    def __init__(self, value: str) -> None:
+        self._value = value
+
     def __repr__(self) -> str:
-        return "as saved"
+        return self._value
 
 
-AS_SAVED: Any = _AsSaved()
-"""Default of an option: the value in a saved pipeline, or else the default of the class."""
+AS_SAVED: Any = _Absent("as saved")
+"""Default of an option on loading: the value in a saved pipeline, or else the default of the class."""
+
+AS_SET: Any = _Absent("as set")
+"""Default of an option in a call: the pipeline's own value."""
 
 
 def check_texts(name: str, value: Any) -> list[str]:
@@ -96,6 +103,20 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r:.60}.")
     return value
+
+
+def check_adapter_scale(value: float) -> float:
+    """`value` as a share of the conditioning adapter.
+
+    Raises:
+        ValueError: it is no number from 0 to 1.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(
+            f"The scale of the conditioning adapter is {value!r:.60}; expected a number from 0, without the adapter,"
+            " to 1, with all of it."
+        )
+    return float(value)
 
 
 def check_length_buckets(value: Any) -> tuple[int, ...]:

@@ -27,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after a mistake in the input, with one line on stderr; 128 plus a signal's number after a
         stop.
 
-    Example:
-        >>> from finelip_sdxl.cli.main import main
-        >>> main(["tokens", "a red square above a blue ring"])  # doctest: +SKIP
+    A command that prints its report::
+
+        main(["tokens", "a red square above a blue ring"])
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)

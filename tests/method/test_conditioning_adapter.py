@@ -199,9 +199,6 @@ def test_every_pipeline_takes_it() -> None:
             continue
         pipeline = getattr(finelip_sdxl.pipelines, name)
         assert "conditioning_adapter" in inspect.signature(pipeline.__init__).parameters
-        parent = next(base for base in pipeline.__mro__ if base.__module__.startswith("diffusers."))
-        assert inspect.signature(pipeline.__call__) == inspect.signature(parent.__call__)
-        assert pipeline.__call__.__doc__ == parent.__call__.__doc__
         assert "conditioning_adapter->unet" in pipeline.model_cpu_offload_seq
 
 
