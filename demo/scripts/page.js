@@ -57,8 +57,8 @@
     if (!layer || !home) return;
     const from = home.getBoundingClientRect(), to = box.getBoundingClientRect(), style = getComputedStyle(box);
     for (const name of LIKE_THE_BOX) layer.style[name] = style[name];
-    layer.style.left = `${to.left - from.left + box.clientLeft}px`;
-    layer.style.top = `${to.top - from.top + box.clientTop}px`;
+    layer.style.left = `${to.left + box.clientLeft - from.left - home.clientLeft}px`;
+    layer.style.top = `${to.top + box.clientTop - from.top - home.clientTop}px`;
     layer.style.width = `${box.clientWidth}px`;
     layer.style.height = `${box.clientHeight}px`;
     layer.scrollTop = box.scrollTop;

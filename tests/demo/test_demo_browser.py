@@ -318,7 +318,7 @@ def test_many_seeds_make_one_picture(open_page, tmp_path) -> None:
     set_number(page, "#seeds", 2)
     keep_seed(page)
     page.click("#draw-grid")
-    page.get_by_text("6 pictures").wait_for()
+    page.locator("#many-seeds .status", has_text="6 pictures").wait_for()
     with page.expect_download() as download:
         page.locator("#download-grid").click()
     download.value.save_as(tmp_path / "grid.png")
