@@ -23,7 +23,8 @@ def render_meter(
     pending: Collection[str] = (),
     note: str = "",
 ) -> str:
-    """Show the plans of a prompt: a line with a bar for each column, then the prompt with the left-out text struck out.
+    """Show the plans of a prompt: a line with a bar for each column, and a layer over the prompt's box in which the
+    left-out text is struck out.
 
     Start and end token are counted once, however many windows there are, so that the columns' numbers can be compared.
 
@@ -111,14 +112,19 @@ def _praise(plans: Mapping[str, EncoderPlan], titles: Mapping[str, str]) -> str:
 
 def _legend(prompt: str, plans: Mapping[str, EncoderPlan]) -> Iterator[tuple[str, str]]:
     """Columns, each with the meaning of its marks in the text, or the reason why it has none."""
+    counts = {column: _tokens(plan) for column, plan in plans.items()}
     for column, plan in plans.items():
-        parted = len(plan.windows) > 1 or plan.cut_tokens
-        if parted and not _joins(prompt, plan):
+        differs = counts[column] != counts.get(STOCK, counts[column])
+        if not _joins(prompt, plan) and (differs or len(plan.windows) > 1 or plan.cut_tokens):
             yield column, "rewritten"
         elif column == STOCK and plan.cut_tokens:
             yield column, "struck out"
         elif len(plan.windows) > 1:
             yield column, "window"
+
+
+def _tokens(plan: EncoderPlan) -> int:
+    return sum(len(window.token_ids) for window in plan.windows) + plan.cut_tokens
 
 
 def _text(prompt: str, plans: Mapping[str, EncoderPlan]) -> tuple[list[_Piece], list[_Piece]]:

@@ -25,13 +25,13 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
-from finelip_sdxl.comparison.settings import Settings, check_columns
+from finelip_sdxl.comparison.settings import WEIGHTINGS, Settings, check_columns
 from finelip_sdxl.images import label_grid, sampler_name, to_image
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, check_texts
+from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, Weighting, check_choice, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
@@ -132,6 +132,8 @@ class Comparison:
         offload: bool = False,
     ) -> None:
         self.pipe = pipe
+        # A drawing may set another, while somebody else's prompt is planned.
+        self._own_weighting: Weighting | None = pipe.weighting
         self._base = _Stage(pipe, device, offload)
         self._refiner = None if refiner is None else _Stage(refiner, device, offload)
         # Schedulers, hooks and options belong to the pipeline: one drawing at a time.
@@ -191,13 +193,6 @@ class Comparison:
         comparison.sources = {**names, "dtype": str(dtype).removeprefix("torch.")}
         return comparison
 
-    def plan_for_reader(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
-        """As `plan`, for people who look at the counts: a prompt that the miniature does not know is planned as by a
-        real SDXL, in CLIP's tokens."""
-        if not self.is_miniature or is_of_world(prompt):
-            return self.plan(prompt, columns)
-        return self._plan(prompt, columns, _sdxl_specs())
-
     @property
     def recommended(self) -> Recommended:
         """The steps and the guidance scale for settings that leave them out."""
@@ -209,10 +204,17 @@ class Comparison:
         side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
-    def plan(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
+    def plan(
+        self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
+    ) -> dict[str, EncoderPlan]:
         """Plan a prompt for each column: its windows, and the text that is cut.
 
         Runs no encoder, and may be called while another thread draws. compel takes seconds for long texts.
+
+        Args:
+            prompt: the text.
+            columns: keys of `COLUMNS`.
+            weighting: as in `Settings`.
 
         Returns:
             The plans by the columns' keys.
@@ -222,9 +224,20 @@ class Comparison:
             ValueError: the prompt is too long, a column is unknown or there twice, or compel is among the columns and
                 cannot parse the prompt.
         """
-        return self._plan(prompt, columns, [encoder.spec for encoder in self.pipe._call_encoders()])
+        return self._plan(prompt, columns, [encoder.spec for encoder in self.pipe._call_encoders()], weighting)
 
-    def _plan(self, prompt: str, columns: Sequence[str], specs: Sequence[EncoderSpec]) -> dict[str, EncoderPlan]:
+    def plan_for_reader(
+        self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
+    ) -> dict[str, EncoderPlan]:
+        """As `plan`, for people who look at the counts: a prompt that the miniature does not know is planned as by a
+        real SDXL, in CLIP's tokens."""
+        if not self.is_miniature or is_of_world(prompt):
+            return self.plan(prompt, columns, weighting)
+        return self._plan(prompt, columns, _sdxl_specs(), weighting)
+
+    def _plan(
+        self, prompt: str, columns: Sequence[str], specs: Sequence[EncoderSpec], weighting: str | None
+    ) -> dict[str, EncoderPlan]:
         if not isinstance(prompt, str):
             raise TypeError(f"`prompt` must be a string, but is {prompt!r:.60}.")
         check_texts("prompt", prompt)
@@ -236,7 +249,7 @@ class Comparison:
             short_prompt_encoder=pipe.short_prompt_encoder,
             overflow=pipe.overflow,
             length_buckets=pipe.length_buckets,
-            weighting=pipe.weighting,
+            weighting=_pick_weighting(weighting, self._own_weighting),
         )
         plans: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
@@ -300,14 +313,15 @@ class Comparison:
             )
         if self._refiner is not None:
             base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
-        with _encoding_as(self.pipe, settings):
+        with _encoding_as(self.pipe, settings), _weighting_as(self.pipe, settings):
             drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
         if self._refiner is None:
             return cast(torch.Tensor, drawn[0])
         second = _Steps(on_step, settings.steps, already=first.done)
-        refined = self._refiner.draw(
-            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
-        )
+        with _weighting_as(self._refiner.pipe, settings):
+            refined = self._refiner.draw(
+                column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
+            )
         return cast(torch.Tensor, refined[0])
 
 
@@ -397,6 +411,25 @@ def _encoding_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
     finally:
         pipe.hidden_states = states
         pipe.set_conditioning_adapter_scale(scale)
+
+
+@contextmanager
+def _weighting_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
+    """Parse the weights of the settings' syntax; None means the pipeline's own."""
+    own = pipe.weighting
+    pipe.weighting = _pick_weighting(settings.weighting, own)
+    try:
+        yield
+    finally:
+        pipe.weighting = own
+
+
+def _pick_weighting(weighting: str | None, own: Weighting | None) -> Weighting | None:
+    """A pipeline's weighting for the one of `Settings`."""
+    if weighting is None:
+        return own
+    check_choice("weighting", weighting, WEIGHTINGS)
+    return None if weighting == "none" else cast(Weighting, weighting)
 
 
 @contextmanager
