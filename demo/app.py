@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finelip_sdxl.cli.options import add_pipeline, add_refiner, count, device_and_dtype, loading_arguments
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import quiet_diffusers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -41,7 +41,7 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     device, dtype = device_and_dtype(options)
-    quiet_transformers()
+    quiet_diffusers()
 
     from demo.page import build_page
     from demo.theme import SCRIPT, STYLE, THEME

@@ -96,11 +96,11 @@ def quiet_transformers() -> None:
     transformers_logging: Any = utils.logging  # has no types
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    _say_once()
 
 
-def _say_once() -> None:
-    """Let Diffusers print each of its messages once from now on."""
+def quiet_diffusers() -> None:
+    """As `quiet_transformers`, and let Diffusers print each of its messages once from now on."""
+    quiet_transformers()
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.get_logger()  # this makes its handler

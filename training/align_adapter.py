@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from finelip_sdxl.console import quiet_imports, quiet_transformers
+from finelip_sdxl.console import quiet_diffusers, quiet_imports
 from finelip_sdxl.training.command_line import run_recipe
 from finelip_sdxl.training.flags import align_adapter as flags
 
@@ -547,7 +547,7 @@ def draw(
 def main(arguments: Sequence[str] | None = None) -> None:
     diffusers_logging.set_verbosity_error()  # stock would warn of all cut text in validation prompts
     diffusers_logging.disable_progress_bar()
-    quiet_transformers()
+    quiet_diffusers()
     run_recipe("align_adapter.py", align, parse, arguments)
 
 

@@ -21,7 +21,7 @@ from finelip_sdxl.cli.options import (
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
 from finelip_sdxl.comparison.settings import check_columns
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import quiet_diffusers
 from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
@@ -49,7 +49,7 @@ def compare(options: argparse.Namespace) -> None:
     rows = settings_by_seed(options, prompt, options.seeds)
     check_models(options)
 
-    quiet_transformers()
+    quiet_diffusers()
     from finelip_sdxl.comparison import comparison
     from finelip_sdxl.images import save_png
     from finelip_sdxl.miniature.parsing import parse_description

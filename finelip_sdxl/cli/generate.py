@@ -28,7 +28,7 @@ from finelip_sdxl.cli.options import (
     settings_by_seed,
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import quiet_diffusers
 
 
 def add_parser(commands: Commands) -> None:
@@ -51,7 +51,7 @@ def generate(options: argparse.Namespace) -> None:
     check_everyday(options)
     check_models(options)
 
-    quiet_transformers()
+    quiet_diffusers()
     import torch
 
     from finelip_sdxl.comparison import comparison

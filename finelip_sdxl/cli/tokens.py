@@ -63,14 +63,13 @@ def _specs(options: argparse.Namespace, prompt: str) -> tuple[list[EncoderSpec],
 
     Without a base they are those of every real SDXL or, for a text of its world, the miniature's.
     """
-    quiet_transformers()
-    from finelip_sdxl.prompts.specs import read_specs, sdxl_specs
-
-    if options.base is None:
-        if options.config is None and not is_of_world(prompt):
-            return sdxl_specs(), {}
-        options.base = "miniature"
+    counts_as_sdxl = options.base is None and options.config is None and not is_of_world(prompt)
+    options.base = options.base or "miniature"
     described = config_source(options)
     if described is None:
         raise ValueError(f"{options.base} holds weights alone: pass --config with an SDXL that has its tokenizers.")
-    return read_specs(described)
+
+    quiet_transformers()
+    from finelip_sdxl.prompts.specs import read_specs, sdxl_specs
+
+    return (sdxl_specs(), {}) if counts_as_sdxl else read_specs(described)

@@ -948,9 +948,9 @@ def test_help_names_every_kind_of_data(capsys) -> None:
     [
         (
             ["generate"],
-            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "or else 30"),
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 30"),
         ),
-        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "default: 30")),
+        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 30")),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import check_models
-from finelip_sdxl.console import Parser, quiet_transformers, with_flags
+from finelip_sdxl.console import Parser, quiet_diffusers, with_flags
 
 # Runs commands one after the other, and prints the code, the errors and the heavy modules of each.
 CHILD = """
@@ -153,14 +153,14 @@ def test_warnings_name_flags_too_and_are_printed_once(stock_folder, tmp_path) ->
 
 
 def test_diffusers_says_each_message_once(capsys) -> None:
-    quiet_transformers()
+    quiet_diffusers()
     logger = diffusers.utils.logging.get_logger("diffusers.test")
     handler = logging.getLogger("diffusers").handlers[0]
     for _ in range(7):
         logger.warning("the same %s", "message")
     records = [logging.makeLogRecord({"msg": text}) for text in ("the same message", "another", "another")]
     assert [bool(handler.filter(record)) for record in records] == [False, True, False]
-    quiet_transformers()  # the next command
+    quiet_diffusers()  # the next command
     assert handler.filter(records[0])
 
 

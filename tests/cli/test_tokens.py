@@ -70,7 +70,7 @@ def test_neither_torch_nor_diffusers_is_imported(prompt) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("model_index.json", None, "holds no model_index.json"),
+        ("model_index.json", None, "has no model_index.json"),
         ("model_index.json", "{", "is no JSON"),
         ("model_index.json", '{"text_encoder": 3, "text_encoder_2": []}', "lacks the CLIP text encoders"),
         ("text_encoder/config.json", None, "has no text_encoder/config.json"),

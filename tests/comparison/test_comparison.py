@@ -557,7 +557,7 @@ def test_a_picture_says_what_it_was_drawn_from(comparison) -> None:
     comparison.sources = {"base": "some/sdxl"}
     assert comparison.draw("stock", SETTINGS).parameters["base"] == "some/sdxl"
     again = Settings.from_parameters({**picture.parameters, "width": None, "height": None})
-    assert again == SETTINGS
+    assert again == SETTINGS.filled(comparison.recommended)
 
 
 def test_settings_are_read_from_what_the_command_line_wrote() -> None:
