@@ -105,6 +105,8 @@ def quiet_diffusers() -> None:
 
     diffusers_logging.get_logger()  # this makes its handler
     for handler in logging.getLogger("diffusers").handlers:
+        if type(handler) is not logging.StreamHandler:  # somebody else's
+            continue
         for former in [added for added in handler.filters if isinstance(added, _Once)]:
             handler.removeFilter(former)
         handler.addFilter(_Once())

@@ -178,7 +178,9 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     assert (found["prompt"], found["columns"], found["seeds"]) == (LONG, ["stock", "finelip"], [7, 8])
     assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
     assert (found["short_prompt_encoder"], found["overflow"], found["weighting"]) == ("original", "window", "a1111")
-    assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="last")
+    assert comparison.Settings.from_parameters(found) == replace(
+        fake.drawn[0][1], hidden_states="last", weighting="a1111"
+    )
 
 
 def test_compare_draws_all_columns_of_one_random_seed_by_default(fake, picture, capsys) -> None:
