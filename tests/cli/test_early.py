@@ -142,6 +142,7 @@ def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp
 # Messages
 
 
+@pytest.mark.slow
 def test_warnings_name_flags_too_and_are_printed_once(stock_folder, tmp_path) -> None:
     out = str(tmp_path / "new")
     done = subprocess.run(

@@ -264,6 +264,7 @@ def test_a_picture_that_is_no_number_is_told_in_a_sentence_and_the_next_one_work
 # Threads
 
 
+@pytest.mark.slow
 def test_drawings_of_several_threads_are_those_of_one(comparison) -> None:
     settings = [
         Settings(LONG, "a fox", steps=3, seed=seed, hidden_states=states)

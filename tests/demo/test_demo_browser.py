@@ -174,6 +174,7 @@ def test_clicking_on_an_example_fills_the_prompt(open_page) -> None:
     assert page.locator("#meter del").count() == 0
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_at_the_next_step_and_the_next_one_works(open_page) -> None:
     page = open_page()
     set_steps(page, 100)
@@ -189,6 +190,7 @@ def test_a_run_is_stopped_at_the_next_step_and_the_next_one_works(open_page) -> 
     assert len(shares(page)) == 3
 
 
+@pytest.mark.slow
 def test_closing_the_page_ends_its_run_and_deletes_its_pictures(demo, open_page, monkeypatch) -> None:
     seen, draw = [], demo.comparison.draw
 
@@ -233,6 +235,7 @@ def test_a_long_text_is_not_cut_in_silence(open_page) -> None:
     page.locator(".toast-body", has_text="The text has 7,000 characters").first.wait_for()
 
 
+@pytest.mark.slow
 def test_columns_that_an_error_leaves_undrawn_say_so(open_page, demo, monkeypatch) -> None:
     draw = demo.comparison.draw
 
@@ -311,6 +314,7 @@ def test_two_visitors_take_turns(open_page) -> None:
     assert len(shares(second)) == 3
 
 
+@pytest.mark.slow
 def test_many_seeds_make_one_picture(open_page, tmp_path) -> None:
     page = open_page()
     set_steps(page, 1)
@@ -398,6 +402,7 @@ def test_a_picture_of_another_prompt_is_marked_until_the_prompt_is_back(open_pag
             note.wait_for(state="visible" if is_earlier else "hidden")
 
 
+@pytest.mark.slow
 def test_a_typed_prompt_is_there_after_a_reload(open_page) -> None:
     page = open_page()
     write(page, "a star that was typed")
@@ -415,6 +420,7 @@ def test_ctrl_enter_draws(open_page) -> None:
     wait_for_status(page, "2 steps in")
 
 
+@pytest.mark.slow
 def test_each_run_has_a_new_seed_unless_it_is_kept(open_page) -> None:
     page = open_page()
     set_steps(page, 1)

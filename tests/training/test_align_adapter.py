@@ -893,6 +893,7 @@ def test_both_stages_have_long_and_short_captions_in_each_batch(base, tmp_path, 
         assert align_adapter.num_long(parse(base, tmp_path, "--batch-size", "10", "--short-share", share)) == expected
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(base, tmp_path, undisturbed) -> None:
     for flags in ((), ("--method", "lora")):
         align(base, tmp_path / str(len(flags)), *flags, "--gradient-checkpointing")
@@ -947,6 +948,7 @@ def test_a_single_file_is_read_as_the_folder_that_it_was_made_of(base, tmp_path,
 # Pictures on the way
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_by_stock_and_aligned(base, tmp_path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

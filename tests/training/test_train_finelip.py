@@ -734,6 +734,7 @@ def work_on_a_run(process: int, arguments: Any, figures: Path, stop: int | None)
         figures.write_text(json.dumps(logged))
 
 
+@pytest.mark.slow
 def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_path, history) -> None:
     data = f"csv:{write_csv(tmp_path / 'data', size=20, broken=(2, 11))}"
     flags = (
