@@ -132,8 +132,6 @@ class Comparison:
         offload: bool = False,
     ) -> None:
         self.pipe = pipe
-        # A drawing may set another, while somebody else's prompt is planned.
-        self._own_weighting: Weighting | None = pipe.weighting
         self._base = _Stage(pipe, device, offload)
         self._refiner = None if refiner is None else _Stage(refiner, device, offload)
         # Schedulers, hooks and options belong to the pipeline: one drawing at a time.
@@ -249,7 +247,7 @@ class Comparison:
             short_prompt_encoder=pipe.short_prompt_encoder,
             overflow=pipe.overflow,
             length_buckets=pipe.length_buckets,
-            weighting=_pick_weighting(weighting, self._own_weighting),
+            weighting=_pick_weighting(weighting, pipe.weighting),
         )
         plans: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
@@ -304,7 +302,12 @@ class Comparison:
             "generator": torch.Generator().manual_seed(settings.seed),
             "output_type": "pt",
         }
-        base: dict[str, Any] = {"width": width, "height": height}
+        base: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "hidden_states": settings.hidden_states or self.pipe.hidden_states,
+            "conditioning_adapter_scale": settings.conditioning_adapter_scale,
+        }
         first = _Steps(on_step, settings.steps)
         if self._refiner is not None and settings.steps < MIN_REFINED_STEPS:
             raise ValueError(
@@ -313,15 +316,13 @@ class Comparison:
             )
         if self._refiner is not None:
             base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
-        with _encoding_as(self.pipe, settings), _weighting_as(self.pipe, settings):
-            drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
+        drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
         if self._refiner is None:
             return cast(torch.Tensor, drawn[0])
         second = _Steps(on_step, settings.steps, already=first.done)
-        with _weighting_as(self._refiner.pipe, settings):
-            refined = self._refiner.draw(
-                column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
-            )
+        refined = self._refiner.draw(
+            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
+        )
         return cast(torch.Tensor, refined[0])
 
 
@@ -360,7 +361,8 @@ class _Stage:
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
         inputs = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._texts}[column]
-        return self.pipe(**inputs(settings), **arguments).images
+        weighting = _pick_weighting(settings.weighting, self.pipe.weighting)
+        return self.pipe(**inputs(settings), weighting=weighting, **arguments).images
 
     def free(self) -> None:
         """With offloading, take the model that ran last off the device."""
@@ -398,30 +400,6 @@ def _stock_encoder(pipe: Pipe, name: str) -> TextEncoder | None:
     if original is not None or encoder is None:
         return original
     return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
-
-
-@contextmanager
-def _encoding_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
-    """Encode with the hidden states and the adapter scale of the settings; None means the pipeline's own states."""
-    states, scale = pipe.hidden_states, pipe.conditioning_adapter_scale
-    pipe.hidden_states = settings.hidden_states or states
-    pipe.set_conditioning_adapter_scale(settings.conditioning_adapter_scale)
-    try:
-        yield
-    finally:
-        pipe.hidden_states = states
-        pipe.set_conditioning_adapter_scale(scale)
-
-
-@contextmanager
-def _weighting_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
-    """Parse the weights of the settings' syntax; None means the pipeline's own."""
-    own = pipe.weighting
-    pipe.weighting = _pick_weighting(settings.weighting, own)
-    try:
-        yield
-    finally:
-        pipe.weighting = own
 
 
 def _pick_weighting(weighting: str | None, own: Weighting | None) -> Weighting | None:
