@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finelip_sdxl.cli.options import count
+from finelip_sdxl.foreign_files import one_line
 from finelip_sdxl.names import resolve
 
 if TYPE_CHECKING:
@@ -200,8 +201,9 @@ def vae_arguments(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, 
             where = {} if inside is None else {"subfolder": "vae"}
             vae = AutoencoderKL.from_pretrained(str(place.path or options.vae), dtype=dtype, **where)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--vae {options.vae} cannot be loaded as a VAE of SDXL ({reason}): pass another.") from error
+        raise ValueError(
+            f"--vae {options.vae} cannot be loaded as a VAE of SDXL ({one_line(error)}): pass another."
+        ) from error
     return {"vae": vae}
 
 
@@ -218,9 +220,9 @@ def load_loras(pipe: FineLIPSDXLPipeline, loras: list[Lora]) -> None:
         try:
             pipe.load_lora_weights(source, adapter_name=f"lora_{number}", use_safetensors=True, **place)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"--lora {name} cannot be loaded into this SDXL ({reason}): pass a LoRA that was trained from an SDXL."
+                f"--lora {name} cannot be loaded into this SDXL ({one_line(error)}): pass a LoRA that was trained from"
+                " an SDXL."
             ) from error
         if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
             raise ValueError(
