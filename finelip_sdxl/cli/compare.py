@@ -83,9 +83,7 @@ def compare(options: argparse.Namespace) -> None:
             print(f"{COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
-        **picture_parameters(options, prompt, dtype, opened.pipe),
-        "steps": pictures[0].settings.steps,
-        "guidance_scale": pictures[0].settings.guidance_scale,
+        **picture_parameters(options, pictures[0].settings, dtype, opened.pipe),
         **part_parameters(options),
         "refiner": options.refiner and public_name(options.refiner),
         "width": pictures[0].image.width,

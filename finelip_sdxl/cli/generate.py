@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
 def generate(options: argparse.Namespace) -> None:
     """Print the prompt's plan, draw the prompt, and write one or more PNG files."""
     prompt, files = chosen_prompt(options), image_files(options.out, options.num_images)
-    seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
+    rows = settings_by_seed(options, prompt, options.num_images)
     check_everyday(options)
     check_models(options)
 
@@ -72,8 +72,7 @@ def generate(options: argparse.Namespace) -> None:
     else:
         drawing.to(device)
     drawing.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
-    recommended = recommended_of(pipe.config) or Recommended()
-    chosen = settings_by_seed(options, prompt, 1)[0].filled(recommended)
+    chosen = rows[0].filled(recommended_of(pipe.config) or Recommended())
     try:
         images = drawing(
             prompt,
@@ -84,7 +83,7 @@ def generate(options: argparse.Namespace) -> None:
             **how,
             num_images_per_prompt=options.num_images,
             # Noise is drawn on the CPU, so that a seed means the same noise on every device.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(settings.seed) for settings in rows],
             output_type="pt",
         ).images
     except RuntimeError as error:
@@ -93,10 +92,9 @@ def generate(options: argparse.Namespace) -> None:
         side = pipe.default_sample_size * pipe.vae_scale_factor
         comparison.raise_out_of_memory(options.width or side, options.height or side, options.num_images)
 
-    drawn = {"steps": chosen.steps, "guidance_scale": chosen.guidance_scale}
-    parameters = {**picture_parameters(options, prompt, dtype, pipe), **drawn, **everyday_parameters(options)}
-    for seed, pixels, file in zip(seeds, images, files, strict=True):
+    parameters = {**picture_parameters(options, chosen, dtype, pipe), **everyday_parameters(options)}
+    for settings, pixels, file in zip(rows, images, files, strict=True):
         image = to_image(pixels)
         size = {"width": image.width, "height": image.height}
-        save_png(upscaled(image, options.upscale), file, {**parameters, **size, "seed": seed})
-        print(f"{file} (seed {seed})", flush=True)
+        save_png(upscaled(image, options.upscale), file, {**parameters, **size, "seed": settings.seed})
+        print(f"{file} (seed {settings.seed})", flush=True)

@@ -20,6 +20,7 @@ from finelip_sdxl.prompts.vocabulary import MINIATURE
 if TYPE_CHECKING:
     import torch
 
+    from finelip_sdxl.comparison.settings import Settings
     from finelip_sdxl.pipelines import LongPromptMixin
 
 
@@ -88,19 +89,23 @@ def print_notice(prompt: str, plans: Iterable[EncoderPlan]) -> None:
 
 
 def picture_parameters(
-    options: argparse.Namespace, prompt: str, dtype: torch.dtype, pipe: LongPromptMixin
+    options: argparse.Namespace, settings: Settings, dtype: torch.dtype, pipe: LongPromptMixin
 ) -> dict[str, Any]:
-    """The parameters of a drawn picture, the same for every command. No path of this machine is among them."""
+    """The parameters of a drawn picture, the same for every command. No path of this machine is among them.
+
+    Args:
+        settings: the settings that the picture was drawn with, its seed apart.
+    """
     from finelip_sdxl.images import sampler_name
     from finelip_sdxl.provenance import public_name
 
     sources = {name: getattr(options, name) for name in ("base", *LOADED)}
     return {
-        "prompt": prompt,
+        "prompt": settings.prompt,
         "negative_prompt": options.negative_prompt,
-        "steps": options.steps,
+        "steps": settings.steps,
         "sampler": sampler_name(pipe.scheduler),
-        "guidance_scale": options.guidance_scale,
+        "guidance_scale": settings.guidance_scale,
         **{name: source and public_name(source) for name, source in sources.items()},
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
         **{name: getattr(pipe, name) for name in ENCODING},
