@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from demo import meter, scoring_view
 from demo.progress import Line, Place, Progress, Stopped, Visitors, Waiting, follow
@@ -388,7 +389,8 @@ class _Page:
             pictures = self._draw_opening()
             if not self.visitors.is_busy(_session(request)):
                 described = self._describe(self.defaults.prompt)
-                yield [part for picture in pictures for part in self._show(picture, described, request)]
+                flag = threading.Event()  # nothing runs that could be stopped
+                yield [part for picture in pictures for part in self._show(picture, described, request, flag)]
 
     def _draw_opening(self) -> list[Picture]:
         with self._opening_lock:
@@ -435,7 +437,7 @@ class _Page:
                                 shown[first + 2] = _steps_done(event)
                             else:
                                 unfinished.discard(column)
-                                shown[first : first + OUTPUTS] = self._show(event, described, request)
+                                shown[first : first + OUTPUTS] = self._show(event, described, request, flag)
                             yield shown
             except Exception as error:
                 stopped = isinstance(error, Stopped)
@@ -449,13 +451,17 @@ class _Page:
                 raise
 
     def _show(
-        self, drawn: Picture, described: tuple[DescribedObject, ...] | None, request: gr.Request
+        self,
+        drawn: Picture,
+        described: tuple[DescribedObject, ...] | None,
+        request: gr.Request,
+        flag: threading.Event,
     ) -> tuple[Any, ...]:
         """The outputs of a drawn column."""
         steps = drawn.settings.steps
         done = f"{steps} step{'s' if steps > 1 else ''} in {drawn.seconds:.1f} s, seed {drawn.settings.seed}"
         picture, share, details = scoring_view.judge(drawn.image, described)
-        file = self._save(drawn, request)
+        file = self._save_picture(drawn, request, flag)
         status = status_line(done, prompt=drawn.settings.prompt)
         return heading(drawn.column, share), picture, status, _file_to_download(file), details
 
@@ -492,8 +498,8 @@ class _Page:
                     return
                 raise
             grid = label_pictures(pictures, self._describe(settings.prompt) or ())
-            file = self._new_file(request, "finelip-sdxl-grid.png")
-            save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
+            parameters = pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]}
+            file = self._save("finelip-sdxl-grid.png", grid, parameters, request, flag)
             status = status_line(f"{total} pictures", prompt=settings.prompt)
             yield [skip, grid, status, _file_to_download(file), skip]
 
@@ -541,7 +547,7 @@ class _Page:
                 for column in columns:
                     for event in self._follow(column, settings, flag, place):
                         if isinstance(event, Picture):
-                            files.append(gr.FileData(path=str(self._save(event, request))))
+                            files.append(gr.FileData(path=str(self._save_picture(event, request, flag))))
                         yield files
 
     def _follow(
@@ -571,18 +577,23 @@ class _Page:
 
     # Files
 
-    def _save(self, picture: Picture, request: gr.Request) -> Path:
-        file = self._new_file(request, f"finelip-sdxl-{picture.column}-{picture.settings.seed}.png")
-        save_png(picture.image, file, picture.parameters)
-        return file
+    def _save_picture(self, picture: Picture, request: gr.Request, flag: threading.Event) -> Path:
+        name = f"finelip-sdxl-{picture.column}-{picture.settings.seed}.png"
+        return self._save(name, picture.image, picture.parameters, request, flag)
 
-    def _new_file(self, request: gr.Request, name: str) -> Path:
+    def _save(
+        self, name: str, image: Image.Image, parameters: dict[str, Any], request: gr.Request, flag: threading.Event
+    ) -> Path:
         for folder in self.folder.glob("*"):
             with suppress(OSError):  # other visitors come and go meanwhile
                 if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
                     shutil.rmtree(folder)
         folder = self._folder_of(request)
         folder.mkdir(parents=True, exist_ok=True)
+        save_png(image, folder / name, parameters)
+        if flag.is_set():  # the page was perhaps closed, and its folder deleted, while this was written
+            (folder / name).unlink(missing_ok=True)
+            raise Stopped
         return folder / name
 
     def _folder_of(self, request: gr.Request) -> Path:

@@ -662,6 +662,11 @@ def session(name: str | None) -> Any:
 NAMES = ["!!!", "", ".", "..", "/", "../../outside/", "a", "a!", "a.", "A", "ä", "\ud800", "a" * 5000, "pictures"]
 
 
+def write(demo, name: str, flag: threading.Event | None = None) -> Path:
+    picture = Picture("stock", Image.new("RGB", (8, 8)), demo.page.defaults, seconds=1.0)
+    return demo.page._save_picture(picture, session(name), flag or threading.Event())
+
+
 def test_each_session_has_a_folder_of_its_own_whatever_its_name(demo) -> None:
     folders = [demo.page._folder_of(session(name)) for name in NAMES]
     assert len(set(folders)) == len(NAMES)
@@ -670,9 +675,7 @@ def test_each_session_has_a_folder_of_its_own_whatever_its_name(demo) -> None:
 
 
 def test_a_session_deletes_nobody_else_s_pictures(demo) -> None:
-    files = [demo.page._new_file(session(name), "picture.png") for name in ("a visitor", *NAMES)]
-    for file in files:
-        file.write_bytes(b"")
+    files = [write(demo, name) for name in ("a visitor", *NAMES)]
     for name, file in zip(NAMES, files[1:], strict=True):
         (demo.page.ask if name == "!!!" else demo.page.leave)(session(name))
         assert not file.exists()
@@ -686,11 +689,20 @@ def test_those_without_a_name_share_nothing(demo) -> None:
 
 
 def test_pictures_of_those_who_never_leave_are_deleted_later(demo) -> None:
-    old = demo.page._new_file(session("old"), "picture.png").parent
-    new = demo.page._new_file(session("new"), "picture.png").parent
+    old, new = (write(demo, name).parent for name in ("old", "new"))
     os.utime(old, (0, 0))
-    demo.page._new_file(session("another"), "picture.png")
+    write(demo, "another")
     assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_picture_that_is_written_while_its_page_is_closed_is_not_kept(demo) -> None:
+    with demo.page.visitors.running("a visitor") as flag:
+        kept = write(demo, "a visitor", flag)
+        demo.page.leave(session("a visitor"))
+        assert not kept.exists()
+        with pytest.raises(Stopped):
+            write(demo, "a visitor", flag)
+        assert not kept.exists()
 
 
 HOSTILE = '<img src="https://example.com/x.png" onerror=alert(1)>&amp;<script>'
