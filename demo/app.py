@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from finelip_sdxl.cli.options import add_pipeline, add_refiner, count, device_and_dtype, loading_arguments
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import quiet_diffusers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
+THREADS = 40  # of the page, beside those of runs that wait
 MAX_UPLOAD = "32mb"  # more than any PNG of this page
 
 
@@ -40,10 +41,10 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     device, dtype = device_and_dtype(options)
-    quiet_transformers()
+    quiet_diffusers()
 
     from demo.page import build_page
-    from demo.theme import STYLE, THEME
+    from demo.theme import SCRIPT, STYLE, THEME
     from finelip_sdxl.comparison.comparison import Comparison
 
     comparison = Comparison.load(
@@ -54,28 +55,44 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
         dtype=dtype,
         **loading_arguments(options),
     )
-    page = build_page(comparison, folder / "pictures", options.max_side)
+    page = build_page(comparison, folder / "pictures", options.max_side, options.max_waiting)
     bypass_proxy(options.host)
     try:
-        # Closed: a request past the queue would draw beside those who wait for their turn.
-        page.queue(max_size=options.max_waiting, api_open=False).launch(
+        # Closed: a request past the queue cannot be canceled.
+        page.queue(api_open=False).launch(
             server_name=options.host,
             server_port=options.port,
             share=options.share,
-            prevent_thread_lock=not wait,
+            prevent_thread_lock=True,
             theme=THEME,
             css=STYLE,
+            head=f"<script>{SCRIPT}</script>",
             max_file_size=MAX_UPLOAD,
+            max_threads=THREADS + options.max_waiting,  # each run that waits has one
             footer_links=["api", "settings"],
             show_error=True,
+            quiet=True,  # its messages name its own arguments in place of flags
         )
-    except OSError:  # such as a port that is taken, which Gradio names
+    except OSError as error:
+        if "empty port" in str(error):  # also said of an address that is another machine's
+            port, can = ("No port from 7860 on", "can") if options.port is None else (f"Port {options.port}", "cannot")
+            raise OSError(
+                f"{port} {can} be opened at {options.host}: expected a free port, and an address of this machine. Pass"
+                " another --port or --host."
+            ) from error
         raise
     except Exception as error:  # Gradio has no narrower one
         raise OSError(
             f"The page was opened, but does not answer this machine ({error!s:.300}). A proxy or a firewall may stand"
             f" between: look at http_proxy and no_proxy in the environment, or try --host 127.0.0.1."
         ) from error
+    print(f"The page is open at {page.local_url}; press Ctrl+C to close it.")
+    if page.share_url:
+        print(f"For a week everybody may see it at {page.share_url}.")
+    elif options.share:
+        print("It has no public address: --share needs Gradio's servers, which were not reached.")
+    if wait and page.is_running:
+        page.block_thread()
     return page
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from demo.rendering import render
-from finelip_sdxl.prompts.plan import EncoderPlan
+from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
 STOCK = "stock"
 MARKERS = 2  # start and end token
@@ -21,8 +21,10 @@ def render_meter(
     plans: Mapping[str, EncoderPlan],
     titles: Mapping[str, str],
     pending: Collection[str] = (),
+    note: str = "",
 ) -> str:
-    """Show the plans of a prompt: a line with a bar for each column, then the prompt with the left-out text struck out.
+    """Show the plans of a prompt: a line with a bar for each column, and a layer over the prompt's box in which the
+    left-out text is struck out.
 
     Start and end token are counted once, however many windows there are, so that the columns' numbers can be compared.
 
@@ -31,6 +33,7 @@ def render_meter(
         plans: for each column, such as `"stock"`, the plan of its first encoder. Windows must hold their tokens.
         titles: for each column, its name on the page.
         pending: columns whose plan follows.
+        note: a sentence after the line that says whose tokens are counted.
 
     Returns:
         HTML, with all text escaped. Where a column's windows do not join to the prompt (compel takes its syntax of
@@ -56,6 +59,7 @@ def render_meter(
         kept=kept,
         cut=cut,
         stock=STOCK,
+        sentence=" ".join([*counted_in(plans.values()), *([note] if note else [])]),
     )
 
 
@@ -108,14 +112,19 @@ def _praise(plans: Mapping[str, EncoderPlan], titles: Mapping[str, str]) -> str:
 
 def _legend(prompt: str, plans: Mapping[str, EncoderPlan]) -> Iterator[tuple[str, str]]:
     """Columns, each with the meaning of its marks in the text, or the reason why it has none."""
+    counts = {column: _tokens(plan) for column, plan in plans.items()}
     for column, plan in plans.items():
-        parted = len(plan.windows) > 1 or plan.cut_tokens
-        if parted and not _joins(prompt, plan):
+        differs = counts[column] != counts.get(STOCK, counts[column])
+        if not _joins(prompt, plan) and (differs or len(plan.windows) > 1 or plan.cut_tokens):
             yield column, "rewritten"
         elif column == STOCK and plan.cut_tokens:
             yield column, "struck out"
         elif len(plan.windows) > 1:
             yield column, "window"
+
+
+def _tokens(plan: EncoderPlan) -> int:
+    return sum(len(window.token_ids) for window in plan.windows) + plan.cut_tokens
 
 
 def _text(prompt: str, plans: Mapping[str, EncoderPlan]) -> tuple[list[_Piece], list[_Piece]]:

@@ -8,22 +8,25 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from html import escape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from demo import meter, scoring_view
-from demo.progress import Progress, Stopped, Visitors, follow
+from demo.progress import Line, Place, Progress, Stopped, Visitors, Waiting, follow
 from demo.rendering import render
-from demo.theme import ABOUT_MINIATURE, INTRO, heading, sources_line, status_line
+from demo.theme import ABOUT_MINIATURE, DRAW, DRAW_ALL, bar, heading, intro, sources_line, status_line
 from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture, label_pictures
-from finelip_sdxl.comparison.settings import MAX_SEED, MIN_SIDE, Settings
+from finelip_sdxl.comparison.settings import MAX_SEED, MIN_SIDE, Settings, check_columns, check_number
 from finelip_sdxl.images import read_parameters, save_png
-from finelip_sdxl.miniature.parsing import DescribedObject, parse_description
+from finelip_sdxl.miniature.notice import REAL_SDXL, unknown
+from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world, parse_description
 from finelip_sdxl.options import COLUMNS, HIDDEN_STATES
 
 EXAMPLES = Path(__file__).parent / "examples"
@@ -31,8 +34,10 @@ EXAMPLES = Path(__file__).parent / "examples"
 MAX_CHARACTERS = 6000
 MAX_STEPS = 100
 MAX_SEEDS = 8
+MAX_WAITING = 20
 KEPT_SECONDS = 3600  # pictures of visitors who never announce that they leave, such as clients of the API
 OUTPUTS = 5  # components of each column
+PICTURE_HEIGHT = 300  # with everything above it, it fits into a window of 900 pixels
 # The settings in the order of the events' inputs.
 FIELDS = (
     "prompt",
@@ -43,42 +48,50 @@ FIELDS = (
     "height",
     "conditioning_adapter_scale",
     "hidden_states",
+    "weighting",
     "seed",
 )
+# An event of the page alone. Gradio's own signs of progress would cover the page's.
+_PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# Drawing waits in the page's own line, which can say how long, and not in Gradio's queue.
+_UNLIMITED: dict[str, Any] = {"concurrency_limit": None}
 
 
-def build_page(comparison: Comparison, folder: Path, max_side: int) -> gr.Blocks:
+def build_page(comparison: Comparison, folder: Path, max_side: int, max_waiting: int = MAX_WAITING) -> gr.Blocks:
     """The Gradio page of a comparison.
 
     Args:
         comparison: the models that draw.
         folder: place of the pictures to download. A visitor's pictures are deleted when the page is closed.
         max_side: the largest width and height, in pixels.
+        max_waiting: number of runs that may wait for their turn.
     """
-    return _Page(comparison, folder, max_side).build()
+    return _Page(comparison, folder, max_side, max_waiting).build()
 
 
 class _Page:
-    def __init__(self, comparison: Comparison, folder: Path, max_side: int) -> None:
+    def __init__(self, comparison: Comparison, folder: Path, max_side: int, max_waiting: int) -> None:
         self.comparison, self.folder = comparison, folder
         self.max_side = min(max_side, 4 * max(comparison.size))  # no SDXL draws larger ones well
-        self.visitors = Visitors()
+        self.visitors, self.line = Visitors(), Line(max_waiting)
         self.examples = _read_examples(EXAMPLES / ("miniature" if comparison.is_miniature else "sdxl"))
-        steps, guidance = (20, 3.0) if comparison.is_miniature else (30, 5.0)
-        self.defaults = Settings(next(iter(self.examples.values())), steps=steps, guidance_scale=guidance)
+        self.defaults = Settings(next(iter(self.examples.values()))).filled(comparison.recommended)
+        self._opening: list[Picture] = []
+        self._opening_lock = threading.Lock()
 
     # Layout
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="FineLIP-SDXL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-            gr.HTML(INTRO, elem_classes="intro")
+            gr.HTML(intro(self.comparison.is_miniature), elem_classes="intro")
             prompt = gr.Textbox(
                 self.defaults.prompt,
                 label="Prompt",
                 placeholder="A long description",
                 lines=3,
-                max_lines=8,
+                max_lines=7,
                 elem_id="prompt",
+                render=False,
             )
             gr.Examples(
                 [[text] for text in self.examples.values()],
@@ -88,29 +101,89 @@ class _Page:
                 elem_id="examples",
                 api_visibility="private",
             )
-            meter_html = gr.HTML(self._meter(self.defaults.prompt), elem_id="meter")
-            fields, random_seed, columns, upload = self._build_options(prompt)
-            with gr.Tabs():
-                with gr.Tab("Compare"):
-                    compared = self._build_columns(fields, random_seed, columns)
-                with gr.Tab("Many seeds"):
-                    self._build_grid(fields, random_seed, columns)
+            with gr.Column(elem_id="prompt-and-meter"):
+                prompt.render()
+                meter_html = gr.HTML(self._meter(self.defaults.prompt), elem_id="meter")
+            with gr.Row(elem_id="actions"):
+                with gr.Column(scale=6, min_width=180, elem_id="draw-and-bar"):
+                    draw = gr.Button(DRAW, variant="primary", elem_id="draw")
+                    bar_html = gr.HTML(elem_id="bar")
+                stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, interactive=False, elem_id="stop")
+                # Without bounds: Gradio would print a traceback where the settings have a sentence.
+                seed = gr.Number(0, label="Seed", precision=0, min_width=190, elem_id="seed")
+                keep_seed = gr.Checkbox(
+                    False, label="Keep the seed", container=False, min_width=140, elem_id="keep-seed"
+                )
+            boxes, outputs = self._build_columns()
+            fields, columns, upload = self._build_options(prompt, seed)
+            inputs = [*fields, keep_seed, columns]
+            draw_grid, stop_grid, seeds, grid_outputs = self._build_grid()
             self._build_notes()
 
-            private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+            controls = [draw, stop, draw_grid, stop_grid, bar_html]
+            self._start(draw, self.draw_columns, inputs, [seed, *outputs, draw, bar_html], controls)
+            self._start(draw_grid, self.draw_grid, [*inputs, seeds], [seed, *grid_outputs, draw_grid], controls)
+            for button in (stop, stop_grid):
+                button.click(self.stop, queue=False, api_visibility="private")
             # compel's parser takes seconds for long texts: its part follows, and typing does not wait for it.
-            soon: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **private}
-            prompt.change(self.render_meter, prompt, meter_html, **soon).then(
-                self.render_whole_meter, prompt, meter_html, **soon
-            )
-            upload.upload(self.load_settings, upload, [*fields, random_seed], **private)
-            columns.change(self.show_columns, columns, compared, queue=False, **private)
+            soon: dict[str, Any] = {"queue": False, "trigger_mode": "always_last", **_PRIVATE}
+            weighting = fields[FIELDS.index("weighting")]
+            for changed in (prompt, weighting):
+                changed.change(self.render_meter, [prompt, weighting], meter_html, **soon).then(
+                    self.render_whole_meter, [prompt, weighting], meter_html, **soon
+                )
+            upload.upload(self.load_settings, upload, [*fields, keep_seed], **_PRIVATE)
+            columns.change(self.show_columns, columns, boxes, queue=False, **_PRIVATE)
+            self._keep_prompt(page, prompt)
+            page.load(self.open, None, outputs, **_PRIVATE, **_UNLIMITED)
             page.unload(self.leave)
             gr.api(self.tokens, api_name="tokens", queue=False)
-            gr.api(self.compare, api_name="compare", **_ONE_AT_A_TIME)
+            gr.api(self.compare, api_name="compare", **_UNLIMITED)
         return page
 
-    def _build_options(self, prompt: gr.Textbox) -> tuple[list[Any], gr.Checkbox, gr.CheckboxGroup, gr.UploadButton]:
+    def _start(
+        self, button: gr.Button, draw: Callable, inputs: list[Any], outputs: list[Any], controls: list[Any]
+    ) -> None:
+        """On a click, note the run at once, so that it can be stopped. Run it, and free the buttons in any case."""
+        button.click(self.ask, None, controls[:-1], queue=False, **_PRIVATE).then(
+            draw, inputs, outputs, **_PRIVATE, **_UNLIMITED
+        ).then(self.rest, None, controls, queue=False, **_PRIVATE)
+
+    def _keep_prompt(self, page: gr.Blocks, prompt: gr.Textbox) -> None:
+        """Keep what was typed in the visitor's browser, so that it is there after a reload."""
+        name = f"finelip-sdxl-prompt-{self.comparison.sources.get('base', '')}"
+        # A fixed secret, since one that is new at each start would lose the text. It is the visitor's own text.
+        kept = gr.BrowserState(None, storage_key=name, secret=name)
+        prompt.change(None, prompt, kept, js="(prompt) => prompt", **_PRIVATE)
+        page.load(None, [kept, prompt], prompt, js="(kept, first) => kept ?? first", **_PRIVATE)
+
+    def _build_columns(self) -> tuple[list[Any], list[Any]]:
+        boxes, outputs = [], []
+        with gr.Row(equal_height=False, elem_id="columns"):
+            for column, title in COLUMNS.items():
+                with gr.Column(
+                    min_width=200, elem_id=f"column-{column}", elem_classes=["column", "drawn", f"meter-{column}"]
+                ) as box:
+                    title_line = gr.HTML(heading(column))
+                    picture = gr.Image(
+                        format="png",
+                        show_label=False,
+                        buttons=["fullscreen"],
+                        interactive=False,
+                        alt_text=f"Picture by {title}",
+                        height=PICTURE_HEIGHT,
+                        elem_classes="picture",
+                    )
+                    status = gr.HTML(status_line("not drawn yet"))
+                    judged = gr.HTML()
+                    download = gr.DownloadButton("Download PNG", size="sm", interactive=False)
+                boxes.append(box)
+                outputs += [title_line, picture, status, download, judged]
+        return boxes, outputs
+
+    def _build_options(
+        self, prompt: gr.Textbox, seed: gr.Number
+    ) -> tuple[list[Any], gr.CheckboxGroup, gr.UploadButton]:
         width, height = self.comparison.size
         has_adapter = self.comparison.pipe.conditioning_adapter is not None
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
@@ -129,24 +202,17 @@ class _Page:
                 steps = gr.Slider(least, MAX_STEPS, self.defaults.steps, step=1, label="Steps", elem_id="steps")
                 guidance_scale = gr.Slider(0, 20, self.defaults.guidance_scale, step=0.5, label="Guidance scale")
             with gr.Row():
-                # Without bounds: Gradio would print a traceback where the settings have a sentence.
-                seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
-                random_seed = gr.Checkbox(False, label="Random seed", info="A new one for each run, shown in the box")
-            with gr.Row():
                 sides = [
                     gr.Slider(MIN_SIDE, self.max_side, side, step=8, label=label)
                     for label, side in (("Width", width), ("Height", height))
                 ]
             with gr.Row():
-                adapter_scale = gr.Slider(
-                    0,
-                    1,
-                    1 if has_adapter else 0,
-                    step=0.05,
-                    label="Conditioning adapter",
-                    info="Its share in FineLIP-SDXL's column",
-                    interactive=has_adapter,
-                    elem_id="adapter",
+                weighting = gr.Radio(
+                    [("none", "none"), ("compel: (fox)1.2, fox++", "compel"), ("A1111: (fox:1.2)", "a1111")],
+                    value=self.comparison.pipe.weighting or "none",
+                    label="Weights in the prompt",
+                    info="In FineLIP-SDXL's column. compel's column always takes its own; stock has none.",
+                    elem_id="weighting",
                 )
                 hidden_states = gr.Radio(
                     list(HIDDEN_STATES),
@@ -155,88 +221,87 @@ class _Page:
                     info="In FineLIP-SDXL's column" + ("; last switches the adapter off" if has_adapter else ""),
                     elem_id="hidden-states",
                 )
-            upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
-        fields = [prompt, negative_prompt, steps, guidance_scale, *sides, adapter_scale, hidden_states, seed]
-        return fields, random_seed, columns, upload
-
-    def _build_columns(self, fields: list[Any], random_seed: gr.Checkbox, columns: gr.CheckboxGroup) -> list[Any]:
-        with gr.Row():
-            draw = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
-            stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
-        boxes, outputs = [], []
-        with gr.Row(equal_height=False):
-            for column, title in COLUMNS.items():
-                with gr.Column(
-                    min_width=280, elem_id=f"column-{column}", elem_classes=["column", f"meter-{column}"]
-                ) as box:
-                    title_line = gr.HTML(heading(column))
-                    picture = gr.Image(
-                        format="png",
-                        show_label=False,
-                        buttons=["fullscreen"],
-                        interactive=False,
-                        alt_text=f"Picture by {title}",
-                        height=360,
-                        elem_classes="picture",
-                    )
-                    status = gr.HTML(status_line("not drawn yet"))
-                    download = gr.DownloadButton("Download PNG", size="sm", interactive=False)
-                    judged = gr.HTML()
-                boxes.append(box)
-                outputs += [title_line, picture, status, download, judged]
-        _start(draw, self.ask, self.draw_columns, [*fields, random_seed, columns], [fields[-1], *outputs])
-        stop.click(self.stop, queue=False, api_visibility="private")
-        return boxes
-
-    def _build_grid(self, fields: list[Any], random_seed: gr.Checkbox, columns: gr.CheckboxGroup) -> None:
-        with gr.Row():
-            seeds = gr.Slider(
-                1, MAX_SEEDS, 4, step=1, label="Seeds, from the one under Advanced on", scale=2, elem_id="seeds"
+            adapter_scale = gr.Slider(
+                0,
+                1,
+                1 if has_adapter else 0,
+                step=0.05,
+                label="Conditioning adapter",
+                info="Its share in FineLIP-SDXL's column",
+                interactive=has_adapter,
+                elem_id="adapter",
             )
-            draw = gr.Button("Draw all", variant="primary", scale=2, elem_id="draw-grid")
-            stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop-grid")
-        status = gr.HTML(status_line("every column, from each seed, in one picture"), elem_classes="meter-finelip")
-        grid = gr.Image(
-            format="png",
-            show_label=False,
-            buttons=["fullscreen"],
-            interactive=False,
-            alt_text="All pictures",
-            elem_classes="picture",
-        )
-        download = gr.DownloadButton("Download PNG", size="sm", interactive=False, elem_id="download-grid")
-        inputs = [*fields, random_seed, columns, seeds]
-        _start(draw, self.ask, self.draw_grid, inputs, [fields[-1], grid, status, download])
-        stop.click(self.stop, queue=False, api_visibility="private")
+            upload = gr.UploadButton("Load settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
+        fields = [
+            prompt,
+            negative_prompt,
+            steps,
+            guidance_scale,
+            *sides,
+            adapter_scale,
+            hidden_states,
+            weighting,
+            seed,
+        ]
+        return fields, columns, upload
+
+    def _build_grid(self) -> tuple[gr.Button, gr.Button, gr.Slider, list[Any]]:
+        with gr.Accordion("Many seeds", open=False, elem_id="many-seeds", elem_classes="drawn"):
+            with gr.Row():
+                seeds = gr.Slider(
+                    1,
+                    MAX_SEEDS,
+                    4,
+                    step=1,
+                    label="Number of seeds",
+                    info="The first is the seed beside Draw; the others follow it.",
+                    scale=2,
+                    elem_id="seeds",
+                )
+                draw = gr.Button(DRAW_ALL, variant="primary", scale=2, elem_id="draw-grid")
+                stop = gr.Button("Stop", variant="stop", scale=1, interactive=False, elem_id="stop-grid")
+            status = gr.HTML(status_line("every column, from each seed, in one picture"), elem_classes="meter-finelip")
+            grid = gr.Image(
+                format="png",
+                show_label=False,
+                buttons=["fullscreen"],
+                interactive=False,
+                alt_text="All pictures",
+                elem_classes="picture",
+            )
+            download = gr.DownloadButton("Download PNG", size="sm", interactive=False, elem_id="download-grid")
+        return draw, stop, seeds, [grid, status, download]
 
     def _build_notes(self) -> None:
         gr.HTML(sources_line(self.comparison.sources), elem_id="sources")
         if self.comparison.is_miniature:
-            gr.Markdown(ABOUT_MINIATURE, padding=True, elem_id="about-miniature")
+            gr.Markdown(ABOUT_MINIATURE, elem_id="about-miniature")
 
     # Planning
 
-    def render_meter(self, prompt: str, request: gr.Request) -> str:
+    def render_meter(self, prompt: str, weighting: str, request: gr.Request) -> str:
         """The meter without compel, at once."""
-        self.visitors.types(_session(request), prompt)
-        return self._meter(prompt, pending=("compel",))
+        self.visitors.types(_session(request), f"{weighting} {prompt}")
+        return self._meter(prompt, weighting, pending=("compel",))
 
-    def render_whole_meter(self, prompt: str, request: gr.Request) -> Any:
+    def render_whole_meter(self, prompt: str, weighting: str, request: gr.Request) -> Any:
         """The meter with compel, unless other text was typed meanwhile."""
-        whole = self._meter(prompt)
-        return gr.skip() if self.visitors.typed_since(_session(request), prompt) else whole
+        whole = self._meter(prompt, weighting)
+        return gr.skip() if self.visitors.typed_since(_session(request), f"{weighting} {prompt}") else whole
 
-    def _meter(self, prompt: str | None, pending: tuple[str, ...] = ()) -> str:
+    def _meter(self, prompt: str | None, weighting: str | None = None, pending: tuple[str, ...] = ()) -> str:
         prompt = prompt or ""
         if len(prompt) > MAX_CHARACTERS:
             return _hint(_too_long(prompt))
         plans, trouble = {}, ""
         for column in (column for column in COLUMNS if column not in pending):
             try:
-                plans |= self.comparison.plan(prompt, [column])
+                plans |= self.comparison.plan_for_reader(prompt, [column], weighting)
             except ValueError as error:  # such as unfinished brackets, which compel cannot parse
                 trouble += _hint(str(error))
-        return meter.render_meter(prompt, plans, COLUMNS, pending) + trouble
+        foreign = self.comparison.is_miniature and not is_of_world(prompt)
+        note = unknown(prompt, f"python demo/app.py --base {REAL_SDXL}") if foreign else ""
+        return meter.render_meter(prompt, plans, COLUMNS, pending, note) + trouble
 
     def tokens(self, prompt: str) -> dict[str, Any]:
         """The plan of a prompt in each column: the windows, as texts and in tokens, and the cut text."""
@@ -247,13 +312,14 @@ class _Page:
                     "windows": [{"text": window.text, "tokens": len(window.token_ids)} for window in plan.windows],
                     "cut_text": plan.cut_text,
                     "cut_tokens": plan.cut_tokens,
+                    "counted_in": plan.vocabulary,
                 }
-                for column, plan in self.comparison.plan(prompt).items()
+                for column, plan in self.comparison.plan_for_reader(prompt).items()
             }
 
     # Settings
 
-    def settings(self, values: tuple[Any, ...]) -> Settings:
+    def settings(self, values: Sequence[Any]) -> Settings:
         """The settings in the page's fields, or in a call of the API, checked.
 
         Raises:
@@ -261,18 +327,15 @@ class _Page:
         """
         named = dict(zip(FIELDS, values, strict=True))
         for name in ("prompt", "negative_prompt"):
-            named[name] = "" if named[name] is None else named[name]
             _check_text(name, named[name])
         if not named["prompt"].strip():
             raise ValueError("The prompt is empty: write one, or click on an example.")
-        for name in ("steps", "seed", "width", "height"):
-            if named[name] is None:
-                raise ValueError(f"There is no {name}: enter a whole number.")
+        for name, least, most in (("steps", 1, MAX_STEPS), ("seed", 0, MAX_SEED)):
             named[name] = _whole(named[name])
-        if any(isinstance(named[name], int) and named[name] > self.max_side for name in ("width", "height")):
-            raise ValueError(f"Width and height are limited to {self.max_side} pixels here.")
-        if isinstance(named["steps"], int) and named["steps"] > MAX_STEPS:
-            raise ValueError(f"Steps are limited to {MAX_STEPS} here.")
+            check_number(name, named[name], least, most, whole=True)
+        for name in ("width", "height"):
+            named[name] = _whole(named[name])
+            check_number(name, named[name], MIN_SIDE, self.max_side, whole=True)
         return Settings(**named)
 
     def load_settings(self, file: str) -> list[Any]:
@@ -286,13 +349,21 @@ class _Page:
         values = [getattr(settings, name) for name in FIELDS]
         # A value out of the page's bounds is shown now, and refused when it is to be drawn.
         gr.Info(f"Loaded from the picture: prompt, seed {settings.seed}, {settings.steps} steps.")
-        return [*(gr.skip() if value is None else value for value in values), False]
+        return [*(gr.skip() if value is None else value for value in values), True]
 
-    # Drawing
+    # Buttons
 
-    def ask(self, request: gr.Request) -> None:
+    def ask(self, request: gr.Request) -> list[Any]:
+        """Note a run, and return the buttons of a visitor for whom something runs."""
         self.visitors.ask(_session(request))
         shutil.rmtree(self._folder_of(request), ignore_errors=True)  # of pictures that the page no longer shows
+        draw, stop = gr.update(interactive=False), gr.update(interactive=True)
+        return [draw, stop, draw, stop]
+
+    def rest(self) -> list[Any]:
+        """The buttons and the bar of a visitor for whom nothing runs."""
+        stop = gr.update(interactive=False)
+        return [gr.update(value=DRAW, interactive=True), stop, gr.update(value=DRAW_ALL, interactive=True), stop, ""]
 
     def stop(self, request: gr.Request) -> None:
         self.visitors.stop(_session(request))
@@ -304,82 +375,133 @@ class _Page:
     def show_columns(self, columns: list[str]) -> list[Any]:
         return [gr.update(visible=column in columns) for column in COLUMNS]
 
+    # Drawing
+
+    def open(self, request: gr.Request) -> Iterator[list[Any]]:
+        """The pictures of the first example, which a page opens with. The first visitor sees them being drawn."""
+        if not self.comparison.is_miniature and self.comparison.pipe._execution_device.type == "cpu":
+            return  # they would take minutes
+        if not self._opening:
+            waits = [gr.skip()] * (OUTPUTS * len(COLUMNS))
+            waits[2::OUTPUTS] = [status_line("the first example is being drawn")] * len(COLUMNS)
+            yield waits
+        with _answered():
+            pictures = self._draw_opening()
+            if not self.visitors.is_busy(_session(request)):
+                described = self._describe(self.defaults.prompt)
+                flag = threading.Event()  # nothing runs that could be stopped
+                yield [part for picture in pictures for part in self._show(picture, described, request, flag)]
+
+    def _draw_opening(self) -> list[Picture]:
+        with self._opening_lock:
+            if not self._opening:
+                with self.line.join(self._work(self.defaults) * len(COLUMNS)) as place:
+                    for _ in place.wait(threading.Event()):
+                        pass
+                    drawn = [
+                        event
+                        for column in COLUMNS
+                        for event in self._follow(column, self.defaults, threading.Event(), place)
+                    ]
+                self._opening = [event for event in drawn if isinstance(event, Picture)]
+            return self._opening
+
     def draw_columns(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Draw the columns one after the other, and yield the page's outputs at every step."""
         with _answered(), self.visitors.running(_session(request)) as flag:
-            *values, is_random, columns = values
-            settings = self.settings(_with_seed(values, is_random))
-            self._check_columns(columns, settings)
+            *values, keeps_seed, columns = values
+            settings = self.settings(_with_seed(values, keeps_seed))
+            columns = self._check_columns(columns, settings)
             described = self._describe(settings.prompt)
             shown: list[Any] = [settings.seed]
             for column in COLUMNS:
                 waits = "waits" if column in columns else "left out"
                 shown += [heading(column), None, status_line(waits), gr.update(value=None, interactive=False), ""]
-            yield shown
-            for number, column in enumerate(COLUMNS):
-                if column not in columns:
-                    continue
-                first = 1 + OUTPUTS * number
-                try:
-                    for event in self._follow(column, settings, flag):
-                        shown = [gr.skip()] * len(shown)
-                        if isinstance(event, Progress):
-                            shown[first + 2] = _steps_done(event)
-                        else:
-                            shown[first : first + OUTPUTS] = self._show(event, described, request)
-                        yield shown
-                except Exception as error:
-                    stopped = isinstance(error, Stopped)
-                    shown = [gr.skip()] * len(shown)
-                    for other, name in enumerate(COLUMNS):
-                        if name in columns and other >= number:
-                            shown[1 + OUTPUTS * other + 2] = status_line("stopped" if stopped else "not drawn")
-                    yield shown
-                    if stopped:
-                        return
-                    raise
+            yield [*shown, gr.update(value="Drawing…"), ""]
+            unchanged: list[Any] = [gr.skip()] * (len(shown) + 2)
+            unfinished = set(columns)
+            try:
+                with self.line.join(self._work(settings) * len(columns)) as place:
+                    for waiting in place.wait(flag):
+                        yield [*unchanged[:-2], gr.update(value=_waiting(waiting)), ""]
+                    for drawn, column in enumerate(column for column in COLUMNS if column in columns):
+                        first = 1 + OUTPUTS * list(COLUMNS).index(column)
+                        for event in self._follow(column, settings, flag, place):
+                            shown = [*unchanged]
+                            if isinstance(event, Progress):
+                                done = (drawn + event.step / event.steps) / len(columns)
+                                text = f"Drawing… step {event.step} of {event.steps}"
+                                if len(columns) > 1:
+                                    text += f", picture {drawn + 1} of {len(columns)}"
+                                shown[-2:] = gr.update(value=text), bar(text, done)
+                                shown[first + 2] = _steps_done(event)
+                            else:
+                                unfinished.discard(column)
+                                shown[first : first + OUTPUTS] = self._show(event, described, request, flag)
+                            yield shown
+            except Exception as error:
+                stopped = isinstance(error, Stopped)
+                shown = [*unchanged]
+                for number, name in enumerate(COLUMNS):
+                    if name in unfinished:
+                        shown[1 + OUTPUTS * number + 2] = status_line("stopped" if stopped else "not drawn")
+                yield shown
+                if stopped:
+                    return
+                raise
 
     def _show(
-        self, drawn: Picture, described: tuple[DescribedObject, ...] | None, request: gr.Request
+        self,
+        drawn: Picture,
+        described: tuple[DescribedObject, ...] | None,
+        request: gr.Request,
+        flag: threading.Event,
     ) -> tuple[Any, ...]:
         """The outputs of a drawn column."""
-        done = f"{drawn.settings.steps} steps in {drawn.seconds:.1f} s, seed {drawn.settings.seed}"
+        steps = drawn.settings.steps
+        done = f"{steps} step{'s' if steps > 1 else ''} in {drawn.seconds:.1f} s, seed {drawn.settings.seed}"
         picture, share, details = scoring_view.judge(drawn.image, described)
-        file = self._save(drawn, request)
-        return heading(drawn.column, share), picture, status_line(done), _file_to_download(file), details
+        file = self._save_picture(drawn, request, flag)
+        status = status_line(done, prompt=drawn.settings.prompt)
+        return heading(drawn.column, share), picture, status, _file_to_download(file), details
 
     def draw_grid(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Draw every column from each seed, then put all pictures into one."""
         with _answered(), self.visitors.running(_session(request)) as flag:
-            *values, is_random, columns, seeds = values
-            settings = self.settings(_with_seed(values, is_random))
-            self._check_columns(columns, settings)
+            *values, keeps_seed, columns, seeds = values
+            settings = self.settings(_with_seed(values, keeps_seed))
+            columns = self._check_columns(columns, settings)
             seeds = _whole(seeds)
-            if isinstance(seeds, int) and seeds > MAX_SEEDS:
-                raise ValueError(f"Seeds are limited to {MAX_SEEDS} here.")
+            check_number("seeds", seeds, 1, MAX_SEEDS, whole=True)
             rows = settings.over_seeds(seeds)
-            yield [settings.seed, None, status_line("waits"), gr.update(value=None, interactive=False)]
-            total, pictures = len(rows) * len(columns), []
+            skip = gr.skip()
+            nothing = gr.update(value=None, interactive=False)
+            yield [settings.seed, None, status_line("waits"), nothing, gr.update(value="Drawing…")]
+            total, pictures = len(rows) * len(columns), list[Picture]()
             try:
-                for drawn in rows:
-                    for column in (column for column in COLUMNS if column in columns):
-                        for event in self._follow(column, drawn, flag):
+                with self.line.join(self._work(settings) * total) as place:
+                    for waiting in place.wait(flag):
+                        yield [skip, skip, skip, skip, gr.update(value=_waiting(waiting))]
+                    for drawn, column in product(rows, [column for column in COLUMNS if column in columns]):
+                        number = f"picture {len(pictures) + 1} of {total}"
+                        for event in self._follow(column, drawn, flag, place):
                             if isinstance(event, Progress):
                                 done = (len(pictures) + event.step / event.steps) / total
-                                text = f"picture {len(pictures) + 1} of {total}: {COLUMNS[column]}, seed {drawn.seed}"
-                                yield [gr.skip(), gr.skip(), status_line(text, done), gr.skip()]
+                                status = status_line(f"{number}: {COLUMNS[column]}, seed {drawn.seed}", done)
+                                yield [skip, skip, status, skip, gr.update(value=f"Drawing… {number}")]
                             else:
                                 pictures.append(event)
             except Exception as error:
                 stopped = isinstance(error, Stopped)
-                yield [gr.skip(), gr.skip(), status_line("stopped" if stopped else "not drawn"), gr.skip()]
+                yield [skip, skip, status_line("stopped" if stopped else "not drawn"), skip, skip]
                 if stopped:
                     return
                 raise
             grid = label_pictures(pictures, self._describe(settings.prompt) or ())
-            file = self._new_file(request, "finelip-sdxl-grid.png")
-            save_png(grid, file, pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]})
-            yield [gr.skip(), grid, status_line(f"{total} pictures"), _file_to_download(file)]
+            parameters = pictures[0].parameters | {"column": columns, "seeds": [row.seed for row in rows]}
+            file = self._save("finelip-sdxl-grid.png", grid, parameters, request, flag)
+            status = status_line(f"{total} pictures", prompt=settings.prompt)
+            yield [skip, grid, status, _file_to_download(file), skip]
 
     def compare(
         self,
@@ -387,16 +509,18 @@ class _Page:
         request: gr.Request,
         columns: list[str] = list(COLUMNS),  # noqa: B006  (Gradio shows it to callers)
         negative_prompt: str = "",
-        steps: int = 30,
-        guidance_scale: float = 5.0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
         width: int = 0,
         height: int = 0,
         conditioning_adapter_scale: float = 1.0,
         hidden_states: str | None = None,
         seed: int = 0,
+        weighting: str | None = None,
     ) -> Iterator[list[gr.FileData]]:
-        """PNG files of the columns in their order, each with its parameters inside. A width or height of 0 is the
-        model's own. Each step yields the files so far; between steps a call can be canceled."""
+        """PNG files of the columns in their order, each with its parameters inside. Without steps and guidance scale
+        the model's own are taken, and for a width or height of 0, too. Each step yields the files so far; between steps
+        a call can be canceled."""
         with _answered(), self.visitors.running(_session(request)) as flag:
             own_width, own_height = self.comparison.size
             size = [
@@ -406,49 +530,70 @@ class _Page:
             values = (
                 prompt,
                 negative_prompt,
-                steps,
-                guidance_scale,
+                self.defaults.steps if steps is None else steps,
+                self.defaults.guidance_scale if guidance_scale is None else guidance_scale,
                 *size,
                 conditioning_adapter_scale,
                 hidden_states,
+                weighting,
                 seed,
             )
             settings = self.settings(values)
-            self._check_columns(columns, settings)
+            columns = self._check_columns(columns, settings)
             files: list[gr.FileData] = []
-            for column in columns:
-                for event in self._follow(column, settings, flag):
-                    if isinstance(event, Picture):
-                        files.append(gr.FileData(path=str(self._save(event, request))))
+            with self.line.join(self._work(settings) * len(columns)) as place:
+                for _ in place.wait(flag):
                     yield files
+                for column in columns:
+                    for event in self._follow(column, settings, flag, place):
+                        if isinstance(event, Picture):
+                            files.append(gr.FileData(path=str(self._save_picture(event, request, flag))))
+                        yield files
 
-    def _follow(self, column: str, settings: Settings, flag: threading.Event) -> Iterator[Progress | Picture]:
-        return follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag)
+    def _follow(
+        self, column: str, settings: Settings, flag: threading.Event, place: Place
+    ) -> Iterator[Progress | Picture]:
+        for event in follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag):
+            if isinstance(event, Progress):
+                place.advance(self._work(settings) / event.steps)
+            yield event
 
-    def _check_columns(self, columns: list[str], settings: Settings) -> None:
+    def _work(self, settings: Settings) -> float:
+        """The work of a picture: its pixels in all steps."""
+        width, height = self.comparison.size
+        return settings.steps * (settings.width or width) * (settings.height or height)
+
+    def _check_columns(self, columns: Any, settings: Settings) -> list[str]:
         """Check, before the first is drawn, that there are columns, and that each can plan the texts."""
-        if not columns:
+        if columns is None or columns == []:
             raise ValueError("No column is chosen: choose at least one under Advanced.")
+        columns = check_columns(columns)
         for text in (settings.prompt, settings.negative_prompt):
-            self.comparison.plan(text, columns)
+            self.comparison.plan(text, columns, settings.weighting)
+        return columns
 
     def _describe(self, prompt: str) -> tuple[DescribedObject, ...] | None:
         return parse_description(prompt) if self.comparison.is_miniature else None
 
     # Files
 
-    def _save(self, picture: Picture, request: gr.Request) -> Path:
-        file = self._new_file(request, f"finelip-sdxl-{picture.column}-{picture.settings.seed}.png")
-        save_png(picture.image, file, picture.parameters)
-        return file
+    def _save_picture(self, picture: Picture, request: gr.Request, flag: threading.Event) -> Path:
+        name = f"finelip-sdxl-{picture.column}-{picture.settings.seed}.png"
+        return self._save(name, picture.image, picture.parameters, request, flag)
 
-    def _new_file(self, request: gr.Request, name: str) -> Path:
+    def _save(
+        self, name: str, image: Image.Image, parameters: dict[str, Any], request: gr.Request, flag: threading.Event
+    ) -> Path:
         for folder in self.folder.glob("*"):
             with suppress(OSError):  # other visitors come and go meanwhile
                 if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
                     shutil.rmtree(folder)
         folder = self._folder_of(request)
         folder.mkdir(parents=True, exist_ok=True)
+        save_png(image, folder / name, parameters)
+        if flag.is_set():  # the page was perhaps closed, and its folder deleted, while this was written
+            (folder / name).unlink(missing_ok=True)
+            raise Stopped
         return folder / name
 
     def _folder_of(self, request: gr.Request) -> Path:
@@ -459,16 +604,6 @@ class _Page:
 def _session(request: gr.Request) -> str:
     """A visitor's name. A visitor without one gets a new name at each call."""
     return request.session_hash if isinstance(request.session_hash, str) else secrets.token_hex(16)
-
-
-# Drawing waits for its turn: there is one model, however many visitors.
-_ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "drawing"}
-
-
-def _start(button: gr.Button, ask: Callable, draw: Callable, inputs: list[Any], outputs: list[Any]) -> None:
-    """On a click, note the run at once, so that it can be stopped while it waits. Then run it."""
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    button.click(ask, queue=False, **private).then(draw, inputs, outputs, **private, **_ONE_AT_A_TIME)
 
 
 def _read_examples(folder: Path) -> dict[str, str]:
@@ -510,6 +645,11 @@ def _whole(number: Any) -> Any:
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
+def _waiting(waiting: Waiting) -> str:
+    about = "" if waiting.seconds is None else f", about {max(1, round(waiting.seconds))} s"
+    return f"Waiting… place {waiting.place} in line{about}"
+
+
 def _too_long(text: str) -> str:
     return f"The text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are allowed here: shorten it."
 
@@ -518,8 +658,8 @@ def _hint(sentence: str) -> str:
     return render("hint", sentence=sentence)
 
 
-def _with_seed(values: list[Any], is_random: bool) -> tuple[Any, ...]:
-    return (*values[:-1], random.randrange(MAX_SEED) if is_random else values[-1])
+def _with_seed(values: list[Any], keeps_seed: bool) -> tuple[Any, ...]:
+    return (*values[:-1], values[-1] if keeps_seed else random.randrange(MAX_SEED))
 
 
 def _steps_done(progress: Progress) -> str:

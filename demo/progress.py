@@ -1,4 +1,4 @@
-"""Drawing in a thread beside the page: steps as they happen, and a stop at the next step."""
+"""Drawing in a thread beside the page: a line of those who wait, steps as they happen, a stop at the next step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 MAX_VISITORS = 1000  # sessions that are remembered while nothing runs for them; anybody can invent sessions
+POLL_SECONDS = 0.25  # between two looks at the line
 Value = TypeVar("Value")
 
 
@@ -28,6 +29,90 @@ class Progress:
     step: int
     steps: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A run that waits for its turn: its place in line, 1 for the next, and the seconds to expect; None before any run
+    was timed."""
+
+    place: int
+    seconds: float | None
+
+
+class Line:
+    """The line of those who want to draw: there is one model, and the first in line has it.
+
+    Args:
+        longest: number of runs that may wait. Further ones are refused.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self._lock = threading.Lock()
+        self._places: list[Place] = []
+        self._pace: float | None = None  # seconds for a unit of work, an average in which late runs count more
+
+    @contextmanager
+    def join(self, work: float) -> Iterator[Place]:
+        """A place at the end of the line, which is given up after the context.
+
+        Args:
+            work: the size of the run in any unit; times are guessed from it.
+
+        Raises:
+            ValueError: too many wait.
+        """
+        place = Place(self, work)
+        with self._lock:
+            if len(self._places) > self.longest:
+                raise ValueError(f"{self.longest} others wait for their turn already: try again in a few minutes.")
+            self._places.append(place)
+        try:
+            yield place
+        finally:
+            with self._lock:
+                self._places.remove(place)
+
+    def _ahead(self, place: Place) -> Waiting:
+        with self._lock:
+            ahead = self._places[: self._places.index(place)]
+            seconds = None if self._pace is None else self._pace * sum(other.work for other in ahead)
+            return Waiting(len(ahead), seconds)
+
+    def _note_pace(self, pace: float) -> None:
+        with self._lock:
+            self._pace = pace if self._pace is None else 0.8 * self._pace + 0.2 * pace
+
+
+class Place:
+    """A place in a line.
+
+    Attributes:
+        work: the work that is left.
+    """
+
+    def __init__(self, line: Line, work: float) -> None:
+        self.work, self._line = work, line
+        self._since = 0.0
+
+    def wait(self, flag: threading.Event) -> Iterator[Waiting]:
+        """Wait for the turn, and yield the place in line again and again until then.
+
+        Raises:
+            Stopped: the flag was set.
+        """
+        while (waiting := self._line._ahead(self)).place:
+            yield waiting
+            if flag.wait(POLL_SECONDS):
+                raise Stopped
+        self._since = time.perf_counter()
+
+    def advance(self, work: float) -> None:
+        """Note that a part of the work is done."""
+        now = time.perf_counter()
+        self._line._note_pace((now - self._since) / work)
+        self.work, self._since = max(0.0, self.work - work), now
 
 
 class Visitors:
@@ -64,6 +149,11 @@ class Visitors:
             waiting = [self._asked[session]] if session in self._asked else []
             for flag in (*waiting, *self._running.get(session, ())):
                 flag.set()
+
+    def is_busy(self, session: str) -> bool:
+        """Whether a run of this session goes on, or was asked for."""
+        with self._lock:
+            return session in self._asked or session in self._running
 
     def leave(self, session: str) -> None:
         """Stop and forget the runs of a session whose page was closed."""

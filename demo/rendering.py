@@ -1,4 +1,4 @@
-"""HTML from the templates in `templates/`, with every value escaped, and CSS from `styles/`."""
+"""HTML from the templates in `templates/`, with every value escaped; CSS from `styles/`; JavaScript from `scripts/`."""
 
 import re
 from pathlib import Path
@@ -41,3 +41,8 @@ def render(name: str, **values: Any) -> str:
 def read_style(name: str) -> str:
     """The CSS in a file of `styles/`, named without `.css`."""
     return (_HERE / "styles" / f"{name}.css").read_text(encoding="utf-8")
+
+
+def read_script(name: str) -> str:
+    """The JavaScript in a file of `scripts/`, named without `.js`."""
+    return (_HERE / "scripts" / f"{name}.js").read_text(encoding="utf-8")

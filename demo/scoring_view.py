@@ -33,7 +33,7 @@ def judge(image: Image.Image, described: tuple[DescribedObject, ...] | None) -> 
 
 
 def _entry(thing: DescribedObject, score: ObjectScore) -> dict[str, str]:
-    link = ", color by link" if thing.linked else ""
+    link = ", in the color of another object" if thing.linked else ""
     return {"thing": f"{thing.color} {thing.shape}, {thing.place}{link}", "fault": _fault(score)}
 
 

@@ -52,12 +52,12 @@ def main() -> None:
 
 
 def draw_columns(page: Any) -> None:
-    page.click("#draw")
-    page.wait_for_function(ALL_DRAWN)
+    page.wait_for_function(ALL_DRAWN)  # the page opens with the pictures of its first example
 
 
 def draw_seeds(page: Any) -> None:
-    page.get_by_role("tab", name="Many seeds").click()
+    page.wait_for_function(ALL_DRAWN)
+    page.get_by_role("button", name="Many seeds").click()
     page.wait_for_timeout(1000)  # a new component takes its first value once more
     page.locator("#seeds input[type=number]").fill("2")
     page.locator("#seeds input[type=number]").blur()

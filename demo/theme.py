@@ -7,12 +7,10 @@ from html import escape
 
 import gradio as gr
 
-from demo.rendering import read_style, render
+from demo.rendering import read_script, read_style, render
 from finelip_sdxl.options import COLUMNS
 
-INTRO = """<h1>FineLIP-SDXL</h1>
-<p>SDXL encodes the first 77 tokens of a prompt and leaves out the rest. Here one prompt is encoded in three ways and
-drawn from the same noise by the same UNet, so every difference comes from the encoding.</p>"""
+DRAW, DRAW_ALL = "Draw", "Draw all"
 
 ABOUT_MINIATURE = """This is the *miniature*, a small SDXL that comes with FineLIP-SDXL and draws scenes of nine
 objects. It knows nothing but its own world: click on an example and change its places, shapes and colors. Because every
@@ -24,13 +22,13 @@ ABOUT = {
     "finelip": "encodes up to 248 tokens at once",
 }
 
-# Titles before the names of the parts that draw.
+# Titles of the parts that draw.
 SOURCES = {
-    "base": "",
-    "finelip": "FineLIP ",
-    "finelip_2": "second FineLIP ",
-    "conditioning_adapter": "adapter ",
-    "refiner": "refiner ",
+    "base": "Model",
+    "finelip": "FineLIP",
+    "finelip_2": "second FineLIP",
+    "conditioning_adapter": "adapter",
+    "refiner": "refiner",
 }
 
 THEME = gr.themes.Soft(
@@ -72,7 +70,13 @@ THEME = gr.themes.Soft(
     button_secondary_background_fill_hover_dark="*neutral_700",
 )
 
+SCRIPT = read_script("page")
 STYLE = "\n".join(map(read_style, ("meter", "verdict", "page")))
+
+
+def intro(is_miniature: bool) -> str:
+    """What the page shows, in a few sentences."""
+    return render("intro", is_miniature=is_miniature)
 
 
 def heading(column: str, share: str = "") -> str:
@@ -85,12 +89,22 @@ def sources_line(sources: Mapping[str, str]) -> str:
 
     Example:
         >>> sources_line({"base": "sdxl-base", "finelip": "longclip", "dtype": "float16"})
-        'Draws with sdxl-base, FineLIP longclip.'
+        'Model: sdxl-base · FineLIP: longclip'
     """
-    named = [title + sources[name] for name, title in SOURCES.items() if name in sources]
-    return escape(f"Draws with {', '.join(named)}.")
+    return escape(" · ".join(f"{title}: {sources[name]}" for name, title in SOURCES.items() if name in sources))
 
 
-def status_line(text: str, done: float | None = None) -> str:
-    """The state of a column, with a bar if it is under way; `done` is a share."""
-    return render("status", text=text, percent=None if done is None else f"{100 * done:.0f}")
+def status_line(text: str, done: float | None = None, prompt: str | None = None) -> str:
+    """The state of a column.
+
+    Args:
+        text: a few words.
+        done: for a column under way, its share that is done, shown as a bar.
+        prompt: for a drawn column, its prompt; the page marks the picture once another is written.
+    """
+    return render("status", text=text, percent=None if done is None else f"{100 * done:.0f}", prompt=prompt)
+
+
+def bar(text: str, done: float) -> str:
+    """A bar at the button, for a share that is done."""
+    return render("bar", text=text, percent=f"{100 * done:.0f}")

@@ -3,7 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from finelip_sdxl.console import drop_torchvision_warnings
+
+drop_torchvision_warnings()
+
 if TYPE_CHECKING:
+    __version__: str
     from finelip_sdxl.checkpoints.load import load_finelip, save_openai_layout
     from finelip_sdxl.conditioning_adapter import ConditioningAdapter
     from finelip_sdxl.interaction import late_interaction
@@ -67,6 +72,7 @@ __all__ = [
     "FineLIPSDXLInpaintPipeline",
     "FineLIPSDXLPipeline",
     "TokenRefinement",
+    "__version__",
     "contrastive_loss",
     "late_interaction",
     "load_finelip",
@@ -82,8 +88,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("finelip-sdxl")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted(__all__)

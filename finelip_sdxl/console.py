@@ -1,14 +1,85 @@
-"""The output of a command: its answer without messages of its libraries, on any terminal."""
+"""The terminal: flags and their errors, and the answer of a command without messages of its libraries."""
 
+import argparse
+import difflib
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, NoReturn
 
 # Messages of these modules at import are about parts that no SDXL needs here.
-_TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "transformers.utils.import_utils")
+_TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+
+
+def drop_torchvision_warnings() -> None:
+    """Drop the warnings of Transformers that image processors do without torchvision.
+
+    Diffusers imports three such processors with every pipeline. No SDXL uses them, and torchvision is not needed. All
+    other messages stay, and so do levels and handlers. Call it before these imports.
+    """
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_not_about_torchvision)
+
+
+def _is_not_about_torchvision(record: logging.LogRecord) -> bool:
+    return "ImageProcessor` requires torchvision (not installed); falling back to" not in record.getMessage()
+
+
+# An argument in a message of the library: `a_name`, "a_name is", a_name=, a_name="value" or a_name=True.
+_ARGUMENT = re.compile(
+    r"""`(\w+)`|(?<![\w/?&.-])(?:([a-z]+_\w+)(?=\ is\ )|(\w+)=(?:(["'])(.*?)\4|True\b|(?=([\w/~-]|\.{1,2}/)?)))"""
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line. For an unknown flag it names the nearest one.
+
+    Example:
+        >>> parser = Parser(prog="draw")
+        >>> _ = parser.add_argument("--guidance-scale")
+        >>> parser.parse_args(["--guidence-scale", "3"])
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse calls it for commands, too
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._about(unknown))
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line, without the usage."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+    def _about(self, unknown: list[str]) -> str:
+        flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), None)
+        if flag is None:
+            return f"unrecognized arguments: {' '.join(unknown)[:100]} (a text of several words needs quotes)"
+        near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
+        return f"{flag[:60]} is no flag here{f': did you mean {near[0]}?' if near else ''}"
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message of the library, with flags in the place of its arguments.
+
+    Args:
+        message: the message.
+        flags: flags by the names of arguments; other names stay.
+
+    Example:
+        >>> with_flags('`steps` is 0; set overflow="window", or pass dtype=.', {"steps": "--steps", "dtype": "--dtype"})
+        '--steps is 0; set overflow="window", or pass --dtype.'
+    """
+
+    def with_flag(found: re.Match[str]) -> str:
+        quoted, bare, name, _, value, following = found.groups()
+        flag = flags.get(quoted or bare or name)
+        return found[0] if flag is None else flag + (f" {value}" if value is not None else " " if following else "")
+
+    return _ARGUMENT.sub(with_flag, message)
 
 
 def quiet_imports() -> None:
@@ -25,6 +96,62 @@ def quiet_transformers() -> None:
     transformers_logging: Any = utils.logging  # has no types
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def quiet_diffusers() -> None:
+    """As `quiet_transformers`, and let Diffusers print each of its messages once from now on."""
+    quiet_transformers()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.get_logger()  # this makes its handler
+    for handler in logging.getLogger("diffusers").handlers:
+        if type(handler) is not logging.StreamHandler:  # somebody else's
+            continue
+        for former in [added for added in handler.filters if isinstance(added, _Once)]:
+            handler.removeFilter(former)
+        handler.addFilter(_Once())
+
+
+class _Once(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self.said
+        self.said.add(message)
+        return is_new
+
+
+@contextmanager
+def messages_with_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Print the warnings of this package with flags in the place of its arguments, each once.
+
+    Args:
+        flags: see `with_flags`.
+
+    Example:
+        >>> with messages_with_flags({"dtype": "--dtype"}):
+        ...     pass
+    """
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return with_flags(super().format(record), flags)
+
+    handler, once = logging.lastResort, _Once()  # it prints the messages of loggers without a handler
+    if handler is None:
+        yield
+        return
+    before = handler.formatter
+    handler.setFormatter(Formatter())
+    handler.addFilter(once)
+    try:
+        yield
+    finally:
+        handler.setFormatter(before)
+        handler.removeFilter(once)
 
 
 @contextmanager

@@ -143,6 +143,7 @@ def written_folder(folder: Path, replaced: Callable[[Path], Collection[str]] | N
         yield new
         mode = stat.S_IMODE(new.stat().st_mode) & 0o666
         for parent, _, files in os.walk(new):
+            os.chmod(parent, stat.S_IMODE(new.stat().st_mode))  # a library may have made it for its owner alone
             for name in files:
                 _finish(Path(parent, name), mode)
             _sync(Path(parent))

@@ -2,7 +2,12 @@
 
 No code in a file is run, and no more memory is used than about a file's own size. A config is checked against the
 shapes of the weights beside it before a model is built.
+
+PyTorch is imported by the functions that read weights: who needs a config alone, such as the plan of a prompt, does
+not wait for it.
 """
+
+from __future__ import annotations
 
 import json
 import zipfile
@@ -10,12 +15,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -68,6 +73,8 @@ def read_tensors(file: Path) -> Any:
     _check_kind(file)
     if file.suffix != ".safetensors":
         return _read_pickle(file, "cpu")
+    from safetensors.torch import load_file
+
     with _safetensors_errors(file):
         return load_file(file)
 
@@ -81,7 +88,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     _check_kind(file)
     if file.suffix != ".safetensors":
         content = _read_pickle(file, "meta")
-        return {key: tuple(value.shape) for key, value in content.items() if isinstance(value, Tensor)}
+        return {key: tuple(value.shape) for key, value in content.items() if _is_tensor(value)}
     with _safetensors_errors(file), safe_open(file, "pt") as opened:
         return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
@@ -109,6 +116,7 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
         ValueError: a weight is; the message names it.
 
     Example:
+        >>> import torch
         >>> check_finite({"a": torch.tensor([1.0, torch.nan])}, "x.pt")
         Traceback (most recent call last):
         ValueError: x.pt holds NaN or infinite values in 1 of 1 weights, such as 'a': its training has diverged, ...
@@ -193,6 +201,8 @@ def _check_kind(file: Path) -> None:
 
 
 def _read_pickle(file: Path, device: str) -> Any:
+    import torch
+
     size = file.stat().st_size
     if zipfile.is_zipfile(file):
         with _pytorch_errors(file), zipfile.ZipFile(file) as archive:
@@ -222,8 +232,14 @@ def _check_unpacked(file: Path, unpacked: int, bound: int) -> None:
         )
 
 
+def _is_tensor(value: Any) -> bool:
+    from torch import Tensor
+
+    return isinstance(value, Tensor)
+
+
 def _tensors(content: Any) -> Iterator[Tensor]:
-    if isinstance(content, Tensor):
+    if _is_tensor(content):
         yield content
     elif isinstance(content, Mapping):
         for value in content.values():

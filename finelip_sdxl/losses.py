@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MARGIN = 0.2
+from finelip_sdxl.options import MARGIN
 
 
 def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN, hardest: bool = False) -> Tensor:

@@ -159,6 +159,29 @@ class Location:
             except EntryNotFoundError:
                 return None
 
+    def check(self) -> bool:
+        """Check that a hub repository is there, in seconds: the hub is asked once.
+
+        Returns:
+            Whether the hub answered. If not, a part of the repository is in the cache.
+
+        Raises:
+            OSError: the hub refuses, or cannot be reached and nothing of the repository is in the cache.
+        """
+        if self.path is not None:
+            return True
+        from huggingface_hub import repo_info, snapshot_download
+        from huggingface_hub.errors import OfflineModeIsEnabled
+        from huggingface_hub.utils import httpx
+
+        with self._hub_errors():
+            try:
+                repo_info(self.name, timeout=10)
+            except (httpx.TransportError, OfflineModeIsEnabled):
+                snapshot_download(self.name, local_files_only=True, allow_patterns=[])
+                return False
+        return True
+
     def names(self, subfolder: str = "") -> list[str]:
         """The names of all files in one of its folders; an empty list if the hub cannot be reached."""
         if self.path is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,9 @@ MAX_POSITIONS = 100 * 248
 
 STOCK_POSITIONS = 77
 """Number of positions of CLIP's own text encoders; stock SDXL pads every prompt to it."""
+
+STRETCH_KEEP, STRETCH_FACTOR = 20, 4
+"""Leading rows that a stretch of a positional table leaves unchanged, and rows that it makes from each later one."""
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """SDXL's text encoders and their tokenizers, by the names of a pipeline's components."""
@@ -34,6 +38,9 @@ WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompt
 
 LENGTH_BUCKETS = (77, 154)
 
+MARGIN = 0.2  # of the triplet margin loss, as in FineLIP
+LOSSES = ("triplet", "contrastive", "region", "distillation")  # of a FineLIP's training
+
 # Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
 ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
@@ -48,13 +55,19 @@ DATA_KINDS = (
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 
 
-class _AsSaved:
+class _Absent:
+    def __init__(self, value: str) -> None:
+        self._value = value
+
     def __repr__(self) -> str:
-        return "as saved"
+        return self._value
 
 
-AS_SAVED: Any = _AsSaved()
-"""Default of an option: the value in a saved pipeline, or else the default of the class."""
+AS_SAVED: Any = _Absent("as saved")
+"""Default of an option on loading: the value in a saved pipeline, or else the default of the class."""
+
+AS_SET: Any = _Absent("as set")
+"""Default of an option in a call: the pipeline's own value."""
 
 
 def check_texts(name: str, value: Any) -> list[str]:
@@ -90,6 +103,20 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if not isinstance(value, str | None) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, but is {value!r:.60}.")
     return value
+
+
+def check_adapter_scale(value: float) -> float:
+    """`value` as a share of the conditioning adapter.
+
+    Raises:
+        ValueError: it is no number from 0 to 1.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(
+            f"The scale of the conditioning adapter is {value!r:.60}; expected a number from 0, without the adapter,"
+            " to 1, with all of it."
+        )
+    return float(value)
 
 
 def check_length_buckets(value: Any) -> tuple[int, ...]:

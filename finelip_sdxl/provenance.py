@@ -2,6 +2,7 @@
 
 This module alone reads and writes these keys. In the config of a text encoder they are `stretched_from`,
 `stretch_keep`, `stretch_factor`, `made_from` and `merged_with`; in the config of a pipeline, `_finelip_sdxl_base`.
+Functions import PyTorch where they need it: the plan of a prompt reads these records without it.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
-
-from diffusers.configuration_utils import ConfigMixin
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Protocol
 
 from finelip_sdxl.options import STOCK_POSITIONS
-from finelip_sdxl.stretch import check_stretch, stretched_row_indices
+
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import ConfigMixin
+    from torch import Tensor
 
 _BASE = "_finelip_sdxl_base"  # stock Diffusers skips keys that begin with an underscore
 _SOURCES = ("_name_or_path", _BASE, "made_from", "merged_with")  # the first is Diffusers' own
@@ -83,6 +83,8 @@ class Provenance:
 
     def original_row_indices(self) -> Tensor | None:
         """Indices of the original table's rows in a stretched table, (rows,); None if nothing was stretched."""
+        from finelip_sdxl.stretch import stretched_row_indices
+
         if self.stretched_from is None:
             return None
         assert self.stretch_keep is not None
@@ -99,6 +101,8 @@ class Provenance:
         Raises:
             ValueError: it makes another number.
         """
+        from finelip_sdxl.stretch import check_stretch
+
         record: Any = (self.stretched_from, self.stretch_keep, self.stretch_factor)
         before, keep, factor = record
         if before is None:
@@ -169,6 +173,10 @@ class _HasComponents(Protocol):
 
 def without_paths(pipe: _HasComponents) -> None:
     """Replace the sources in the configs of a pipeline and its parts by their public names, before they are saved."""
+    from diffusers.configuration_utils import ConfigMixin
+    from torch import nn
+    from transformers import PreTrainedModel
+
     for part in (pipe, *pipe.components.values()):
         for module in part.modules() if isinstance(part, nn.Module) else (part,):
             if isinstance(module, ConfigMixin):

@@ -5,8 +5,9 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-KEEP = 20
-FACTOR = 4
+from finelip_sdxl.options import STRETCH_FACTOR, STRETCH_KEEP
+
+KEEP, FACTOR = STRETCH_KEEP, STRETCH_FACTOR
 _LARGEST_FACTOR = 1000  # 57,020 positions from 77: more than any prompt needs
 
 

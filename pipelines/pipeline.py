@@ -1,10 +1,12 @@
 """The pipeline class of this folder for Diffusers' `custom_pipeline=`. It uses the installed package.
 
-Example:
-    >>> from diffusers import DiffusionPipeline
-    >>> pipe = DiffusionPipeline.from_pretrained(
-    ...     "stabilityai/stable-diffusion-xl-base-1.0", custom_pipeline="pipelines", trust_remote_code=True
-    ... )  # doctest: +SKIP
+A script in a clone of the repository opens an SDXL with it::
+
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(
+        "stabilityai/stable-diffusion-xl-base-1.0", custom_pipeline="pipelines", trust_remote_code=True
+    )
 """
 
 from typing import Any

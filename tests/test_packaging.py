@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
+
+import finelip_sdxl
 
 REPOSITORY = Path(__file__).parent.parent
 PROGRAM = """
@@ -37,6 +39,54 @@ def test_an_editable_install_finds_the_pipelines(tmp_path) -> None:
     assert Path(package) == REPOSITORY / "finelip_sdxl" / "__init__.py"
     assert Path(pipelines) == REPOSITORY / "finelip_sdxl" / "pipelines" / "__init__.py"
     assert has_weights == "True"
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a fresh interpreter."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+
+
+def test_names_and_version_are_known_without_torch() -> None:
+    done = run(
+        "import sys, finelip_sdxl\n"
+        "print(finelip_sdxl.__version__, *dir(finelip_sdxl))\n"
+        "print(*{'torch', 'transformers', 'diffusers', 'numpy', 'PIL'} & sys.modules.keys())"
+    )
+    names, imported = done.stdout.splitlines()
+    assert names.split() == [version("finelip-sdxl"), *sorted(finelip_sdxl.__all__)]
+    assert imported == ""
+    assert {"FineLIPSDXLPipeline", "__version__", "load_finelip"} <= set(names.split())
+
+
+def test_all_public_names_exist() -> None:
+    assert all(hasattr(finelip_sdxl, name) for name in finelip_sdxl.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'FineLIPSDXL'"):
+        finelip_sdxl.FineLIPSDXL  # noqa: B018
+
+
+NEWCOMER = """
+import sys
+sys.modules["torchao"] = None  # its messages are no business of this package
+import logging
+import finelip_sdxl
+from finelip_sdxl import FineLIPSDXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+for library in (diffusers_logging, transformers_logging):
+    assert library.get_verbosity() == library.WARNING
+    library.disable_progress_bar()
+logger = logging.getLogger("transformers.utils.import_utils")
+assert logger.level == logging.NOTSET
+FineLIPSDXLPipeline.from_pretrained("miniature")
+logger.warning("Another warning.")
+"""
+
+
+def test_import_and_loading_print_no_warnings() -> None:
+    done = run(NEWCOMER)
+    assert done.stdout == ""
+    assert [line for line in done.stderr.splitlines() if line] == ["[transformers] Another warning."]
 
 
 @pytest.mark.slow

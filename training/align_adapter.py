@@ -23,6 +23,8 @@ import argparse
 import copy
 import hashlib
 import json
+import shlex
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +32,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-if __name__ == "__main__":  # before the imports that would print warnings
-    from finelip_sdxl.console import quiet_imports
+from finelip_sdxl.console import quiet_diffusers, quiet_imports
+from finelip_sdxl.training.command_line import run_recipe
+from finelip_sdxl.training.flags import align_adapter as flags
 
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
+    run_recipe("align_adapter.py", flags.check, partial(flags.parse, description=__doc__), None)
+
 
 import numpy as np
 import torch
@@ -43,7 +49,6 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
-from diffusers.utils import make_image_grid
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
@@ -52,41 +57,23 @@ from tqdm import tqdm
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.images import label_grid
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import DATA_KINDS, ENCODERS, STOCK_POSITIONS
+from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
 from finelip_sdxl.pipelines.checking import loading_errors, single_file_errors
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.texts import lines_of, read_text
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
-from finelip_sdxl.training.command_line import (
-    AMOUNT,
-    BATCH,
-    MOST_STEPS,
-    SEED,
-    SHARE,
-    STEPS_OR_NONE,
-    add_accelerator_flags,
-    add_config_flag,
-    add_preset_flag,
-    add_run_flags,
-    build_accelerator,
-    check_run,
-    end_run,
-    fixed_settings,
-    number,
-    parse_flags,
-    path,
-    preset_path,
-    run_recipe,
-)
+from finelip_sdxl.training.command_line import build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
 from finelip_sdxl.training.precompute import Precomputed, precompute
 from finelip_sdxl.training.processes import only_run, together
 from finelip_sdxl.training.run_folder import RunFolder
 from finelip_sdxl.training.schedule import endless, learning_rate_factor
 
-SDXL, MINIATURE = preset_path("align_adapter", "sdxl"), preset_path("align_adapter", "miniature")
+parse, check = partial(flags.parse, description=__doc__), flags.check
+SDXL, MINIATURE = flags.SDXL, flags.MINIATURE
 # Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "precomputed", "validate_every", "validation_prompts", "guidance_scale"}
 TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
@@ -101,7 +88,7 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
     accelerator = build_accelerator(arguments)
     with only_run(arguments.output_dir, accelerator):
         progress = align_alone(arguments, accelerator)
-    end_run(accelerator, progress)
+    end_run(accelerator, progress, results_of(arguments))
     return progress
 
 
@@ -138,6 +125,8 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     folder = RunFolder(
         arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit, also={"average": average}
     )
+    trained = sum(parameter.numel() for parameter in method.parameters)
+    say_disk_needs(accelerator, arguments.output_dir, disk_needs(arguments, data, pipe, trained))
     progress = folder.resume() or {"step": 0}
     if progress["step"] >= arguments.text_steps + arguments.image_steps:
         accelerator.print(
@@ -351,36 +340,6 @@ class Lora:
 # Before the first step
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Checks which flags go together, before anything is loaded."""
-    check_run(arguments)
-    steps = arguments.text_steps + arguments.image_steps
-    if not steps:
-        raise ValueError("--text-steps and --image-steps are both 0: give one of the stages steps.")
-    if steps > MOST_STEPS:
-        raise ValueError(f"--text-steps and --image-steps are {steps:,} in all; expected at most {MOST_STEPS:,}.")
-    if arguments.batch_size < 2 or not 0 < arguments.short_share < 1:
-        raise ValueError(
-            f"--batch-size is {arguments.batch_size} and --short-share {arguments.short_share:g}: each batch needs long"
-            " and short captions, so pass at least 2, and a share between 0 and 1."
-        )
-    if arguments.resolution % 8:
-        raise ValueError(f"--resolution is {arguments.resolution}; expected a multiple of 8, such as 512.")
-    if arguments.captions.startswith("txt:") and arguments.image_steps:
-        raise ValueError(f"{arguments.captions} has no images: pass --image-steps 0 to align by texts alone.")
-    is_file = Path(arguments.base).is_file()
-    if arguments.base_config is not None and not is_file:
-        raise ValueError(
-            f"--base-config {arguments.base_config} goes with a single file, but --base {arguments.base} is none: leave"
-            " it out."
-        )
-    if arguments.variant is not None and is_file:
-        raise ValueError(
-            f"--variant {arguments.variant} goes with a directory or hub id, but --base {arguments.base} is a single"
-            " file: leave it out."
-        )
-
-
 def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
     """Loads SDXL as it is: the teacher, and the UNet to align with."""
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.mixed_precision]
@@ -431,6 +390,43 @@ def models_of(pipe: FineLIPSDXLPipeline, stock: StableDiffusionXLPipeline) -> di
     """Returns all models that take memory and are not trained, by name."""
     own = {name: getattr(pipe, name) for name in (*ENCODERS, "unet", "vae")}
     return {**own, **{f"stock_{name}": getattr(stock, name) for name in ENCODERS}}
+
+
+def disk_needs(
+    arguments: argparse.Namespace, data: CaptionDataset, pipe: FineLIPSDXLPipeline, trained: int
+) -> dict[str, int]:
+    """Returns the bytes of a run's files: checkpoints hold weights, average and AdamW's two moments."""
+    encoders = sum(parameter.numel() for name in ENCODERS for parameter in getattr(pipe, name).parameters())
+    stages = bool(arguments.text_steps) + bool(arguments.image_steps)
+    needed = {
+        "checkpoints": 4 * 4 * trained * (arguments.checkpoints_total_limit + 1),
+        "results": 4 * stages * (encoders if arguments.method == "lora" else trained),
+    }
+    if arguments.image_steps:
+        side = arguments.resolution // pipe.vae_scale_factor
+        values = pipe.vae.config.latent_channels * side**2
+        if arguments.method == "adapter":
+            dim = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
+            values += (num_positions(pipe.text_encoder) + STOCK_POSITIONS) * dim
+        needed["precomputed"] = 4 * values * len(data)
+    return needed
+
+
+def results_of(arguments: argparse.Namespace) -> list[str]:
+    """Returns lines about a run's results, and the command that uses them."""
+    last = arguments.output_dir / "last"
+    use = f"--conditioning-adapter {shlex.quote(str(last))}"
+    if arguments.method == "lora":
+        use = " ".join(
+            f"--finelip{suffix} {shlex.quote(str(last / f'text_encoder{suffix}'))}" for suffix in ("", "_2")
+        ).replace("--finelip_2", "--finelip-2")
+    elif arguments.finelip or arguments.finelip_2:
+        given = {"--finelip": arguments.finelip, "--finelip-2": arguments.finelip_2}
+        use += "".join(f" {flag} {shlex.quote(name)}" for flag, name in given.items() if name)
+    base = "" if arguments.base == "miniature" else f" --base {shlex.quote(arguments.base)}"
+    lines = [f"result: {last}", f'to draw with it: finelip-sdxl generate "A LONG PROMPT"{base} {use}']
+    sheets = sorted((arguments.output_dir / "validation").glob("step-*.png"))
+    return lines + [f"to look at: {sheets[-1]} (above by stock, below aligned)" for _ in sheets[-1:]]
 
 
 def place(models: dict[str, nn.Module], needed: Sequence[str], device: torch.device) -> None:
@@ -531,98 +527,27 @@ def draw(
     stock: StableDiffusionXLPipeline, pipe: FineLIPSDXLPipeline, prompts: list[str], arguments: argparse.Namespace
 ) -> Image.Image:
     """Draws two rows, by stock and aligned, from the same noise."""
-    images = []
-    for drawing in (stock, pipe):
-        for seed, prompt in enumerate(prompts):
-            images += drawing(
+    rows = [
+        [
+            drawing(
                 prompt,
                 width=arguments.resolution,
                 height=arguments.resolution,
                 num_inference_steps=VALIDATION_STEPS,
                 guidance_scale=arguments.guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
-            ).images
-    return make_image_grid(images, rows=2, cols=len(prompts))
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="align_adapter.py",
-        usage="%(prog)s [--base SDXL] [--finelip CLIP] [--finelip-2 CLIP] [--captions KIND:PATH] [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    hidden_dim, rank = number(int, above=0, most=16_384), number(int, above=0, most=1024)
-    resolution, guidance = number(int, above=0, most=4096), number(float, least=0, most=100)
-    gamma, decay = number(float, above=0), number(float, least=0, below=1)
-    shown = partial(add_preset_flag, presets=(SDXL, MINIATURE))
-    default = "(default: %(default)s)"
-
-    group = parser.add_argument_group("models (two defaults: SDXL's / the miniature's)")
-    add = group.add_argument
-    add_config_flag(group, (SDXL, MINIATURE))
-    add("--base", default="miniature", metavar="SDXL", help="hub id, directory or single file (.safetensors) of any "
-        "SDXL; its encoders teach (default: %(default)s, the small one that comes with the package)")  # fmt: skip
-    add("--base-config", metavar="NAME", help="hub id or directory of configs and tokenizers for a single file as base "
-        "(default: Diffusers' choice on the hub)")  # fmt: skip
-    add("--variant", metavar="NAME", help="variant of the base's files, such as fp16")
-    add("--finelip", metavar="CLIP", help="FineLIP or Long-CLIP for the first encoder: hub id, directory or checkpoint "
-        "file (default: the base's encoder, stretched; for the miniature miniature-finelip-1)")  # fmt: skip
-    add("--finelip-2", metavar="CLIP", help="the same for the second encoder (for the miniature miniature-finelip-2)")
-    add("--method", choices=("adapter", "lora"), default="adapter", help=f"method of alignment {default}")
-    shown(group, "--hidden-dim", hidden_dim, "N", "width of the adapter's hidden layers")
-    shown(group, "--rank", rank, "N", "rank of the LoRA")
-
-    group = parser.add_argument_group("data (two defaults: SDXL's / the miniature's)")
-    add = group.add_argument
-    add("--captions", metavar="KIND:PATH", help=f"images with captions: {DATA_KINDS}; for stage 1 alone also "
-        "txt:FILE with a caption a line (default for the miniature: miniature:2000)")  # fmt: skip
-    add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the captions")
-    add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
-    add("--short-share", type=SHARE, default=0.4, metavar="SHARE", help="share of short captions in a batch: without "
-        f"them, short prompts get worse {default}")  # fmt: skip
-    shown(group, "--resolution", resolution, "PIXELS", "side of the square that is cut from the middle of each image")
-    add("--precomputed", type=path, metavar="FOLDER", help="folder of latents and text states, which runs can share "
-        "(default: precomputed/ in --output-dir)")  # fmt: skip
-
-    group = parser.add_argument_group("optimization (two defaults: SDXL's / the miniature's)")
-    add = group.add_argument
-    shown(group, "--text-steps", STEPS_OR_NONE, "N", "steps of stage 1; 0 leaves it out")
-    shown(group, "--image-steps", STEPS_OR_NONE, "N", "steps of stage 2; 0 leaves it out")
-    shown(group, "--batch-size", BATCH, "CAPTIONS", "captions of each process and step")
-    shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate of both stages")
-    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help=f"batches in a step {default}")
-    add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help=f"weight decay of AdamW {default}")
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the gradient norm; 0 for none "
-        f"{default}")  # fmt: skip
-    add("--snr-gamma", type=gamma, metavar="X", help="gamma of min-SNR weights for timesteps, usually 5 (default: "
-        "equal weights)")  # fmt: skip
-    add("--ema-decay", type=decay, default=0.995, metavar="X", help="decay of the average of weights, the result "
-        f"{default}")  # fmt: skip
-    add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and noise {default}")
-
-    run = add_run_flags(parser, Path("runs/alignment"), models="the results last/ and, of two stages, after-text/")
-    add = run.add_argument
-    add("--validate-every", type=STEPS_OR_NONE, default=100, metavar="STEPS", help="steps between drawings of the "
-        f"validation prompts, stock and aligned, in validation/ and TensorBoard; 0 for none {default}")  # fmt: skip
-    add("--validation-prompts", type=path, metavar="FILE", help="text file with a prompt a line (default: the first "
-        "four captions)")  # fmt: skip
-    shown(run, "--guidance-scale", guidance, "X", "guidance scale of validation pictures, SDXL's / the miniature's")
-    add_accelerator_flags(run)
-    options = parse_flags(parser, arguments, choose_presets)
-    if options.captions is None:
-        parser.error(f"--base {options.base} needs --captions, such as sharegpt4v:captions.json")
-    return options
-
-
-def choose_presets(options: argparse.Namespace) -> tuple[Path, ...]:
-    """Returns the preset for flags that were not given: the miniature's, or SDXL's."""
-    return (MINIATURE,) if options.base == "miniature" else (SDXL,)
+            ).images[0]
+            for seed, prompt in enumerate(prompts)
+        ]
+        for drawing in (stock, pipe)
+    ]
+    return label_grid(rows, ["stock", "aligned"], [textwrap.shorten(prompt, 80) for prompt in prompts])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     diffusers_logging.set_verbosity_error()  # stock would warn of all cut text in validation prompts
     diffusers_logging.disable_progress_bar()
+    quiet_diffusers()
     run_recipe("align_adapter.py", align, parse, arguments)
 
 

@@ -18,16 +18,20 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
-if __name__ == "__main__":  # before the imports that would print warnings
-    from finelip_sdxl.console import quiet_imports
+from finelip_sdxl.console import quiet_imports, quiet_transformers
+from finelip_sdxl.training.command_line import run_recipe
+from finelip_sdxl.training.flags import train_finelip as flags
 
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
+    run_recipe("train_finelip.py", flags.check, partial(flags.parse, description=__doc__), None)
+
 
 import torch
 from accelerate import Accelerator
@@ -48,40 +52,17 @@ from finelip_sdxl.data import (
     open_dataset,
 )
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
-from finelip_sdxl.losses import MARGIN
-from finelip_sdxl.options import DATA_KINDS
 from finelip_sdxl.provenance import forget_stretch
 from finelip_sdxl.stretch import KEEP
-from finelip_sdxl.training.command_line import (
-    AMOUNT,
-    BATCH,
-    COUNT,
-    MOST_STEPS,
-    SEED,
-    SHARE,
-    STEPS,
-    STEPS_OR_NONE,
-    add_accelerator_flags,
-    add_config_flag,
-    add_preset_flag,
-    add_run_flags,
-    build_accelerator,
-    check_run,
-    end_run,
-    fixed_settings,
-    number,
-    parse_flags,
-    path,
-    preset_path,
-    run_recipe,
-)
+from finelip_sdxl.training.command_line import MOST_STEPS, build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
 from finelip_sdxl.training.processes import only_run, together
 from finelip_sdxl.training.run_folder import RunFolder
 from finelip_sdxl.training.schedule import endless, learning_rate_factor
 from finelip_sdxl.training.task import LOSSES, FineLIPTask, FrozenTeacher
 
-PAPER, MINIATURE = preset_path("train_finelip", "paper"), preset_path("train_finelip", "miniature")
+parse, check = partial(flags.parse, description=__doc__), flags.check
+PAPER, MINIATURE = flags.PAPER, flags.MINIATURE
 # Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "dataloader_num_workers"}
 
@@ -168,7 +149,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     accelerator = build_accelerator(arguments, handlers=[parallel])
     with only_run(arguments.output_dir, accelerator):
         progress = train_alone(arguments, accelerator)
-    end_run(accelerator, progress)
+    end_run(accelerator, progress, results_of(arguments, progress))
     return progress
 
 
@@ -201,6 +182,12 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     free = FREE - {"dataloader_num_workers"} if arguments.data.startswith("webdataset:") else FREE
     fixed = fixed_settings(arguments, free, accelerator.num_processes)
     run = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    needed = {
+        "checkpoints": 3 * size * (arguments.checkpoints_total_limit + 1),  # weights and AdamW's two moments
+        "models": size * (1 if eval_data is None else 2),
+    }
+    say_disk_needs(accelerator, arguments.output_dir, needed)
     progress = run.resume() or {"step": 0, "best": None, "skipped": 0}
     if progress["best"] is not None and not run.holds("best"):
         accelerator.print(f"{arguments.output_dir / 'best'} is damaged: the next evaluation writes it anew.")
@@ -278,18 +265,20 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     return progress
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Checks which flags go together, before anything is loaded."""
-    if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
-        raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
-    is_stream = arguments.data.startswith("webdataset:")
-    if arguments.epoch_size is not None and not is_stream:
-        raise ValueError(f"--epoch-size goes with webdataset shards, but --data is {arguments.data}: leave it out.")
-    if arguments.images is not None and is_stream:
-        raise ValueError(f"--images {arguments.images} goes with files, but shards hold their images: leave it out.")
-    if arguments.eval_images is not None and arguments.eval_data == "none":
-        raise ValueError(f"--eval-images {arguments.eval_images} goes with --eval-data, which is none: leave it out.")
-    check_run(arguments)
+def results_of(arguments: argparse.Namespace, progress: dict[str, Any]) -> list[str]:
+    """Returns lines about a run's results, and the commands that use them."""
+    best = arguments.output_dir / ("last" if progress["best"] is None else "best")
+    name = shlex.quote(str(best))
+    lines = [f"result: {best}"]
+    if progress["best"] is not None:
+        lines.append(f"best recall at 1: {100 * progress['best']:.1f} %, {arguments.output_dir / 'last'} is the last")
+    if progress["skipped"]:
+        lines.append(f"left out: {progress['skipped']:,} images that cannot be read")
+    return [
+        *lines,
+        f"to measure it: finelip-sdxl evaluate retrieval --model {name}",
+        f"to align it with SDXL: python training/align_adapter.py --finelip {name}",
+    ]
 
 
 def trains_all(arguments: argparse.Namespace) -> bool:
@@ -307,86 +296,8 @@ def retrieval_figures(result: RetrievalResult) -> dict[str, float]:
     return {**figures, "recall": (figures["fused_image_to_text"] + figures["fused_text_to_image"]) / 2}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train_finelip.py",
-        usage="%(prog)s [--base CLIP] [--data KIND:PATH] [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    padding, margin = number(int, least=0, most=1000), number(float, least=0, most=10)
-    workers = number(int, least=0, most=128)
-    shown = partial(add_preset_flag, presets=(PAPER, MINIATURE))
-    default = "(default: %(default)s)"
-
-    group = parser.add_argument_group("model and data")
-    add = group.add_argument
-    add_config_flag(group, (PAPER, MINIATURE))
-    add("--base", default="miniature-clip-1", metavar="CLIP", help="any CLIP: hub id, directory, checkpoint file, "
-        f"miniature-clip-1 or miniature-clip-2 {default}")  # fmt: skip
-    add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
-    add("--data", metavar="KIND:PATH", help=f"images with captions: {DATA_KINDS}, or webdataset:SHARDS (default for "
-        "the miniature: miniature:20000)")  # fmt: skip
-    add("--epoch-size", type=COUNT, metavar="PAIRS", help="pairs in an epoch of webdataset shards")
-    add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the data")
-    add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
-    add("--eval-data", metavar="KIND:PATH", help="data for retrieval as for --data, but no shards, or none (default: "
-        "none; for the miniature miniature:500)")  # fmt: skip
-    add("--eval-images", type=path, metavar="FOLDER", help="folder of the images of --eval-data, if they are not "
-        "beside it")  # fmt: skip
-    add("--drop-first", type=SHARE, default=0.0, metavar="P", help="probability of dropping a caption's first "
-        f"sentence, its summary {default}")  # fmt: skip
-    add("--sample-sentences", type=SHARE, default=0.0, metavar="P", help="probability of keeping only a random "
-        f"part of a caption's sentences {default}")  # fmt: skip
-    add("--prefix-padding", type=padding, default=0, metavar="TOKENS", help="most padding tokens before a "
-        f"caption {default}")  # fmt: skip
-
-    group = parser.add_argument_group("losses (two defaults: the paper's / the miniature's)")
-    add = group.add_argument
-    shown(group, "--triplet-weight", AMOUNT, "X", "weight of the triplet margin loss of late interaction")
-    shown(group, "--contrastive-weight", AMOUNT, "X", "weight of CLIP's contrastive loss of the embeddings")
-    shown(group, "--region-weight", AMOUNT, "X", "weight of the loss of phrases against their regions, for data with "
-        "regions (the miniature)")  # fmt: skip
-    shown(group, "--distillation-weight", AMOUNT, "X", "weight of the distillation loss: distance from the base's "
-        "states on short captions")  # fmt: skip
-    add("--margin", type=margin, default=MARGIN, metavar="X", help=f"margin of the triplet margin loss {default}")
-    add("--hardest", action="store_true", help="count a pair's hardest negative only")
-    shown(group, "--loss-warmup-epochs", AMOUNT, "X", "epochs over which all losses grow linearly from 0")
-
-    group = parser.add_argument_group("optimization (two defaults: the paper's / the miniature's)")
-    add = group.add_argument
-    shown(group, "--epochs", number(float, above=0), "X", "passes over the data")
-    add("--max-steps", type=STEPS, metavar="N", help="optimizer steps, in place of --epochs")
-    shown(group, "--batch-size", BATCH, "PAIRS", "pairs of each process and step; the paper has 512 in all")
-    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help="batches in a step; negatives come "
-        f"from the same batch {default}")  # fmt: skip
-    shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate of CLIP")
-    shown(group, "--refinement-learning-rate", AMOUNT, "X", "peak learning rate of the token refinement")
-    shown(group, "--weight-decay", AMOUNT, "X", "weight decay of AdamW")
-    shown(group, "--warmup-steps", STEPS_OR_NONE, "N", "steps of warm-up before the cosine")
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the gradient norm; 0 for none "
-        f"{default}")  # fmt: skip
-    add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and augmentation {default}")
-
-    run = add_run_flags(parser, Path("runs/finelip"), models="the models best/ and last/")
-    add = run.add_argument
-    add("--eval-every", type=STEPS, default=100, metavar="STEPS", help=f"steps between evaluations {default}")
-    add("--dataloader-num-workers", type=workers, default=0, metavar="N", help=f"number of processes that prepare data "
-        f"{default}")  # fmt: skip
-    add_accelerator_flags(run)
-    options = parse_flags(parser, arguments, choose_presets)
-    if options.data is None:
-        parser.error(f"--base {options.base} needs --data, such as sharegpt4v:captions.json")
-    options.eval_data = options.eval_data or "none"
-    return options
-
-
-def choose_presets(options: argparse.Namespace) -> tuple[Path, ...]:
-    """Returns the presets for flags that were not given: the miniature's, or the paper's."""
-    return (MINIATURE, PAPER) if options.base.startswith("miniature-") else (PAPER,)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
+    quiet_transformers()
     run_recipe("train_finelip.py", train, parse, arguments)
 
 

@@ -3,6 +3,7 @@
 import argparse
 from functools import partial
 
+from finelip_sdxl.cli.drawing import add_parts, part_parameters, set_scheduler, vae_arguments
 from finelip_sdxl.cli.options import (
     MAX_PICTURES,
     Commands,
@@ -11,16 +12,18 @@ from finelip_sdxl.cli.options import (
     add_encoding,
     add_prompt,
     add_refiner,
+    check_models,
     chosen_prompt,
     count,
     device_and_dtype,
     loading_arguments,
     settings_by_seed,
 )
-from finelip_sdxl.cli.output import image_files, picture_parameters
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
+from finelip_sdxl.comparison.settings import check_columns
+from finelip_sdxl.console import quiet_diffusers
 from finelip_sdxl.options import COLUMNS
-from finelip_sdxl.prompts.plan import EncoderPlan
+from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
 
 def add_parser(commands: Commands) -> None:
@@ -35,23 +38,24 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("--seeds", type=pictures, default=1, metavar="N", help=text)
     add_drawing(command)
     add_refiner(command)
+    add_parts(command)
     add_encoding(command)
 
 
 def compare(options: argparse.Namespace) -> None:
     """Print how many tokens each column encodes, draw all columns from every seed, and write one PNG file."""
     prompt, (file,) = chosen_prompt(options), image_files(options.out, 1)
+    chosen = check_columns(options.columns)
+    rows = settings_by_seed(options, prompt, options.seeds)
+    check_models(options)
 
-    quiet_transformers()
+    quiet_diffusers()
     from finelip_sdxl.comparison import comparison
-    from finelip_sdxl.comparison.settings import check_columns
     from finelip_sdxl.images import save_png
     from finelip_sdxl.miniature.parsing import parse_description
     from finelip_sdxl.provenance import public_name
 
-    chosen = check_columns(options.columns)
     columns = [column for column in COLUMNS if column in chosen]
-    rows = settings_by_seed(options, prompt, options.seeds)
     device, dtype = device_and_dtype(options)
     opened = comparison.Comparison.load(
         options.base,
@@ -60,10 +64,16 @@ def compare(options: argparse.Namespace) -> None:
         offload=options.offload,
         dtype=dtype,
         **loading_arguments(options),
+        **vae_arguments(options, dtype),
     )
+    set_scheduler(opened.pipe, options.scheduler)
     opened.plan(options.negative_prompt or "", columns)  # a text that compel cannot parse is refused before drawing
-    for column, plan in opened.plan(prompt, columns).items():
+    plans = opened.plan(prompt, columns)
+    for column, plan in plans.items():
         print(f"{COLUMNS[column]} encodes {_outline(plan)}")
+    for line in counted_in(plans.values()):
+        print(line)
+    print_notice(prompt, plans.values())
 
     pictures = []
     for settings in rows:
@@ -73,7 +83,8 @@ def compare(options: argparse.Namespace) -> None:
             print(f"{COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
-        **picture_parameters(options, prompt, dtype, opened.pipe),
+        **picture_parameters(options, pictures[0].settings, dtype, opened.pipe),
+        **part_parameters(options),
         "refiner": options.refiner and public_name(options.refiner),
         "width": pictures[0].image.width,
         "height": pictures[0].image.height,

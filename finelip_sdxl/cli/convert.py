@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from finelip_sdxl.cli.options import (
     Commands,
     add_adapter,
+    add_base_and_folder,
     add_command,
-    add_config,
     add_encoding,
     add_loading,
     config_source,
     loading_arguments,
 )
 from finelip_sdxl.cli.output import free_folder, parts
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import quiet_diffusers
 from finelip_sdxl.files import written_folder
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 def add_parser(commands: Commands) -> None:
     command = add_command(commands, "convert", convert, "save an SDXL with text encoders of 248 positions")
-    command.add_argument("base", help="hub id, directory or single file of an SDXL, or miniature")
-    add_config(command)
-    command.add_argument("out", help="directory to write")
+    add_base_and_folder(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing pipeline")
     add_loading(command, dtype="float32", dtype_help="%(default)s")
     add_adapter(command)
@@ -45,14 +43,14 @@ def convert(options: argparse.Namespace) -> None:
 
 def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> LongPromptMixin:
     """Open a base as this package's pipeline of its kind, with text encoders of 248 positions."""
-    quiet_transformers()
+    described = config_source(options)
+    quiet_diffusers()
     import torch
     from diffusers import DiffusionPipeline
 
     from finelip_sdxl import pipelines
     from finelip_sdxl.pipelines.opening import open_pipeline
 
-    described = config_source(options)
     # A single file does not name its pipeline; without configs it is taken for text to image.
     index = (
         {"_class_name": "StableDiffusionXLPipeline"} if described is None else DiffusionPipeline.load_config(described)

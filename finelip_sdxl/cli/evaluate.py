@@ -4,7 +4,7 @@ import argparse
 import json
 from functools import partial
 
-from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, count, open_device
+from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, count, open_device
 from finelip_sdxl.cli.output import output_file
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.files import written_whole
@@ -61,6 +61,8 @@ def add_parser(commands: Commands) -> None:
 def evaluate_retrieval(options: argparse.Namespace) -> None:
     """Print recall in both directions as a table, and write it to the JSON file of `--json`."""
     json_file = None if options.json is None else output_file("--json", options.json)
+    check_models(options)
+
     quiet_transformers()
     import torch
 

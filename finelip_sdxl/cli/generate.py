@@ -3,6 +3,16 @@
 import argparse
 from functools import partial
 
+from finelip_sdxl.cli.drawing import (
+    add_everyday,
+    check_everyday,
+    everyday_parameters,
+    image_to_image,
+    load_loras,
+    set_scheduler,
+    upscaled,
+    vae_arguments,
+)
 from finelip_sdxl.cli.options import (
     MAX_PICTURES,
     Commands,
@@ -10,14 +20,15 @@ from finelip_sdxl.cli.options import (
     add_drawing,
     add_encoding,
     add_prompt,
+    check_models,
     chosen_prompt,
     count,
     device_and_dtype,
     loading_arguments,
     settings_by_seed,
 )
-from finelip_sdxl.cli.output import image_files, picture_parameters
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
+from finelip_sdxl.console import quiet_diffusers
 
 
 def add_parser(commands: Commands) -> None:
@@ -30,38 +41,49 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("--num-images", type=pictures, default=1, metavar="N", help=text)
     add_drawing(command)
     add_encoding(command)
+    add_everyday(command)
 
 
 def generate(options: argparse.Namespace) -> None:
     """Print the prompt's plan, draw the prompt, and write one or more PNG files."""
     prompt, files = chosen_prompt(options), image_files(options.out, options.num_images)
-    quiet_transformers()
+    rows = settings_by_seed(options, prompt, options.num_images)
+    check_everyday(options)
+    check_models(options)
+
+    quiet_diffusers()
     import torch
 
     from finelip_sdxl.comparison import comparison
     from finelip_sdxl.images import save_png, to_image
     from finelip_sdxl.pipelines.opening import open_text_to_image
+    from finelip_sdxl.recommended import Recommended, recommended_of
 
-    seeds = [settings.seed for settings in settings_by_seed(options, prompt, options.num_images)]
     device, dtype = device_and_dtype(options)
-    pipe = open_text_to_image(options.base, **loading_arguments(options), dtype=dtype)
-    print(pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt), flush=True)
+    pipe = open_text_to_image(options.base, **loading_arguments(options), **vae_arguments(options, dtype), dtype=dtype)
+    set_scheduler(pipe, options.scheduler)
+    load_loras(pipe, options.lora)
+    drawing, how = image_to_image(pipe, options)
+    plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt)
+    print(plan, flush=True)
+    print_notice(prompt, plan.plans)
     if options.offload:
-        pipe.enable_model_cpu_offload(device=device)
+        drawing.enable_model_cpu_offload(device=device)
     else:
-        pipe.to(device)
-    pipe.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
+        drawing.to(device)
+    drawing.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
+    chosen = rows[0].filled(recommended_of(pipe.config) or Recommended())
     try:
-        images = pipe(
+        images = drawing(
             prompt,
             negative_prompt=options.negative_prompt,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            width=options.width,
-            height=options.height,
+            num_inference_steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
+            clip_skip=options.clip_skip,
+            **how,
             num_images_per_prompt=options.num_images,
             # Noise is drawn on the CPU, so that a seed means the same noise on every device.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[torch.Generator().manual_seed(settings.seed) for settings in rows],
             output_type="pt",
         ).images
     except RuntimeError as error:
@@ -70,9 +92,9 @@ def generate(options: argparse.Namespace) -> None:
         side = pipe.default_sample_size * pipe.vae_scale_factor
         comparison.raise_out_of_memory(options.width or side, options.height or side, options.num_images)
 
-    parameters = picture_parameters(options, prompt, dtype, pipe)
-    for seed, pixels, file in zip(seeds, images, files, strict=True):
+    parameters = {**picture_parameters(options, chosen, dtype, pipe), **everyday_parameters(options)}
+    for settings, pixels, file in zip(rows, images, files, strict=True):
         image = to_image(pixels)
         size = {"width": image.width, "height": image.height}
-        save_png(image, file, {**parameters, **size, "seed": seed})
-        print(f"{file} (seed {seed})", flush=True)
+        save_png(upscaled(image, options.upscale), file, {**parameters, **size, "seed": settings.seed})
+        print(f"{file} (seed {settings.seed})", flush=True)

@@ -3,15 +3,13 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
 
 from finelip_sdxl.cli import compare, convert, evaluate, export, generate, tokens
-from finelip_sdxl.console import printing_stops_nothing
+from finelip_sdxl.console import Parser, messages_with_flags, printing_stops_nothing, with_flags
 from finelip_sdxl.files import stopped_by_signals
 from finelip_sdxl.report import command_line
 
@@ -29,18 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after a mistake in the input, with one line on stderr; 128 plus a signal's number after a
         stop.
 
-    Example:
-        >>> from finelip_sdxl.cli.main import main
-        >>> main(["tokens", "a red square above a blue ring"])  # doctest: +SKIP
+    A command that prints its report::
+
+        main(["tokens", "a red square above a blue ring"])
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     options.command_line = command_line("finelip-sdxl", arguments)
     try:
-        with stopped_by_signals():
+        with stopped_by_signals(), messages_with_flags(options.flags()):
             options.run(options)
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"{options.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = with_flags(" ".join(str(error).split()), options.flags())
+        print(f"{options.prog}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"{options.prog}: stopped", file=sys.stderr)
@@ -48,14 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exit with one line, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="finelip-sdxl", description="SDXL for prompts of any length.")
+def _parser() -> Parser:
+    parser = Parser(prog="finelip-sdxl", description="SDXL for prompts of any length.")
     parser.add_argument("--version", action="version", version=version("finelip-sdxl"))
     names = " | ".join(command.__name__.rpartition(".")[2] for command in COMMANDS)
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import random
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from finelip_sdxl.names import sdxl_path
+from finelip_sdxl.comparison.settings import Settings
+from finelip_sdxl.names import bundled_model, resolve, sdxl_path
 from finelip_sdxl.options import (
     ENCODING,
     FINELIP_MERGE,
@@ -28,11 +30,16 @@ from finelip_sdxl.options import (
 if TYPE_CHECKING:
     import torch
 
-    from finelip_sdxl.comparison.settings import Settings
-
 MAX_COUNT = 10**9  # the limit of flags without a smaller one
 MAX_PICTURES = 100  # of one command
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # to which commands are added
+
+# Arguments of the library whose flags have other names.
+_OTHER_NAMES = {"num_images_per_prompt": "num_images", "num_inference_steps": "steps"}
+
+# Flags that name an SDXL in a folder (a base may also be a single file), and all that name a model.
+_SDXLS = ("base", "config", "finelip_base", "refiner")
+_MODELS = (*_SDXLS, "finelip", "finelip_2", "conditioning_adapter", "vae", "model", "tokenizer")
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -49,8 +56,14 @@ def add_command(
         text: the line in the list of commands, without a capital and a period.
     """
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run, prog=command.prog)
+    command.set_defaults(run=run, prog=command.prog, flags=lambda: _flags(command))
     return command
+
+
+def _flags(command: argparse.ArgumentParser) -> dict[str, str]:
+    """The flags of a command by the names of the library's arguments."""
+    flags = {action.dest: action.option_strings[-1] for action in command._actions if action.option_strings}
+    return {**flags, **{name: flags[option] for name, option in _OTHER_NAMES.items() if option in flags}}
 
 
 def add_prompt(command: argparse.ArgumentParser) -> None:
@@ -64,9 +77,10 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
 
 def add_drawing(command: argparse.ArgumentParser) -> None:
     """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
-    command.add_argument("--steps", type=count, default=30, metavar="N", help="denoising steps (default: %(default)s)")
-    text = "classifier-free guidance, off up to 1 (default: %(default)s)"
-    command.add_argument("--guidance-scale", type=float, default=5.0, metavar="X", help=text)
+    text = "denoising steps (default: as the model recommends, or else 30)"
+    command.add_argument("--steps", type=count, metavar="N", help=text)
+    text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else 5)"
+    command.add_argument("--guidance-scale", type=float, metavar="X", help=text)
     text = "seed of the noise, plus one for each further image (default: random)"
     command.add_argument("--seed", type=int, metavar="N", help=text)
     text = "of the picture, a multiple of 8 (default: the model's own)"
@@ -112,6 +126,13 @@ def add_device(command: argparse.ArgumentParser) -> None:
 def add_base(command: argparse.ArgumentParser) -> None:
     text = "hub id, directory or single file of an SDXL (default: %(default)s, the small one that comes with the"
     command.add_argument("--base", default="miniature", metavar="SDXL", help=f"{text} package)")
+    add_config(command)
+
+
+def add_base_and_folder(command: argparse.ArgumentParser) -> None:
+    """Add a base to read and a folder to write, in this order."""
+    command.add_argument("base", metavar="BASE", help="hub id, directory or single file of an SDXL, or miniature")
+    command.add_argument("out", metavar="FOLDER", help="directory to write")
     add_config(command)
 
 
@@ -213,9 +234,50 @@ def chosen_prompt(options: argparse.Namespace) -> str:
 
 
 def config_source(options: argparse.Namespace) -> str | None:
-    """The folder of the base's configs and tokenizers; None for a single file without `--config`."""
+    """The folder of the base's configs and tokenizers; None for a single file without `--config`.
+
+    Raises:
+        OSError, ValueError: as by `check_models`.
+    """
+    check_models(options)
     described = options.config if Path(options.base).is_file() else options.base
     return None if described is None else sdxl_path(described)
+
+
+def check_models(options: argparse.Namespace) -> None:
+    """Check that the models of all flags are there, before the imports that take seconds.
+
+    The hub is asked once for each model. If it does not answer, everything is read from its cache from now on, so that
+    no library waits for it.
+
+    Raises:
+        OSError: a model is not there.
+        ValueError: a config is given for a base that is no single file, or a file for a folder.
+    """
+    if getattr(options, "base", None) is not None:
+        check_config(options.base, getattr(options, "config", None))
+    for option in _MODELS:
+        name = getattr(options, option, None)
+        if name is None or name == "none" or bundled_model(name) is not None:
+            continue
+        may_be_file = option not in _SDXLS or option == "base"
+        place = resolve(name, "a directory, a file or a hub id" if may_be_file else "a directory or a hub id")
+        if place.path is None:
+            if not place.check():
+                _go_offline()
+        elif option in _SDXLS and place.path.is_file():
+            if not may_be_file:
+                raise ValueError(f"`{option}` {name} is a file; expected the directory or hub id of an SDXL.")
+        elif option in _SDXLS and not (place.path / "model_index.json").is_file():
+            raise FileNotFoundError(f"{name} has no model_index.json: pass the directory of an SDXL, or a single file.")
+
+
+def _go_offline() -> None:
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        constants.HF_HUB_OFFLINE = True
+        print("The hub cannot be reached: models are taken from its cache on this machine.", file=sys.stderr)
 
 
 def _read_prompt(name: str) -> str:
@@ -242,8 +304,6 @@ def _read_prompt(name: str) -> str:
 
 def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) -> list[Settings]:
     """Settings of pictures with consecutive seeds, within the bounds of `comparison.Settings`."""
-    from finelip_sdxl.comparison.settings import Settings
-
     first = Settings(
         prompt,
         options.negative_prompt or "",

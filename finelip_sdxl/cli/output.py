@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finelip_sdxl.files import check_file, check_writable
+from finelip_sdxl.miniature.notice import REAL_SDXL, notice
 from finelip_sdxl.options import ENCODING, LOADED
+from finelip_sdxl.prompts.plan import EncoderPlan
+from finelip_sdxl.prompts.vocabulary import MINIATURE
 
 if TYPE_CHECKING:
     import torch
 
+    from finelip_sdxl.comparison.settings import Settings
     from finelip_sdxl.pipelines import LongPromptMixin
 
 
@@ -77,20 +82,30 @@ def image_files(out: str, count: int) -> list[Path]:
     return files
 
 
+def print_notice(prompt: str, plans: Iterable[EncoderPlan]) -> None:
+    """Print that the miniature draws, and what it does not know of the prompt, if the plans count in its tokens."""
+    if any(plan.vocabulary == MINIATURE for plan in plans):
+        print(*notice(prompt, f"--base {REAL_SDXL}"), sep="\n", flush=True)
+
+
 def picture_parameters(
-    options: argparse.Namespace, prompt: str, dtype: torch.dtype, pipe: LongPromptMixin
+    options: argparse.Namespace, settings: Settings, dtype: torch.dtype, pipe: LongPromptMixin
 ) -> dict[str, Any]:
-    """The parameters of a drawn picture, the same for every command. No path of this machine is among them."""
+    """The parameters of a drawn picture, the same for every command. No path of this machine is among them.
+
+    Args:
+        settings: the settings that the picture was drawn with, its seed apart.
+    """
     from finelip_sdxl.images import sampler_name
     from finelip_sdxl.provenance import public_name
 
     sources = {name: getattr(options, name) for name in ("base", *LOADED)}
     return {
-        "prompt": prompt,
+        "prompt": settings.prompt,
         "negative_prompt": options.negative_prompt,
-        "steps": options.steps,
+        "steps": settings.steps,
         "sampler": sampler_name(pipe.scheduler),
-        "guidance_scale": options.guidance_scale,
+        "guidance_scale": settings.guidance_scale,
         **{name: source and public_name(source) for name, source in sources.items()},
         "conditioning_adapter_scale": options.conditioning_adapter_scale,
         **{name: getattr(pipe, name) for name in ENCODING},

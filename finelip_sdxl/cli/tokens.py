@@ -5,8 +5,8 @@ from typing import Any
 
 from finelip_sdxl.cli.options import (
     Commands,
-    add_base,
     add_command,
+    add_config,
     add_encoding,
     add_prompt,
     chosen_prompt,
@@ -14,12 +14,11 @@ from finelip_sdxl.cli.options import (
     loading_arguments,
 )
 from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.miniature.parsing import is_of_world
 from finelip_sdxl.options import (
-    ENCODERS,
     LENGTH_BUCKETS,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
-    STOCK_POSITIONS,
     WEIGHTING,
     check_choice,
     check_length_buckets,
@@ -33,7 +32,9 @@ def add_parser(commands: Commands) -> None:
         commands, "tokens", tokens, "show the plan of a prompt: windows, lengths and cut tokens of each text encoder"
     )
     add_prompt(command)
-    add_base(command)
+    text = "hub id, directory or single file of an SDXL, or miniature (default: the miniature for a text of its world,"
+    command.add_argument("--base", metavar="SDXL", help=f"{text} and CLIP's vocabulary, which SDXLs share, for others)")
+    add_config(command)
     add_encoding(command, hidden_states=False)
 
 
@@ -41,10 +42,7 @@ def tokens(options: argparse.Namespace) -> None:
     """Print the plan of a prompt for each text encoder. Loads tokenizers and configs, but no weights."""
     prompt = check_texts("prompt", chosen_prompt(options))
     negative = None if options.negative_prompt is None else check_texts("negative_prompt", options.negative_prompt)
-    described = config_source(options)
-    if described is None:
-        raise ValueError(f"{options.base} holds weights alone: pass --config with an SDXL that has its tokenizers.")
-    specs, saved = _encoder_specs(described)
+    specs, saved = _specs(options, *prompt)
     chosen = {**saved, **loading_arguments(options)}
     report = plan_prompts(
         specs,
@@ -60,31 +58,18 @@ def tokens(options: argparse.Namespace) -> None:
     print(report)
 
 
-def _encoder_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
-    """The text encoders that `from_pretrained` makes of a base, and the options that are saved with the base."""
+def _specs(options: argparse.Namespace, prompt: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
+    """The text encoders of the base, and the options that are saved with it.
+
+    Without a base they are those of every real SDXL or, for a text of its world, the miniature's.
+    """
+    counts_as_sdxl = options.base is None and options.config is None and not is_of_world(prompt)
+    options.base = options.base or "miniature"
+    described = config_source(options)
+    if described is None:
+        raise ValueError(f"{options.base} holds weights alone: pass --config with an SDXL that has its tokenizers.")
+
     quiet_transformers()
-    from diffusers import DiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTokenizer
+    from finelip_sdxl.prompts.specs import read_specs, sdxl_specs
 
-    from finelip_sdxl.pipelines.old_names import with_new_names
-    from finelip_sdxl.provenance import Provenance
-    from finelip_sdxl.stretch import FACTOR, KEEP
-
-    index = with_new_names(DiffusionPipeline.load_config(base))
-    specs = []
-    for encoder, tokenizer in ENCODERS.items():
-        if not (index.get(encoder) or [None])[0]:
-            continue
-        config: Any = CLIPTextConfig.from_pretrained(base, subfolder=encoder)
-        positions = config.max_position_embeddings
-        specs.append(
-            EncoderSpec(
-                encoder,
-                CLIPTokenizer.from_pretrained(base, subfolder=tokenizer),
-                positions=KEEP + FACTOR * (positions - KEEP) if positions <= STOCK_POSITIONS else positions,
-                has_stock=Provenance.of(config).is_stock(positions) or f"stock_{encoder}" in index,
-            )
-        )
-    if not specs or "text_encoder_2" not in index:
-        raise ValueError(f"{base} lacks the CLIP text encoders of an SDXL: pass another base.")
-    return specs, index
+    return (sdxl_specs(), {}) if counts_as_sdxl else read_specs(described)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -24,18 +25,20 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
-from finelip_sdxl.comparison.settings import Settings, check_columns
+from finelip_sdxl.comparison.settings import WEIGHTINGS, Settings, check_columns
 from finelip_sdxl.images import label_grid, sampler_name, to_image
 from finelip_sdxl.miniature import miniature_path
-from finelip_sdxl.miniature.parsing import DescribedObject
+from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, check_texts
+from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, Weighting, check_choice, check_texts
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
 from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, plan_prompts
+from finelip_sdxl.prompts.specs import sdxl_specs
 from finelip_sdxl.provenance import public_name
+from finelip_sdxl.recommended import Recommended, recommended_of
 from finelip_sdxl.text_encoders import TextEncoder, num_positions, unstretch_text_encoder, with_max_length
 
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
@@ -189,15 +192,27 @@ class Comparison:
         return comparison
 
     @property
+    def recommended(self) -> Recommended:
+        """The steps and the guidance scale for settings that leave them out."""
+        return recommended_of(self.pipe.config) or Recommended()
+
+    @property
     def size(self) -> tuple[int, int]:
         """The model's own width and height, in pixels."""
         side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
-    def plan(self, prompt: str, columns: Sequence[str] = tuple(COLUMNS)) -> dict[str, EncoderPlan]:
+    def plan(
+        self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
+    ) -> dict[str, EncoderPlan]:
         """Plan a prompt for each column: its windows, and the text that is cut.
 
         Runs no encoder, and may be called while another thread draws. compel takes seconds for long texts.
+
+        Args:
+            prompt: the text.
+            columns: keys of `COLUMNS`.
+            weighting: as in `Settings`.
 
         Returns:
             The plans by the columns' keys.
@@ -207,15 +222,37 @@ class Comparison:
             ValueError: the prompt is too long, a column is unknown or there twice, or compel is among the columns and
                 cannot parse the prompt.
         """
+        return self._plan(prompt, columns, [encoder.spec for encoder in self.pipe._call_encoders()], weighting)
+
+    def plan_for_reader(
+        self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
+    ) -> dict[str, EncoderPlan]:
+        """As `plan`, for people who look at the counts: a prompt that the miniature does not know is planned as by a
+        real SDXL, in CLIP's tokens."""
+        if not self.is_miniature or is_of_world(prompt):
+            return self.plan(prompt, columns, weighting)
+        return self._plan(prompt, columns, _sdxl_specs(), weighting)
+
+    def _plan(
+        self, prompt: str, columns: Sequence[str], specs: Sequence[EncoderSpec], weighting: str | None
+    ) -> dict[str, EncoderPlan]:
         if not isinstance(prompt, str):
             raise TypeError(f"`prompt` must be a string, but is {prompt!r:.60}.")
         check_texts("prompt", prompt)
+        pipe = self.pipe
         # The tokenizer of our own pipeline: stock's and compel's tokenizers are set to cut while they draw.
-        tokenizer = self.pipe.tokenizer
+        tokenizer = specs[0].tokenizer
+        planned = partial(
+            plan_prompts,
+            short_prompt_encoder=pipe.short_prompt_encoder,
+            overflow=pipe.overflow,
+            length_buckets=pipe.length_buckets,
+            weighting=_pick_weighting(weighting, pipe.weighting),
+        )
         plans: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
             "compel": lambda: plan_by_compel(tokenizer, prompt),
-            "finelip": lambda: self.pipe.describe_prompt(prompt).prompts["text_encoder"][0],
+            "finelip": lambda: planned(specs, [[prompt]] * len(specs)).prompts["text_encoder"][0],
         }
         return {column: plans[column]() for column in check_columns(columns)}
 
@@ -235,7 +272,7 @@ class Comparison:
         """
         check_columns([column])
         with self._drawing:
-            return self._draw_alone(column, settings, on_step or (lambda step, steps: None))
+            return self._draw_alone(column, settings.filled(self.recommended), on_step or (lambda step, steps: None))
 
     def _draw_alone(self, column: str, settings: Settings, on_step: OnStep) -> Picture:
         started = time.perf_counter()
@@ -257,6 +294,7 @@ class Comparison:
 
     def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
         """The pixels, (3, height, width)."""
+        assert settings.steps is not None  # filled
         width, height = settings.width or self.size[0], settings.height or self.size[1]
         common: dict[str, Any] = {
             "num_inference_steps": settings.steps,
@@ -264,7 +302,12 @@ class Comparison:
             "generator": torch.Generator().manual_seed(settings.seed),
             "output_type": "pt",
         }
-        base: dict[str, Any] = {"width": width, "height": height}
+        base: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "hidden_states": settings.hidden_states or self.pipe.hidden_states,
+            "conditioning_adapter_scale": settings.conditioning_adapter_scale,
+        }
         first = _Steps(on_step, settings.steps)
         if self._refiner is not None and settings.steps < MIN_REFINED_STEPS:
             raise ValueError(
@@ -273,8 +316,7 @@ class Comparison:
             )
         if self._refiner is not None:
             base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
-        with _encoding_as(self.pipe, settings):
-            drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
+        drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
         if self._refiner is None:
             return cast(torch.Tensor, drawn[0])
         second = _Steps(on_step, settings.steps, already=first.done)
@@ -319,7 +361,8 @@ class _Stage:
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
         inputs = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._texts}[column]
-        return self.pipe(**inputs(settings), **arguments).images
+        weighting = _pick_weighting(settings.weighting, self.pipe.weighting)
+        return self.pipe(**inputs(settings), weighting=weighting, **arguments).images
 
     def free(self) -> None:
         """With offloading, take the model that ran last off the device."""
@@ -335,7 +378,7 @@ class _Stage:
             embeds, negative, pooled, negative_pooled = self.stock.encode_prompt(
                 settings.prompt,
                 device=self.pipe._execution_device,
-                do_classifier_free_guidance=settings.guidance_scale > 1,
+                do_classifier_free_guidance=(settings.guidance_scale or 0) > 1,
                 negative_prompt=settings.negative_prompt or None,
             )
         self.free()
@@ -359,17 +402,12 @@ def _stock_encoder(pipe: Pipe, name: str) -> TextEncoder | None:
     return encoder if num_positions(encoder) == STOCK_POSITIONS else unstretch_text_encoder(encoder)
 
 
-@contextmanager
-def _encoding_as(pipe: Pipe, settings: Settings) -> Iterator[None]:
-    """Encode with the hidden states and the adapter scale of the settings; None means the pipeline's own states."""
-    states, scale = pipe.hidden_states, pipe.conditioning_adapter_scale
-    pipe.hidden_states = settings.hidden_states or states
-    pipe.set_conditioning_adapter_scale(settings.conditioning_adapter_scale)
-    try:
-        yield
-    finally:
-        pipe.hidden_states = states
-        pipe.set_conditioning_adapter_scale(scale)
+def _pick_weighting(weighting: str | None, own: Weighting | None) -> Weighting | None:
+    """A pipeline's weighting for the one of `Settings`."""
+    if weighting is None:
+        return own
+    check_choice("weighting", weighting, WEIGHTINGS)
+    return None if weighting == "none" else cast(Weighting, weighting)
 
 
 @contextmanager
@@ -395,6 +433,9 @@ def _embeddings(states: Any, negative: Any, pooled: Any, negative_pooled: Any) -
 def _plan_by_stock(tokenizer: CLIPTokenizer, prompt: str) -> EncoderPlan:
     spec = EncoderSpec("text_encoder", tokenizer, STOCK_POSITIONS)
     return plan_prompts([spec], [[prompt]], overflow="truncate", length_buckets=()).plans[0]
+
+
+_sdxl_specs = cache(sdxl_specs)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

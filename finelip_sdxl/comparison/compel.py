@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from finelip_sdxl.options import STOCK_POSITIONS
 from finelip_sdxl.prompts.plan import PROMPT, EncoderPlan, Window, tokenize
+from finelip_sdxl.prompts.vocabulary import name_tokens
 
 # In characters; they take some two seconds.
 MAX_PARSER_WORK = 6000
@@ -97,7 +98,7 @@ def plan_by_compel(tokenizer: CLIPTokenizer, prompt: str) -> EncoderPlan:
     starts = [0, *(offsets[end][0] if end < len(offsets) else len(text) for end in ends[:-1])]
     slices = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
     cut = tuple(Window(part, window) for part, window in zip(slices, windows, strict=True))
-    return EncoderPlan("text_encoder", PROMPT, 0, cut, STOCK_POSITIONS)
+    return EncoderPlan("text_encoder", PROMPT, 0, cut, STOCK_POSITIONS, vocabulary=name_tokens(tokenizer))
 
 
 @contextmanager

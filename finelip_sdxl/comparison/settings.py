@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, check_choice, check_texts
+from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, WEIGHTING, check_choice, check_texts
+from finelip_sdxl.recommended import Recommended
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
+
+# No weights, or one of their syntaxes; the word stands for None, which is the pipeline's own here.
+WEIGHTINGS = ("none", *(syntax for syntax in WEIGHTING if syntax is not None))
 
 MAX_ROWS = 100  # seeds of one comparison; all its pictures are in memory at once
 
@@ -19,12 +23,13 @@ class Settings:
     Attributes:
         prompt: text of any length.
         negative_prompt: text; empty for none.
-        steps: denoising steps, 1 to 200.
-        guidance_scale: classifier-free guidance, 0 to 50; off up to 1.
+        steps: denoising steps, 1 to 200; None for as many as the model recommends.
+        guidance_scale: classifier-free guidance, 0 to 50; off up to 1. None for the one that the model recommends.
         seed: seed of the noise. Noise is drawn on the CPU, so it is the same on every device.
         width, height: pixels, multiples of 8 from 64 to 2048; None for the model's own.
         conditioning_adapter_scale: share of the adapter that counts in FineLIP-SDXL's column, 0 to 1.
         hidden_states: `"penultimate"` or `"last"`, in the same column; None for the pipeline's own.
+        weighting: syntax of weights in the same column, `"none"`, `"compel"` or `"a1111"`; None for the pipeline's own.
 
     Raises:
         ValueError, TypeError: a setting is out of range, or of another type.
@@ -37,31 +42,47 @@ class Settings:
 
     prompt: str
     negative_prompt: str = ""
-    steps: int = 30
-    guidance_scale: float = 5.0
+    steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     width: int | None = None
     height: int | None = None
     conditioning_adapter_scale: float = 1.0
     hidden_states: str | None = None
+    weighting: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"`{name}` must be a string, but is {getattr(self, name)!r:.60}.")
             check_texts(name, getattr(self, name))
-        _check_number("steps", self.steps, 1, MAX_STEPS, whole=True)
-        _check_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE)
-        _check_number("seed", self.seed, 0, MAX_SEED, whole=True)
-        _check_number("conditioning_adapter_scale", self.conditioning_adapter_scale, 0, 1)
+        if self.steps is not None:
+            check_number("steps", self.steps, 1, MAX_STEPS, whole=True)
+        if self.guidance_scale is not None:
+            check_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE)
+        check_number("seed", self.seed, 0, MAX_SEED, whole=True)
+        check_number("conditioning_adapter_scale", self.conditioning_adapter_scale, 0, 1)
         for name in ("width", "height"):
             side = getattr(self, name)
             if side is not None:
-                _check_number(name, side, MIN_SIDE, MAX_SIDE, whole=True)
+                check_number(name, side, MIN_SIDE, MAX_SIDE, whole=True)
                 if side % 8:
                     raise ValueError(f"`{name}` is {side}; expected a multiple of 8, such as {side - side % 8}.")
         if self.hidden_states is not None:
             check_choice("hidden_states", self.hidden_states, HIDDEN_STATES)
+        if self.weighting is not None:
+            check_choice("weighting", self.weighting, WEIGHTINGS)
+
+    def filled(self, recommended: Recommended) -> Settings:
+        """These settings, with the steps and the guidance scale that a model recommends where they are None.
+
+        Example:
+            >>> Settings("a red star", steps=4).filled(Recommended(steps=20, guidance_scale=3.0)).guidance_scale
+            3.0
+        """
+        steps = recommended.steps if self.steps is None else self.steps
+        scale = recommended.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return replace(self, steps=steps, guidance_scale=scale)
 
     def over_seeds(self, count: int) -> list[Settings]:
         """These settings with this seed, and with each of the next seeds.
@@ -72,7 +93,7 @@ class Settings:
         Raises:
             ValueError: `count` is out of range, or a seed would be too large.
         """
-        _check_number("seeds", count, 1, MAX_ROWS, whole=True)
+        check_number("seeds", count, 1, MAX_ROWS, whole=True)
         return [replace(self, seed=self.seed + number) for number in range(count)]
 
     @classmethod
@@ -118,7 +139,12 @@ def check_columns(columns: Any) -> list[str]:
     return list(columns)
 
 
-def _check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+def check_number(name: str, value: Any, least: float, most: float, whole: bool = False) -> None:
+    """Refuse a value that is no number from `least` to `most`, or with `whole` no whole one.
+
+    Raises:
+        ValueError: the message names the range.
+    """
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         kind = "a whole number" if whole else "a number"

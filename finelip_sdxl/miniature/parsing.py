@@ -1,6 +1,7 @@
 """The objects that a text describes, found without the scene: the inverse of `captions.py`.
 
-A sentence is parsed by its words and not by its form, so it also works for prompts that people type.
+A sentence is parsed by its words and not by its form, so it also works for prompts that people type. `is_of_world`
+says whether the miniature knows a text at all.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import permutations, product
 
-from .captions import PLACE_WORDS
+from .captions import PLACE_WORDS, vocabulary
 from .world import COLORS, PLACES, SHAPES, SIZES
 
 
@@ -58,6 +60,44 @@ def parse_description(text: str) -> tuple[DescribedObject, ...]:
     for sentence in _SENTENCE.finditer(text):
         described += _read_sentence(text, *sentence.span(), colors)
     return tuple(described)
+
+
+def is_of_world(text: str) -> bool:
+    """Whether a text is of the miniature's world: it has no other words, or it describes an object with few others.
+
+    Few is one in eight. A text of spaces alone is of every world.
+
+    Example:
+        >>> is_of_world("a red star"), is_of_world("Draw a red star in the top left")
+        (True, True)
+        >>> is_of_world("a cat on a sofa"), is_of_world("A knight with a red heart in the center of a shield")
+        (False, False)
+    """
+    words, foreign = _find_words(text), foreign_words(text)
+    if not words or not foreign:
+        return bool(words) or not text.strip()
+    return 8 * len(foreign) <= len(words) and bool(parse_description(text))
+
+
+def foreign_words(text: str) -> list[str]:
+    """The words of a text that the miniature does not know, in their order, repeated ones too.
+
+    Example:
+        >>> foreign_words("A cat under a red star")
+        ['cat', 'under']
+    """
+    return [word for word in _find_words(text) if word.lower() not in _known_words()]
+
+
+def _find_words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text)
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    """The words of captions, and further spellings that `parse_description` takes."""
+    texts = [*vocabulary(), *_PLACES, "colour"]
+    return frozenset(word.lower() for text in texts for word in _find_words(text))
 
 
 def _read_sentence(text: str, start: int, end: int, colors: dict[str, str | None]) -> list[DescribedObject]:

@@ -5,10 +5,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,23 +22,20 @@ from finelip_sdxl.checkpoints.sources import Source
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.foreign_files import check_finite, read_json
 from finelip_sdxl.names import Location, bundled_model, bundled_sdxl, resolve, sdxl_path
+from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import (
     AS_SAVED,
     ENCODERS,
     FINELIP_MERGE,
-    HIDDEN_STATES,
-    OVERFLOW,
-    SHORT_PROMPT_ENCODER,
     STOCK_POSITIONS,
-    WEIGHTING,
     FineLIPMerge,
     HiddenStates,
     Overflow,
     ShortPromptEncoder,
     Weighting,
     check_choice,
-    check_length_buckets,
 )
+from finelip_sdxl.pipelines.calls import OPTIONS, argument_names, refuse_unknown
 from finelip_sdxl.pipelines.checking import (
     check_component,
     check_folder,
@@ -48,9 +44,9 @@ from finelip_sdxl.pipelines.checking import (
     write_configs,
 )
 from finelip_sdxl.pipelines.model_card import model_card
-from finelip_sdxl.pipelines.old_names import with_new_names
 from finelip_sdxl.pipelines.prompt_encoding import PromptEncodingMixin
 from finelip_sdxl.provenance import Provenance, base_of, forget_stretch, public_name, record_base, without_paths
+from finelip_sdxl.recommended import recommended_of, record_recommended
 from finelip_sdxl.text_encoders import (
     TextEncoder,
     build_text_encoder,
@@ -70,15 +66,40 @@ ADAPTER = "conditioning_adapter"
 # Key in `model_index.json` of a pipeline of ours that was saved with encoders of 77 positions; stock skips such keys.
 UNSWAPPED = "_finelip_sdxl_unswapped"
 
-OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "short_prompt_encoder": partial(check_choice, "short_prompt_encoder", choices=SHORT_PROMPT_ENCODER),
-    "hidden_states": partial(check_choice, "hidden_states", choices=HIDDEN_STATES),
-    "overflow": partial(check_choice, "overflow", choices=OVERFLOW),
-    "length_buckets": check_length_buckets,
-    "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
-}
-
 _BESIDE = ("controlnet", "adapter")  # components that some pipelines need beside an SDXL
+
+# Arguments that Diffusers takes by `**kwargs`, so that no signature names them. It drops unknown names.
+LOADING_ARGUMENTS = (
+    "cache_dir",
+    "config",
+    "custom_pipeline",
+    "custom_revision",
+    "device_map",
+    "disable_mmap",
+    "dtype",
+    "force_download",
+    "load_connected_pipeline",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "original_config",
+    "provider",
+    "provider_options",
+    "proxies",
+    "quantization_config",
+    "revision",
+    "sess_options",
+    "token",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_flashpack",
+    "use_onnx",
+    "use_safetensors",
+    "variant",
+)
+SAVING_ARGUMENTS = ("commit_message", "create_pr", "private", "repo_id", "token")
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "token")
 
@@ -128,16 +149,19 @@ class EncoderSwapMixin(PromptEncodingMixin):
             pipeline that this class saved with encoders of 77 positions keeps them.
 
         Raises:
+            TypeError: an argument has an unknown name.
             ValueError: the model is no SDXL; a config or a file of weights is damaged; weights are not finite; a
                 tokenizer lacks its words; a FineLIP or an adapter has other widths than the encoders; a FineLIP to add
-                has no base; or an option is unknown.
+                has no base; or an option has an unknown value.
             OSError: the model or a checkpoint is not there.
 
         Example:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
-            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")  # doctest: +SKIP
-            >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature", overflow="truncate")
+            >>> pipe.tokenizer.model_max_length, pipe.overflow
+            (248, 'truncate')
         """
+        cls._check_names("from_pretrained", kwargs)
         kwargs |= _passed_options(
             short_prompt_encoder=short_prompt_encoder,
             overflow=overflow,
@@ -180,6 +204,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             )
         _check_parts(pipe, base)
         record_base(pipe, base_of(index) or origin)
+        record_recommended(pipe, recommended_of(index))
         if index.get(UNSWAPPED) and weights is None and weights_2 is None and pipe._encoders():
             logger.warning("Text encoders saved with 77 positions stay so; swap_text_encoders() makes them 248.")
         else:
@@ -220,13 +245,17 @@ class EncoderSwapMixin(PromptEncodingMixin):
             The pipeline.
 
         Raises:
+            TypeError: an argument has an unknown name.
             ValueError: the file is no whole SDXL; or as in `from_pretrained`.
             OSError: the file is not there, or there are no configs for it.
 
-        Example:
-            >>> from finelip_sdxl import FineLIPSDXLPipeline
-            >>> pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors")  # doctest: +SKIP
+        A file from elsewhere is opened by its path::
+
+            from finelip_sdxl import FineLIPSDXLPipeline
+
+            pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors", dtype=torch.float16)
         """
+        cls._check_names("from_single_file", kwargs)
         kwargs |= _passed_options(
             short_prompt_encoder=short_prompt_encoder,
             overflow=overflow,
@@ -260,10 +289,29 @@ class EncoderSwapMixin(PromptEncodingMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """As Diffusers' `from_pipe`, with the adapter scale of `pipeline`, and its dtype unless another is passed.
+        """Make a pipeline of this class from the components and options of another, without copying weights.
 
-        (Without a dtype Diffusers casts the shared components to float32.)
+        Args:
+            pipeline: the other pipeline.
+            **kwargs: components and options that take the place of the other's, and the arguments of Diffusers'
+                `from_pipe`. `dtype` is the dtype of every component; the default is the other's. (Without a dtype
+                Diffusers casts the shared components to float32.)
+
+        Returns:
+            The pipeline, with the adapter scale of the other. Encoders of 77 positions stay; `swap_text_encoders`
+            makes them 248.
+
+        Raises:
+            TypeError: an argument has an unknown name.
+            ValueError: the other lacks a component of this class.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+            >>> FineLIPSDXLImg2ImgPipeline.from_pipe(pipe).unet is pipe.unet
+            True
         """
+        cls._check_names("from_pipe", kwargs)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         pipe = super().from_pipe(pipeline, **kwargs)
@@ -299,6 +347,12 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 encoder that was trained or replaced at 248 positions.
         """
         self._swap_text_encoders(finelip, finelip_2, _merge_base(finelip_merge, finelip_base, finelip, finelip_2))
+
+    @classmethod
+    def _check_names(cls, method: str, given: Iterable[str]) -> None:
+        """Refuse unknown arguments of a method that loads: names that neither it nor `__init__` nor Diffusers takes."""
+        known = argument_names(cls, method) | argument_names(cls, "__init__") | {*LOADING_ARGUMENTS}
+        refuse_unknown(f"{cls.__name__}.{method}", given, known)
 
     @classmethod
     def _stock_class(cls) -> type[DiffusionPipeline]:
@@ -348,7 +402,12 @@ class EncoderSwapMixin(PromptEncodingMixin):
         `push_to_hub=True` and `repo_id=`, or by `push_to_hub(repo_id)`, the pipeline is shared, with a card of its
         parts if the repository has no card yet. Of paths on this machine, only the last part is saved. Files of weights
         get the mode of `model_index.json`.
+
+        Raises:
+            TypeError: an argument has an unknown name.
         """
+        known = argument_names(type(self), "save_pretrained") | {*SAVING_ARGUMENTS}
+        refuse_unknown(f"{type(self).__name__}.save_pretrained", kwargs, known)
         if self.conditioning_adapter is not None:
             logger.warning(
                 "Stock Diffusers opens this folder without its conditioning adapter, which FineLIP-SDXL's pipelines"

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.pipelines.protocol import LongPromptPipeline
 from finelip_sdxl.provenance import without_paths
+from finelip_sdxl.recommended import recommended_of, record_recommended
 from finelip_sdxl.text_encoders import build_text_encoder, text_encoder_tensors, with_max_length
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ def in_stock_class(pipe: LongPromptPipeline, **parts: Any) -> Any:
     stock_class = pipe._stock_class()
     # Options such as `force_zeros_for_empty_prompt` are in the config.
     given = {**pipe.config, **pipe.components, **parts}
-    return stock_class(**{name: given[name] for name in inspect.signature(stock_class).parameters if name in given})
+    stock = stock_class(**{name: given[name] for name in inspect.signature(stock_class).parameters if name in given})
+    record_recommended(stock, recommended_of(pipe.config))
+    return stock
 
 
 def save_comfyui(pipe: LongPromptPipeline, folder: Path) -> list[Path]:

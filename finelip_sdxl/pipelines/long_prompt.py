@@ -3,25 +3,37 @@
 import inspect
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from functools import wraps
-from numbers import Real
+from textwrap import dedent, indent
 from typing import Any, get_type_hints
 
 from diffusers.hooks import apply_group_offloading
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
-from finelip_sdxl.options import LENGTH_BUCKETS
-from finelip_sdxl.pipelines.encoder_swap import ADAPTER, OPTIONS, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
-from finelip_sdxl.pipelines.old_names import with_new_names
+from finelip_sdxl.old_names import with_new_names
+from finelip_sdxl.options import (
+    AS_SET,
+    LENGTH_BUCKETS,
+    HiddenStates,
+    Overflow,
+    ShortPromptEncoder,
+    Weighting,
+    check_adapter_scale,
+)
+from finelip_sdxl.pipelines.calls import OPTIONS, option_in_force, takes_options
+from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
+from finelip_sdxl.recommended import recommended_arguments
 
 
 def _option(name: str, doc: str) -> property:
-    """A property for an option in the pipeline's config, where Diffusers saves it and `from_pipe` finds it."""
+    """A property for an option in the pipeline's config, where Diffusers saves it and `from_pipe` finds it. During a
+    call, its value is the call's."""
     return property(
-        lambda self: self.config[name],
+        lambda self: option_in_force(self, name, self.config[name]),
         lambda self, value: self.register_to_config(**{name: OPTIONS[name](value)}),
         doc=doc,
     )
@@ -30,7 +42,7 @@ def _option(name: str, doc: str) -> property:
 class LongPromptMixin(EncoderSwapMixin):
     """Prompts of any length for an SDXL pipeline of Diffusers.
 
-    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`. Its `__call__` is the
+    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`. A call is the
     parent's, for one thread at a time: a second thread waits until the first has drawn, also on another pipeline that
     `from_pipe` made of this one. Pipelines with schedulers of their own draw at the same time.
 
@@ -88,12 +100,55 @@ class LongPromptMixin(EncoderSwapMixin):
         own: Any = cls  # to a type checker these are not for assignment
         if LongPromptMixin in cls.__bases__:
             stock: Any = cls._stock_class()
+            if cls.__doc__ is not None:  # without one, Python shows that of the mixin
+                cls.__doc__ = _with_arguments(cls.__doc__, LongPromptMixin.__doc__)
             own._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
             own.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
-        if LongPromptMixin in cls.__bases__ or "__call__" in vars(cls):
-            own.__call__ = _drawing(own.__call__)
+        if "__call__" in vars(cls):
+            own.__call__ = one_at_a_time(own.__call__)
+        elif LongPromptMixin in cls.__bases__:
+            _spell_out_call(cls)
         _spell_out_init(cls)
+
+    @takes_options
+    @one_at_a_time
+    def __call__(
+        self,
+        /,
+        *args: Any,
+        short_prompt_encoder: ShortPromptEncoder = AS_SET,
+        hidden_states: HiddenStates = AS_SET,
+        overflow: Overflow = AS_SET,
+        length_buckets: Sequence[int] | None = AS_SET,
+        weighting: Weighting | None = AS_SET,
+        conditioning_adapter_scale: float = AS_SET,
+        **kwargs: Any,
+    ) -> Any:
+        """Draw with Diffusers' own `__call__`, whose arguments come first. The options hold for this call alone; those
+        that are left out are the pipeline's.
+
+        Args:
+            short_prompt_encoder (`str`, *optional*):
+                The encoder of prompts of up to 77 tokens: `"original"`, as stock SDXL encodes them, or `"long"`. This
+                option and the ones below hold for this call alone; the default is the pipeline's own value.
+            hidden_states (`str`, *optional*):
+                The text encoders' states that the UNet gets: `"penultimate"` or `"last"`.
+            overflow (`str`, *optional*):
+                Treatment of a prompt of more than 248 tokens: `"window"` encodes all of it, `"truncate"` cuts it,
+                `"error"` raises.
+            length_buckets (`Sequence[int]`, *optional*):
+                Lengths in tokens; the prompt is padded to the smallest that holds it, or else to full length.
+            weighting (`str`, *optional*):
+                Syntax of weights in the prompts: `"compel"` or `"a1111"`; with None they are plain text.
+            conditioning_adapter_scale (`float`, *optional*):
+                Share of the conditioning adapter, from 0, as without it, to 1.
+        """
+        call = super().__call__
+        given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+        # Checked here, since the parent uses their shapes before it encodes.
+        self._check_embeddings(**{name: given[name] for name in EMBEDDINGS if name in given})
+        return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(
         "short_prompt_encoder", "The encoder of prompts of up to 77 tokens: 'original' or 'long'."
@@ -106,10 +161,11 @@ class LongPromptMixin(EncoderSwapMixin):
     @property
     def conditioning_adapter_scale(self) -> float:
         """The share of the conditioning adapter, 0 to 1; see `set_conditioning_adapter_scale`."""
-        return self._conditioning_adapter_scale
+        scale: float = option_in_force(self, "conditioning_adapter_scale", self._conditioning_adapter_scale)
+        return scale
 
     def set_conditioning_adapter_scale(self, scale: float) -> None:
-        """Set the share of the conditioning adapter in later calls.
+        """Set the share of the conditioning adapter in later calls. (A call takes one for itself, too.)
 
         The scale belongs to this pipeline. `from_pipe` copies it to the new one; afterwards each has its own, so
         threads that need different scales use a pipeline each. `save_pretrained` does not save it.
@@ -121,15 +177,13 @@ class LongPromptMixin(EncoderSwapMixin):
             ValueError: the scale is out of range.
 
         Example:
-            >>> pipe.set_conditioning_adapter_scale(0.5)  # doctest: +SKIP
-            >>> image = pipe("a very long prompt").images[0]  # doctest: +SKIP
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+            >>> pipe.set_conditioning_adapter_scale(0.5)
+            >>> pipe.conditioning_adapter_scale
+            0.5
         """
-        if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= scale <= 1:
-            raise ValueError(
-                f"The scale of the conditioning adapter is {scale!r:.60}; expected a number from 0, without the"
-                " adapter, to 1, with all of it."
-            )
-        self._conditioning_adapter_scale = float(scale)
+        self._conditioning_adapter_scale = check_adapter_scale(scale)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -189,16 +243,38 @@ class LongPromptMixin(EncoderSwapMixin):
             apply_group_offloading(getattr(self, name), **given)
 
 
-def _drawing(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's `__call__`, with the same signature, for one thread at a time and with checks at its beginning."""
+def _spell_out_call(cls: type) -> None:
+    """Set a `__call__` of `cls` whose signature and docstring hold every argument: the parent's, then the options.
 
-    @wraps(call)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Checked here, since the parent uses their shapes before it encodes.
-        self._check_embeddings(**{name: kwargs[name] for name in kwargs if name in EMBEDDINGS})
-        return call(self, *args, **kwargs)
+    It does what `LongPromptMixin.__call__` does. The ten parents have different arguments, so that one method cannot
+    name them.
+    """
+    parent: Any = super(LongPromptMixin, cls).__call__  # type: ignore[misc]
 
-    return one_at_a_time(checked)
+    @wraps(parent)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return LongPromptMixin.__call__(self, *args, **kwargs)
+
+    signature, ours = inspect.signature(parent), inspect.signature(LongPromptMixin.__call__)
+    parameters = [
+        *(parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD),
+        *(parameter for parameter in ours.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY),
+    ]
+    spelled_out: Any = __call__
+    spelled_out.__signature__ = signature.replace(parameters=parameters)
+    # Diffusers' example is left out: it is one of another class, and needs a hub.
+    without_example = re.sub(r"\n *Examples?:\n.*?(?=\n *Returns:|\Z)", "\n", parent.__doc__ or "", flags=re.DOTALL)
+    spelled_out.__doc__ = _with_arguments(without_example, LongPromptMixin.__call__.__doc__)
+    spelled_out.__qualname__ = f"{cls.__qualname__}.__call__"
+    cls.__call__ = spelled_out  # type: ignore[method-assign]
+
+
+def _with_arguments(doc: str | None, ours: str | None) -> str:
+    """A docstring with the arguments of another after its own."""
+    parts = re.split(r"\n(?=Returns:|Example:)", inspect.cleandoc(doc or ""), maxsplit=1)
+    before = parts[0].rstrip() if "\nArgs:\n" in parts[0] else f"{parts[0].rstrip()}\n\nArgs:"
+    arguments = inspect.cleandoc(ours or "").partition("Args:\n")[2].partition("\n\n")[0]
+    return "\n".join([before, f"{indent(dedent(arguments), '    ')}\n", *parts[1:]])
 
 
 def _spell_out_init(cls: type) -> None:

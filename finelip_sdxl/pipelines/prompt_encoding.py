@@ -20,7 +20,17 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from diffusers.utils.torch_utils import get_module_execution_device
 from transformers import CLIPTokenizer
 
-from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS, check_texts
+from finelip_sdxl.options import (
+    AS_SET,
+    ENCODERS,
+    STOCK_POSITIONS,
+    HiddenStates,
+    Overflow,
+    ShortPromptEncoder,
+    Weighting,
+    check_texts,
+)
+from finelip_sdxl.pipelines.calls import takes_options
 from finelip_sdxl.prompts.plan import (
     EncoderPlan,
     EncoderSpec,
@@ -52,6 +62,8 @@ if TYPE_CHECKING:
     class _Parent(DiffusionPipeline):
         """Any SDXL pipeline of Diffusers: the methods that this package calls and `DiffusionPipeline` lacks, or has
         without types."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
         def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]: ...
 
@@ -159,17 +171,24 @@ class _Encoded:
 class PromptEncodingMixin(_Parent):
     """The part of `LongPromptMixin` that encodes prompts."""
 
+    @takes_options
     def describe_prompt(
         self,
         prompt: str | list[str],
         prompt_2: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         negative_prompt_2: str | list[str] | None = None,
+        *,
+        short_prompt_encoder: ShortPromptEncoder = AS_SET,
+        overflow: Overflow = AS_SET,
+        length_buckets: Sequence[int] | None = AS_SET,
+        weighting: Weighting | None = AS_SET,
     ) -> PromptPlan:
         """The plan of a prompt: the windows of each encoder, and the text that is cut. No encoder runs.
 
         Args:
-            prompt, prompt_2, negative_prompt, negative_prompt_2: as in a call of the pipeline.
+            prompt, prompt_2, negative_prompt, negative_prompt_2, short_prompt_encoder, overflow, length_buckets,
+                weighting: as in a call of the pipeline.
 
         Returns:
             The plan; printed, it is a report.
@@ -178,7 +197,11 @@ class PromptEncodingMixin(_Parent):
             TypeError, ValueError: as in `encode_prompt`; or the pipeline has no text encoders.
 
         Example:
-            >>> print(pipe.describe_prompt("a red square above a blue ring"))  # doctest: +SKIP
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+            >>> plan = pipe.describe_prompt("a red square above a blue ring")
+            >>> plan.windows, plan.positions, plan.cut
+            (1, 77, ())
         """
         specs = [encoder.spec for encoder in self._call_encoders()]
         if not specs:
@@ -188,6 +211,7 @@ class PromptEncodingMixin(_Parent):
         self._check_weighting(specs)
         return self._plan(specs, prompts, negatives)
 
+    @takes_options
     @one_at_a_time
     def encode_prompt(
         self,
@@ -204,8 +228,15 @@ class PromptEncodingMixin(_Parent):
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
+        *,
+        short_prompt_encoder: ShortPromptEncoder = AS_SET,
+        hidden_states: HiddenStates = AS_SET,
+        overflow: Overflow = AS_SET,
+        length_buckets: Sequence[int] | None = AS_SET,
+        weighting: Weighting | None = AS_SET,
+        conditioning_adapter_scale: float = AS_SET,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """Encode prompts of any length. The parent's `encode_prompt` has the same arguments.
+        """Encode prompts of any length. The arguments are the parent's, and the options as in a call of the pipeline.
 
         With `weighting`, the states of weighted tokens are moved away from the empty prompt's states, or towards them
         (`finelip_sdxl.prompts.weighting`). Each encoder's states are weighted by themselves. This is the last step,
@@ -217,7 +248,7 @@ class PromptEncodingMixin(_Parent):
             from the first window. Both negatives are None without classifier-free guidance.
 
         Raises:
-            TypeError: a prompt is not a string or a list of strings.
+            TypeError: a prompt is not a string or a list of strings; or an argument has an unknown name.
             ValueError: an empty list; batches of different sizes; a text of more than 20,000 characters, or of more
                 windows than `finelip_sdxl.options.MAX_POSITIONS` allows; a text that does not fit, where
                 `overflow="error"` or embeddings passed beside it fix the length; weights that `parse_weights` refuses;

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from finelip_sdxl.options import LENGTH_BUCKETS, MAX_POSITIONS, STOCK_POSITIONS, Overflow, ShortPromptEncoder, Weighting
+from finelip_sdxl.prompts.vocabulary import MINIATURE, name_tokens
 from finelip_sdxl.prompts.weighting import WeightedText, parse_weights
 from finelip_sdxl.prompts.windows import split_windows
 
@@ -77,6 +78,7 @@ class EncoderPlan:
         as_stock: whether the text is encoded as stock SDXL does.
         cut_text: the part of the text that is not encoded; empty if nothing is cut.
         cut_tokens: number of tokens of that part.
+        vocabulary: whose tokens are counted, such as `"SDXL's tokens"`; see `finelip_sdxl.prompts.vocabulary`.
     """
 
     encoder: str
@@ -87,6 +89,7 @@ class EncoderPlan:
     as_stock: bool = False
     cut_text: str = ""
     cut_tokens: int = 0
+    vocabulary: str = ""
 
     @property
     def tokens(self) -> int:
@@ -94,11 +97,12 @@ class EncoderPlan:
         return sum(window.tokens for window in self.windows)
 
     def __str__(self) -> str:
-        return f"{self.encoder} encodes {self.role}: {self._body()}"
+        return "\n".join([f"{self.encoder} encodes {self.role}: {self._body()}", *counted_in([self])])
 
     def _body(self) -> str:
         windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
-        how = ", as stock SDXL encodes it" if self.as_stock else ""
+        stock = "the stock miniature" if self.vocabulary == MINIATURE else "stock SDXL"
+        how = f", as {stock} encodes it" if self.as_stock else ""
         cut = f"; {self.cut_tokens} tokens are CUT" if self.cut_tokens else "; nothing is cut"
         lines = [f"{self.tokens} tokens in {windows} of {self.positions} positions{how}{cut}"]
         lines += [f"  window {number}, {window}" for number, window in enumerate(self.windows, start=1)]
@@ -141,10 +145,11 @@ class PromptPlan:
         for plan in self.plans:
             role = f"{plan.role} {plan.index + 1}" if batched else plan.role
             encoders.setdefault(f"{role}: {plan._body()}", []).append(plan.encoder)
-        return "\n".join(
+        lines = [
             f"{' and '.join(names)} {'encodes' if len(names) == 1 else 'encode'} {text}"
             for text, names in encoders.items()
-        )
+        ]
+        return "\n".join([*lines, *counted_in(self.plans)])
 
 
 def plan_prompts(
@@ -179,11 +184,12 @@ def plan_prompts(
             be cut; or the windows of a text have more than `MAX_POSITIONS` in all.
 
     Example:
-        >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
-        >>> spec = EncoderSpec("text_encoder", tokenizer, positions=248)  # doctest: +SKIP
-        >>> print(plan_prompts([spec], [["a red square"]]))  # doctest: +SKIP
+        >>> from finelip_sdxl.prompts.vocabulary import clip_tokenizer
+        >>> spec = EncoderSpec("text_encoder", clip_tokenizer(), positions=248)
+        >>> print(plan_prompts([spec], [["a red square"]]))
         text_encoder encodes prompt: 5 tokens in 1 window of 77 positions; nothing is cut
           window 1, 5 tokens: "a red square"
+        Counted in SDXL's tokens.
     """
     capacity = shape[1] if shape else min(spec.positions for spec in specs)
     cut = partial(_cut_texts, specs, size=capacity - 2, truncate=overflow == "truncate", weighting=weighting)
@@ -223,6 +229,12 @@ def plan_prompts(
         for texts_of in (prompt_texts, negative_texts)
     )
     return PromptPlan(by_encoder, negative_by_encoder, positions, windows)
+
+
+def counted_in(plans: Iterable[EncoderPlan]) -> list[str]:
+    """The line of a report that says whose tokens the plans count; empty if they do not say."""
+    names = " and ".join(dict.fromkeys(plan.vocabulary for plan in plans if plan.vocabulary))
+    return [f"Counted in {names}."] if names else []
 
 
 def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, windows: int) -> list[list[list[int]]]:
@@ -317,6 +329,7 @@ class _CutText:
             as_stock=as_stock and self.spec.has_stock,
             cut_text=self._text_from(stop),
             cut_tokens=len(self.offsets) - stop,
+            vocabulary=name_tokens(self.spec.tokenizer),
         )
 
     def _windows(self) -> tuple[Window, ...]:

@@ -1,6 +1,7 @@
 """The command line of a recipe: common flags, presets in TOML files, checks, and the program around it.
 
-No other module of `finelip_sdxl.training` knows flags.
+Nothing heavy is imported before training, so that wrong flags are refused at once. Beside `flags/`, no other module of
+`finelip_sdxl.training` knows flags.
 """
 
 from __future__ import annotations
@@ -8,31 +9,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import math
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, KwargsHandler
-from transformers.utils import logging as transformers_logging
-
+from finelip_sdxl.console import with_flags
 from finelip_sdxl.files import check_writable, stopped_by_signals
+from finelip_sdxl.names import bundled_model, resolve
 from finelip_sdxl.texts import read_text
-from finelip_sdxl.training.run_folder import MODELS
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import KwargsHandler
+
+MODELS = ("best", "last", "after-text")  # names of the recipes' models, beside checkpoints/
 PRESETS = Path(__file__).parent / "presets"
 MOST = 10**9  # the highest number for flags without another bound
 MOST_STEPS = 9_999_999  # names of checkpoints have seven digits
 # Errors of the library name its arguments; a recipe's user has flags.
-FLAG_OF_ARGUMENT = {"skip_missing=True": "--skip-missing-images"}
+FLAG_OF_ARGUMENT = {"skip_missing": "--skip-missing-images"}
 # Flags of every recipe that may change when a run goes on: they do not change the training.
 FREE_RUN_FLAGS = {
     "config",
@@ -288,12 +290,28 @@ def check_run(arguments: argparse.Namespace) -> None:
     check_writable(folder)
 
 
+def check_models(*names: str | None) -> None:
+    """Checks that models are there, before the imports that take seconds. The hub is asked once for each.
+
+    Raises:
+        OSError: a model is not there.
+    """
+    for name in names:
+        if name is not None and bundled_model(name) is None:
+            resolve(name, "a directory, a checkpoint file or a hub id").check()
+
+
 def uses_cpu(arguments: argparse.Namespace) -> bool:
+    import torch
+
     return bool(arguments.cpu) or not torch.accelerator.is_available()
 
 
 def build_accelerator(arguments: argparse.Namespace, handlers: Sequence[KwargsHandler] = ()) -> Accelerator:
     """Builds the accelerator for these flags."""
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # the others wait while one process evaluates
     return Accelerator(
         cpu=uses_cpu(arguments),
@@ -333,33 +351,68 @@ def run_recipe(
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
     arguments: Sequence[str] | None,
 ) -> None:
-    """Runs a recipe as a program: libraries are quiet, and wrong input, or a signal, ends it with one line.
+    """Runs a recipe as a program: wrong input, or a signal, ends it with one line.
 
     Args:
         script: file name of the recipe, for this line.
-        train: the recipe.
+        train: the recipe, or a part of it, such as its checks.
         parse: a function that parses its flags.
         arguments: the arguments; None for the command line's.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    options: argparse.Namespace | None = None
     try:
         with stopped_by_signals():
-            train(parse(arguments))
+            options = parse(arguments)
+            train(options)
     except KeyboardInterrupt:
         sys.exit(f"{script}: stopped; the same command goes on from the last checkpoint")
     except (ValueError, OSError, ImportError) as error:
         message = str(error).strip()
         if "Original Traceback" in message:  # from a worker that loads data; the error itself is the last line
             message = message.splitlines()[-1].partition(": ")[2]
-        for argument, flag in FLAG_OF_ARGUMENT.items():
-            message = message.replace(argument, flag)
+        flags = {name: f"--{name.replace('_', '-')}" for name in vars(options or argparse.Namespace())}
+        message = with_flags(message, {**flags, **FLAG_OF_ARGUMENT})
         sys.exit(f"{script}: error: {' '.join(message.split())}")
 
 
-def end_run(accelerator: Accelerator, progress: Mapping[str, Any]) -> None:
-    """Prints the progress of a run and leaves the other processes. The caller must hold no model any more."""
-    accelerator.print(json.dumps(progress))
+def say_disk_needs(accelerator: Accelerator, folder: Path, needed: Mapping[str, int]) -> None:
+    """Prints before training how much room a run takes, and how much there is.
+
+    Args:
+        accelerator: the accelerator; its main process prints.
+        folder: the folder of the run.
+        needed: bytes by the kind of files.
+    """
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    parts = ", ".join(f"{name} {in_words(size)}" for name, size in needed.items())
+    total = sum(needed.values())
+    accelerator.print(f"disk: about {in_words(total)} in {folder} ({parts}); {in_words(free)} are free", flush=True)
+    if total > free:
+        accelerator.print("This is more than is free: the run will stop when the disk is full. Make room.", flush=True)
+
+
+def in_words(size: int) -> str:
+    """Returns a size in the unit that suits it.
+
+    Example:
+        >>> in_words(1_234_567), in_words(98_765_432_100)
+        ('1 MB', '99 GB')
+    """
+    return f"{size / 1e9:,.{0 if size >= 1e10 else 1}f} GB" if size >= 1e9 else f"{max(size / 1e6, 1):,.0f} MB"
+
+
+def end_run(accelerator: Accelerator, progress: Mapping[str, Any], results: Sequence[str]) -> None:
+    """Prints the results of a run and leaves the other processes. The caller must hold no model any more.
+
+    Args:
+        accelerator: the accelerator of the run.
+        progress: the progress, which stands in the last checkpoint's progress.json, too.
+        results: lines that say where the result is, and the commands that use it.
+    """
+    accelerator.print("\n".join([f"done: {progress['step']:,} steps", *results]))
     # If the model holds the last reference to Gloo's group, both wait for each other without end.
     accelerator.free_memory()
     accelerator.end_training()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from finelip_sdxl.training.alignment import captions_of, encode
 from finelip_sdxl.training.processes import held
 
 CHUNK = 50  # images in a file
+BATCH = 8  # images or captions that are encoded at once
 
 
 class Precomputed(Dataset[dict[str, Any]]):
@@ -94,8 +95,9 @@ def precompute(
 
         dtype = pipe.vae.dtype
         pipe.vae.float()  # SDXL's VAE overflows in half precision
-        for file in tqdm(stale, desc="encoding images", unit_scale=CHUNK, unit="image", disable=None):
-            encode_chunk(data, pipe, resolution, with_states, file, chunks[file], made_of[file])
+        with tqdm(total=sum(len(chunks[file]) for file in stale), desc="encoding images", unit="image") as bar:
+            for file in stale:
+                encode_chunk(data, pipe, resolution, with_states, file, chunks[file], made_of[file], bar.update)
         pipe.vae.to(dtype)
     items = Precomputed(folder)
     if not len(items):
@@ -111,8 +113,12 @@ def encode_chunk(
     file: Path,
     indices: Iterable[int],
     made_of: dict[str, str],
+    done: Callable[[int], Any],
 ) -> None:
-    """Writes a file of some images and their captions; no file if none of the images can be read."""
+    """Writes a file of some images and their captions; no file if none of the images can be read.
+
+    `done` is called with the number of images after each part of them.
+    """
     images, captions, skipped = [], [], []
     for index in indices:
         try:
@@ -120,12 +126,18 @@ def encode_chunk(
         except UnreadableImageError as error:
             tqdm.write(f"skipped: {error}")
             skipped.append(index)
+            done(1)
             continue
         captions.append(captions_of(data, index, pipe.tokenizer))
     if not images:
         return
     pixels, time_ids = zip(*(cut_square(image, resolution) for image in images), strict=True)
-    tensors = {"latents": to_latents(pipe, list(pixels)), "time_ids": torch.tensor(time_ids)}
+    latents = []
+    for first in range(0, len(pixels), BATCH):
+        part = list(pixels[first : first + BATCH])
+        latents.append(to_latents(pipe, part))
+        done(len(part))
+    tensors = {"latents": torch.cat(latents), "time_ids": torch.tensor(time_ids)}
     if with_states:
         for kind in ("long", "short"):
             states, pooled = encode_all(pipe, [caption[kind] for caption in captions], kind)
@@ -235,7 +247,7 @@ def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[i
 def to_latents(pipe: FineLIPSDXLPipeline, images: list[Image.Image]) -> Tensor:
     """Returns latents, (images, channels, height, width), scaled for the UNet."""
     pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, pipe.vae.dtype)
-    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pixels.split(8)]).float()
+    latents = torch.cat([pipe.vae.encode(batch).latent_dist.mode() for batch in pixels.split(BATCH)]).float()
     config = pipe.vae.config
     scaling_factor: float = config.scaling_factor
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
@@ -251,6 +263,6 @@ def encode_all(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tup
     """Returns states and pooled vectors. Long captions are padded to one length, and short ones to stock's."""
     pipe.length_buckets = () if kind == "long" else (STOCK_POSITIONS,)
     states, pooled = zip(
-        *(encode(pipe, captions[first : first + 8]) for first in range(0, len(captions), 8)), strict=True
+        *(encode(pipe, captions[first : first + BATCH]) for first in range(0, len(captions), BATCH)), strict=True
     )
     return torch.cat(states), torch.cat(pooled)

@@ -19,8 +19,6 @@ from finelip_sdxl.files import written_folder
 from finelip_sdxl.training.manifest import MANIFEST, find_damage, write_manifest
 from finelip_sdxl.training.processes import together, written_together
 
-MODELS = ("best", "last", "after-text")  # names of the recipes' models, beside checkpoints/
-
 
 class Stateful(Protocol):
     """An object that a checkpoint can hold, such as an average of the weights."""
@@ -111,7 +109,7 @@ class RunFolder:
         """Writes the parts of a model, such as its tokenizer, to one folder, in the main process only.
 
         Args:
-            name: one of `MODELS`.
+            name: one of `command_line.MODELS`.
             parts: parts for the folder itself.
             subfolders: parts for a subfolder each, by its name.
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, triplet_margin_loss
+from finelip_sdxl.options import LOSSES as LOSSES
 from finelip_sdxl.provenance import Provenance
-
-LOSSES = ("triplet", "contrastive", "region", "distillation")
 
 
 class FineLIPTask(nn.Module):

@@ -20,7 +20,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline, 
 from PIL import Image
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, miniature_path
-from finelip_sdxl.cli import convert, export
+from finelip_sdxl.cli import compare, convert, export
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import open_device
 from finelip_sdxl.comparison import comparison
@@ -28,6 +28,7 @@ from finelip_sdxl.console import printing_stops_nothing
 from finelip_sdxl.data import formats
 from finelip_sdxl.images import read_parameters
 from finelip_sdxl.miniature.drawing import draw_scene
+from finelip_sdxl.miniature.notice import DRAWS
 from finelip_sdxl.miniature.world import make_scene
 from finelip_sdxl.prompts.plan import EncoderPlan, Window
 from tests.helpers.single_file import save_single_file
@@ -91,7 +92,7 @@ def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path
     assert parameters(picture)["conditioning_adapter_scale"] == 1
     capsys.readouterr()
     assert main([*arguments, "--conditioning-adapter-scale", "2"]) == 2
-    assert "`conditioning_adapter_scale` is 2.0" in capsys.readouterr().err
+    assert "--conditioning-adapter-scale is 2.0" in capsys.readouterr().err
 
 
 def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, picture) -> None:
@@ -146,6 +147,7 @@ class FakeComparison:
 @pytest.fixture
 def fake(monkeypatch) -> type[FakeComparison]:
     monkeypatch.setattr(comparison, "Comparison", FakeComparison)
+    monkeypatch.setattr(compare, "check_models", lambda options: None)  # the models' names are invented
     return FakeComparison
 
 
@@ -176,7 +178,9 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     assert (found["prompt"], found["columns"], found["seeds"]) == (LONG, ["stock", "finelip"], [7, 8])
     assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
     assert (found["short_prompt_encoder"], found["overflow"], found["weighting"]) == ("original", "window", "a1111")
-    assert comparison.Settings.from_parameters(found) == replace(fake.drawn[0][1], hidden_states="last")
+    assert comparison.Settings.from_parameters(found) == replace(
+        fake.drawn[0][1], hidden_states="last", weighting="a1111"
+    )
 
 
 def test_compare_draws_all_columns_of_one_random_seed_by_default(fake, picture, capsys) -> None:
@@ -242,7 +246,7 @@ def test_compare_draws_with_the_miniature(picture, capsys) -> None:
 def test_compare_refuses_a_column_that_is_there_twice(fake, picture, capsys, columns) -> None:
     assert main(["compare", "a fox", "--out", picture, "--columns", *columns]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"`columns` names '{columns[0]}' 2 times: pass each column once.")
+    assert line.endswith(f"--columns names '{columns[0]}' 2 times: pass each column once.")
     assert not Path(picture).exists()
 
 
@@ -402,7 +406,7 @@ def make_place(kind: str, path: Path) -> str:
         ("a" * 256, "cannot be written to (File name too long)"),
     ],
 )
-@pytest.mark.parametrize("command", [["convert", "miniature"], ["export"]])
+@pytest.mark.parametrize("command", [["convert", "miniature"], ["export", "miniature"]])
 def test_what_is_no_place_for_a_pipeline_is_refused_before_anything_is_loaded(
     tmp_path, monkeypatch, capsys, command, kind, message
 ) -> None:
@@ -415,7 +419,7 @@ def test_what_is_no_place_for_a_pipeline_is_refused_before_anything_is_loaded(
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [["convert", "{stock}", "{out}"], ["export", "{out}", "--base", "{stock}"]])
+@pytest.mark.parametrize("command", [["convert", "{stock}", "{out}"], ["export", "{stock}", "{out}"]])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(stock_folder, saved, tmp_path, capsys, command) -> None:
     arguments = [argument.format(stock=stock_folder, out=saved) for argument in command]
     before = (saved / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -447,7 +451,7 @@ def test_a_signal_leaves_what_was_there(stock_folder, saved, tmp_path, monkeypat
 
 def test_weights_are_as_readable_as_other_files(stock_folder, tmp_path) -> None:
     assert main(["convert", stock_folder, str(tmp_path / "long")]) == 0
-    assert main(["export", str(tmp_path / "files"), "--base", stock_folder, "--format", "comfyui"]) == 0
+    assert main(["export", stock_folder, str(tmp_path / "files"), "--format", "comfyui"]) == 0
     (tmp_path / "other").touch()
     modes = {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file()}
     assert modes == {(tmp_path / "other").stat().st_mode}
@@ -572,7 +576,7 @@ def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys
         (["--model", "none.pt"], "none.pt does not exist"),
         (["--model", "{text_encoder}"], "has no image tower"),
         (["--model", "miniature-clip-1", "--tokenizer", "{empty}"], "pass a tokenizer's directory"),
-        (["--model", "miniature-clip-1", "--max-tokens", "249"], "max_tokens is 249; expected from 3 to 248"),
+        (["--model", "miniature-clip-1", "--max-tokens", "249"], "--max-tokens is 249; expected from 3 to 248"),
         (["--json", "{empty}"], "is a directory"),
         (["--json", "a" * 256], "cannot be written to (File name too long)"),
         (["--json", ""], "is a directory"),
@@ -606,11 +610,11 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),
         (
             ["generate", "a", "--base", "{stock}", "--device", "cpu", "--width", "100", "--out", "{png}"],
-            "`width` is 100; expected a multiple of 8",
+            "--width is 100; expected a multiple of 8",
         ),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--finelip", "x.pt", "--out", "{png}"], "x.pt"),
         (["generate", "a", "--base", "{empty}", "--device", "cpu", "--out", "{png}"], "model_index.json"),
-        (["generate", "a", "--device", "cpu", "--seed", "-1", "--out", "{png}"], "`seed` is -1; expected"),
+        (["generate", "a", "--device", "cpu", "--seed", "-1", "--out", "{png}"], "--seed is -1; expected"),
         (["generate", "a", "--device", "cpu", "--base", "./nowhere", "--out", "{png}"], "does not exist"),
         *[([command, "a", "--out", "/proc/1/a.png"], "cannot be written to") for command in ("generate", "compare")],
         (["convert", "{stock}", "/proc/none/long"], "cannot be written to"),
@@ -619,12 +623,12 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
             for command in ("generate", "compare")
         ],
         (["generate", "a", "--out", "{png}/a.png"], "cannot be written to (Not a directory)"),
-        (["export", "{png}", "--format", "comfyui"], "is a file: pass the name of a directory"),
-        (["export", "", "--format", "comfyui"], "has an empty name"),
+        (["export", "miniature", "{png}", "--format", "comfyui"], "is a file: pass the name of a directory"),
+        (["export", "miniature", "", "--format", "comfyui"], "has an empty name"),
         (["compare"], "Pass one prompt"),
         (["compare", "a", "--out", "grid.jpg"], "must be the name of a PNG file"),
-        (["compare", "a", "--out", "{png}", "--seed", "-1"], "`seed` is -1"),
-        (["compare", "a", "--out", "{png}", "--steps", "500"], "`steps` is 500"),
+        (["compare", "a", "--out", "{png}", "--seed", "-1"], "--seed is -1"),
+        (["compare", "a", "--out", "{png}", "--steps", "500"], "--steps is 500"),
         (["compare", "a", "--out", "{png}", "--device", "cpu", "--offload"], "the device is the CPU"),
         (["compare", "a", "--out", "{png}", "--device", "cpu", "--base", "{empty}"], "model_index.json"),
         (["convert", "{empty}", "{empty}/out"], "model_index.json"),
@@ -671,17 +675,20 @@ def test_mistakes_are_one_line_on_stderr(stock_folder, tmp_path, capsys, argumen
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--width", "9"], "`width` is 9; expected a whole number from 64 to 2048"),
-        (["--width", "100000000"], "`width` is 100000000; expected"),
-        (["--width", "80000", "--height", "80000"], "`width` is 80000; expected"),
-        (["--height", "100"], "`height` is 100; expected a multiple of 8, such as 96"),
-        (["--steps", "201"], "`steps` is 201; expected a whole number from 1 to 200"),
-        *[([f"--guidance-scale={value}"], f"`guidance_scale` is {value}") for value in ("nan", "inf", "-1.0", "51.0")],
-        *[([f"--conditioning-adapter-scale={value}"], f"scale` is {value}") for value in ("nan", "-inf", "1.1")],
-        (["--seed", str(2**32)], "`seed` is 4294967296; expected a whole number from 0 to 4294967295"),
-        (["--seed", "-1"], "`seed` is -1"),
-        (["--negative-prompt", "a" * 20_001], "`negative_prompt` has 20,001 characters"),
-        (["--negative-prompt", "\udcff"], "`negative_prompt` holds half of a surrogate pair"),
+        (["--width", "9"], "--width is 9; expected a whole number from 64 to 2048"),
+        (["--width", "100000000"], "--width is 100000000; expected"),
+        (["--width", "80000", "--height", "80000"], "--width is 80000; expected"),
+        (["--height", "100"], "--height is 100; expected a multiple of 8, such as 96"),
+        (["--steps", "201"], "--steps is 201; expected a whole number from 1 to 200"),
+        *[([f"--guidance-scale={value}"], f"--guidance-scale is {value}") for value in ("nan", "inf", "-1.0", "51.0")],
+        *[
+            ([f"--conditioning-adapter-scale={value}"], f"--conditioning-adapter-scale is {value}")
+            for value in ("nan", "-inf", "1.1")
+        ],
+        (["--seed", str(2**32)], "--seed is 4294967296; expected a whole number from 0 to 4294967295"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--negative-prompt", "a" * 20_001], "--negative-prompt has 20,001 characters"),
+        (["--negative-prompt", "\udcff"], "--negative-prompt holds half of a surrogate pair"),
     ],
 )
 def test_settings_are_checked_before_anything_is_loaded(command, arguments, message, tmp_path, capsys) -> None:
@@ -694,7 +701,7 @@ def test_settings_are_checked_before_anything_is_loaded(command, arguments, mess
 def test_the_last_of_several_seeds_is_in_range_too(tmp_path, capsys) -> None:
     options = ["--device", "cpu", "--out", str(tmp_path / "a.png"), "--seed", str(2**32 - 2)]
     assert main(["generate", "a fox", *options, "--num-images", "3"]) == 2
-    assert "`seed` is 4294967296" in capsys.readouterr().err
+    assert "--seed is 4294967296" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -810,8 +817,9 @@ def test_the_answer_stands_alone() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "text_encoder and text_encoder_2 encode prompt: 5 tokens in 1 window of 77 positions,"
-        " as stock SDXL encodes it; nothing is cut",
+        " as the stock miniature encodes it; nothing is cut",
         '  window 1, 5 tokens: "a red star"',
+        "Counted in the miniature's tokens.",
     ]
 
 
@@ -820,10 +828,10 @@ def test_the_pictures_and_figures_of_commands_stand_alone(tmp_path) -> None:
     picture, grid = str(tmp_path / "a.png"), str(tmp_path / "grid.png")
     drawing = ["--steps", "1", "--device", "cpu", "--seed", "0"]
     done = run([*COMMAND, "generate", "a red star", *drawing, "--out", picture])
-    assert done.stdout.splitlines()[2:] == [f"{picture} (seed 0)"]
+    assert done.stdout.splitlines()[3:] == [DRAWS, f"{picture} (seed 0)"]
     assert said(done) == []
     done = run([*COMMAND, "compare", "a red star", *drawing, "--out", grid])
-    assert (len(done.stdout.splitlines()), said(done)) == (7, [])
+    assert (len(done.stdout.splitlines()), said(done)) == (9, [])
     done = run([*COMMAND, "evaluate", "retrieval", "--data", "miniature:2", "--device", "cpu"])
     assert (done.returncode, said(done)) == (0, [])
     done = run([*COMMAND, "convert", "miniature", str(tmp_path / "long"), "--conditioning-adapter", "none"])
@@ -942,9 +950,9 @@ def test_help_names_every_kind_of_data(capsys) -> None:
     [
         (
             ["generate"],
-            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "default: 30"),
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 30"),
         ),
-        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "default: 30")),
+        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 30")),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
     ],
 )

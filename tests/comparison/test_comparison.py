@@ -15,6 +15,7 @@ from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.comparison import COLUMNS, Settings
 from finelip_sdxl.comparison.comparison import Comparison, Picture, label_pictures
 from finelip_sdxl.miniature.parsing import parse_description
+from finelip_sdxl.recommended import Recommended
 from finelip_sdxl.text_encoders import num_positions
 from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer
 
@@ -42,6 +43,7 @@ def stock(components) -> StableDiffusionXLPipeline:
 
 
 def draw(pipe, settings: Settings = SETTINGS, prompt: str | None = LONG, **arguments) -> Image.Image:
+    settings = settings.filled(Recommended())
     return pipe(
         prompt,
         num_inference_steps=settings.steps,
@@ -262,6 +264,7 @@ def test_a_picture_that_is_no_number_is_told_in_a_sentence_and_the_next_one_work
 # Threads
 
 
+@pytest.mark.slow
 def test_drawings_of_several_threads_are_those_of_one(comparison) -> None:
     settings = [
         Settings(LONG, "a fox", steps=3, seed=seed, hidden_states=states)
@@ -555,7 +558,7 @@ def test_a_picture_says_what_it_was_drawn_from(comparison) -> None:
     comparison.sources = {"base": "some/sdxl"}
     assert comparison.draw("stock", SETTINGS).parameters["base"] == "some/sdxl"
     again = Settings.from_parameters({**picture.parameters, "width": None, "height": None})
-    assert again == SETTINGS
+    assert again == SETTINGS.filled(comparison.recommended)
 
 
 def test_settings_are_read_from_what_the_command_line_wrote() -> None:

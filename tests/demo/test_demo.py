@@ -22,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from demo import app
 from demo.page import build_page
-from demo.progress import MAX_VISITORS, Progress, Stopped, Visitors, follow
+from demo.progress import MAX_VISITORS, Line, Progress, Stopped, Visitors, Waiting, follow
 from demo.scoring_view import judge
 from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture
 from finelip_sdxl.comparison.settings import MAX_SEED, Settings
@@ -137,6 +137,47 @@ def test_nothing_is_kept_of_what_is_over_and_little_of_what_never_began() -> Non
         assert flag.is_set()  # the newest are not forgotten
 
 
+# The line
+
+NEVER = threading.Event()
+
+
+def test_the_first_in_line_has_the_turn_and_the_others_their_places() -> None:
+    line = Line(longest=5)
+    with line.join(10) as first, line.join(20) as second, line.join(30) as third:
+        assert list(first.wait(NEVER)) == []
+        assert next(second.wait(NEVER)) == Waiting(1, None), "nothing was timed yet"
+        first.advance(4)
+        pace = line._pace
+        assert pace > 0
+        assert next(second.wait(NEVER)) == Waiting(1, pytest.approx(6 * pace))
+        assert next(third.wait(NEVER)) == Waiting(2, pytest.approx((6 + 20) * pace))
+
+
+def test_who_leaves_the_line_makes_room() -> None:
+    line = Line(longest=5)
+    with line.join(1), pytest.raises(KeyError), line.join(1):
+        raise KeyError
+    with line.join(1) as place:
+        assert list(place.wait(NEVER)) == []
+
+
+def test_who_is_stopped_while_waiting_waits_no_longer() -> None:
+    line, flag = Line(longest=5), threading.Event()
+    with line.join(1), line.join(1) as second:
+        waits = second.wait(flag)
+        next(waits)
+        flag.set()
+        with pytest.raises(Stopped):
+            next(waits)
+
+
+def test_a_line_has_an_end() -> None:
+    line = Line(longest=1)
+    with line.join(1), line.join(1), pytest.raises(ValueError, match="already: try again in a few minutes"):
+        line.join(1).__enter__()
+
+
 # The miniature's pictures
 
 
@@ -196,13 +237,16 @@ def test_the_api_counts_tokens(client) -> None:
     [
         ("", {}, "The prompt is empty: write one"),
         ("a star " * 1000, {}, "The text has 7,000 characters; at most 6,000 are allowed here"),
-        ("a star", {"steps": 0}, "`steps` is 0; expected a whole number from 1 to 200"),
-        ("a star", {"steps": 150}, "Steps are limited to 100 here"),
-        ("a star", {"width": 8000}, "Width and height are limited to 384 pixels here"),
+        ("a star", {"steps": 0}, "`steps` is 0; expected a whole number from 1 to 100"),
+        ("a star", {"steps": 150}, "`steps` is 150; expected a whole number from 1 to 100"),
+        ("a star", {"steps": "x"}, "`steps` is 'x'; expected a whole number from 1 to 100"),
+        ("a star", {"width": 8000}, "`width` is 8000; expected a whole number from 64 to 384"),
         ("a star", {"height": 100}, "`height` is 100; expected a multiple of 8"),
         ("a star", {"seed": -1}, "`seed` is -1; expected a whole number"),
         ("a star", {"columns": ["other"]}, "`column` must be one of"),
         ("a star", {"columns": []}, "No column is chosen"),
+        ("a star", {"columns": "stock"}, "`columns` must be a list of 'stock', 'compel', 'finelip', but is 'stock'"),
+        ("a star", {"weighting": "other"}, "`weighting` must be one of 'none', 'compel', 'a1111'"),
         ("a star", {"columns": ["stock"] * 300}, "`columns` names 'stock' 300 times"),
         ("a star", {"columns": ["finelip", "stock", "finelip"]}, "`columns` names 'finelip' 2 times"),
         ("(" * 500, {"columns": ["compel"]}, "compel would take minutes"),
@@ -252,6 +296,7 @@ CALL = {
     "conditioning_adapter_scale": "1",
     "hidden_states": "null",
     "seed": "0",
+    "weighting": "null",
 }
 OTHER_KINDS = ["NaN", "-1e999", "[]", "[1, [2]]", "{}", '"<img src=x>"', "true", "2.5", "-3", "1e300"]
 
@@ -262,7 +307,7 @@ def call(**changes: str) -> str:
 
 @pytest.mark.parametrize("value", OTHER_KINDS)
 @pytest.mark.parametrize("name", CALL)
-def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch, name, value) -> None:
+def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch, capsys, name, value) -> None:
     is_right = (name.endswith("prompt") and value.startswith('"')) or (name, value) == ("guidance_scale", "2.5")
     drawn = []
 
@@ -276,14 +321,25 @@ def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch
     if not is_right:
         said = json.loads(answer.split("event: error\ndata: ")[1])["error"]
         assert "<" not in said
-        assert any(word in said for word in ("expected", "must be", "No column", "limited", "empty"))
+        assert any(word in said for word in ("expected", "must be", "No column", "empty"))
+        assert "Traceback" not in capsys.readouterr().err
 
 
-def test_null_stands_for_what_is_left_out_or_is_named(demo, monkeypatch) -> None:
+def test_null_is_named_where_it_stands_for_nothing(demo, monkeypatch, capsys) -> None:
     monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
-    for name in ("prompt", "columns", "steps", "guidance_scale", "width", "seed"):
+    for name in ("prompt", "negative_prompt", "columns", "width", "conditioning_adapter_scale", "seed"):
         answer = post(demo, "compare", call(**{name: "null"}))
-        assert any(word in answer for word in ("is empty", "No column", f"There is no {name}", f"`{name}` is None"))
+        assert f"`{name}` " in answer or "No column is chosen" in answer
+        assert "None" in answer or "No column is chosen" in answer
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_models_own_steps_and_guidance_stand_for_null(demo, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(demo.comparison, "draw", lambda column, settings, on_step: drawn.append(settings) or 1 / 0)
+    post(demo, "compare", call(steps="null", guidance_scale="null"))
+    own = demo.page.defaults
+    assert [(settings.steps, settings.guidance_scale) for settings in drawn] == [(own.steps, own.guidance_scale)]
 
 
 def test_what_is_posted_past_the_queue_is_refused(demo, monkeypatch) -> None:
@@ -383,7 +439,7 @@ class Visitor:
     session_hash = "visitor"
 
 
-VALUES = [LONG, "", 2, 3.0, 96, 96, 1.0, "penultimate", 0, False]  # the page's fields, and no random seed
+VALUES = [LONG, "", 2, 3.0, 96, 96, 1.0, "penultimate", "none", 0, True]  # the page's fields, and the seed is kept
 
 
 def fail_at(column: str, error: Exception) -> Callable[..., Picture]:
@@ -405,6 +461,56 @@ def events_until_error(run) -> tuple[list, Exception]:
     except Exception as error:
         return events, error
     pytest.fail("nothing went wrong")
+
+
+def test_a_run_says_which_step_it_is_at_and_frees_its_buttons(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", fail_at("none", ValueError()))
+    draw, stop, *_ = demo.page.ask(Visitor())
+    assert (draw["interactive"], stop["interactive"]) == (False, True)
+    texts = [shown[-2] for shown in demo.page.draw_columns(Visitor(), *VALUES, ["stock", "finelip"])]
+    texts = [text["value"] for text in texts if "value" in text]
+    assert texts == ["Drawing…", *(f"Drawing… step 1 of 2, picture {number} of 2" for number in (1, 2))]
+    draw, stop, *_, bar = demo.page.rest()
+    assert (draw["value"], draw["interactive"], stop["interactive"], bar) == ("Draw", True, False, "")
+
+
+def test_a_seed_is_new_each_time_unless_it_is_kept(demo, monkeypatch) -> None:
+    monkeypatch.setattr(demo.comparison, "draw", fail_at("none", ValueError()))
+    new = [next(demo.page.draw_columns(Visitor(), *VALUES[:-1], False, ["stock"]))[0] for _ in range(3)]
+    assert len(set(new)) == 3
+    assert next(demo.page.draw_columns(Visitor(), *VALUES, ["stock"]))[0] == 0
+
+
+def test_weights_are_taken_as_they_are_chosen(demo, monkeypatch) -> None:
+    counts = {
+        weighting: len(demo.comparison.plan("a (red)1.5 star", ["finelip"], weighting)["finelip"].windows[0].token_ids)
+        for weighting in ("none", "compel")
+    }
+    assert counts["compel"] == 3 < counts["none"]
+    seen = []
+    monkeypatch.setattr(demo.comparison, "_draw", lambda *job: seen.append(job[1].weighting) or 1 / 0)
+    values = [*VALUES]
+    values[8] = "compel"
+    events_until_error(demo.page.draw_columns(Visitor(), *values, ["finelip"]))
+    assert seen == ["compel"]
+
+
+def test_the_page_opens_with_the_pictures_of_its_first_example_drawn_once(demo, monkeypatch) -> None:
+    drawn = []
+
+    def draw(column, settings, on_step) -> Picture:
+        drawn.append((column, settings))
+        return Picture(column, Image.new("RGB", (96, 96)), settings, seconds=1.0)
+
+    monkeypatch.setattr(demo.comparison, "draw", draw)
+    monkeypatch.setattr(demo.page, "_opening", [])
+    for _ in range(2):
+        *_, shown = demo.page.open(Visitor())
+    assert drawn == [(column, demo.page.defaults) for column in ("stock", "compel", "finelip")]
+    assert all("20 steps in 1.0 s, seed 0" in status for status in shown[2::5])
+    demo.page.ask(Visitor())
+    assert list(demo.page.open(Visitor())) == [], "pictures that were asked for meanwhile are not overwritten"
+    demo.page.leave(Visitor())
 
 
 @pytest.mark.parametrize("error", [ValueError("brackets"), RuntimeError("a bug")])
@@ -431,7 +537,7 @@ def test_a_grid_that_an_error_leaves_undrawn_says_so(demo, monkeypatch) -> None:
 
 
 def test_seeds_past_the_last_are_explained(demo) -> None:
-    values = [*VALUES[:-2], MAX_SEED, False]
+    values = [*VALUES[:-2], MAX_SEED, True]
     with pytest.raises(gr.Error, match=r"`seed` is \d+; expected a whole number"):
         next(demo.page.draw_grid(Visitor(), *values, ["stock"], 2))
 
@@ -439,7 +545,7 @@ def test_seeds_past_the_last_are_explained(demo) -> None:
 def test_a_grid_is_bounded(demo, monkeypatch) -> None:
     monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
     for columns, seeds, message in (
-        (["stock"], 9, "Seeds are limited to 8 here"),
+        (["stock"], 9, "`seeds` is 9; expected a whole number from 1 to 8"),
         (["stock"], 0, "`seeds` is 0"),
         (["stock"], float("nan"), "`seeds` is nan"),
         (["stock"], None, "`seeds` is None"),
@@ -465,29 +571,29 @@ def parsed(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("text", ["a star, " * 700, "(a star)1.2 " * 450, '"a star" ' * 600, "(" * 6000, "a"])
 def test_the_meter_does_not_wait_for_compel_s_parser(demo, parsed, text) -> None:
-    html = demo.page.render_meter(text, Visitor())
+    html = demo.page.render_meter(text, "none", Visitor())
     assert not parsed
     assert "is still planning" in html
     assert html.count('class="meter-line') == 3
 
 
 def test_compel_s_part_of_the_meter_follows(demo, parsed) -> None:
-    demo.page.render_meter(LONG, Visitor())
-    html = demo.page.render_whole_meter(LONG, Visitor())
+    demo.page.render_meter(LONG, "none", Visitor())
+    html = demo.page.render_whole_meter(LONG, "none", Visitor())
     assert parsed == [LONG]
     assert "is still planning" not in html
     assert "in 2 windows of 77" in html
 
 
 def test_what_was_typed_meanwhile_is_not_overwritten(demo) -> None:
-    demo.page.render_meter("a star", Visitor())
-    demo.page.render_meter("a star and a ring", Visitor())
-    assert demo.page.render_whole_meter("a star", Visitor()) == gr.skip()
-    assert "a star and a ring" in demo.page.render_whole_meter("a star and a ring", Visitor())
+    demo.page.render_meter("a star", "none", Visitor())
+    demo.page.render_meter("a star and a ring", "none", Visitor())
+    assert demo.page.render_whole_meter("a star", "none", Visitor()) == gr.skip()
+    assert "a star and a ring" in demo.page.render_whole_meter("a star and a ring", "none", Visitor())
 
 
 def test_the_meter_of_nothing_asks_for_a_prompt(demo) -> None:
-    assert "Write a prompt" in demo.page.render_meter(None, Visitor())
+    assert "Write a prompt" in demo.page.render_meter(None, "none", Visitor())
 
 
 # What stands on the page
@@ -501,7 +607,7 @@ def test_the_page_names_what_draws(demo, monkeypatch, tmp_path) -> None:
     names = {"base": "sdxl-base", "refiner": "small<refiner", "finelip": "longclip", "dtype": "float16"}
     monkeypatch.setattr(demo.comparison, "sources", names)
     page = build_page(demo.comparison, tmp_path, 1536)
-    said = "Draws with sdxl-base, FineLIP longclip, refiner small&lt;refiner."
+    said = "Model: sdxl-base · FineLIP: longclip · refiner: small&lt;refiner"
     assert component(page, "sources").value == said
 
 
@@ -509,7 +615,7 @@ def test_the_page_names_no_path_of_this_machine(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **arguments: None)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     page = app.serve(app.parse(["--base", str(miniature_path())]), tmp_path)
-    assert component(page, "sources").value == f"Draws with {miniature_path().name}."
+    assert component(page, "sources").value == f"Model: {miniature_path().name}"
 
 
 def test_steps_begin_where_a_refiner_can_draw(demo, monkeypatch, tmp_path) -> None:
@@ -556,6 +662,11 @@ def session(name: str | None) -> Any:
 NAMES = ["!!!", "", ".", "..", "/", "../../outside/", "a", "a!", "a.", "A", "ä", "\ud800", "a" * 5000, "pictures"]
 
 
+def write(demo, name: str, flag: threading.Event | None = None) -> Path:
+    picture = Picture("stock", Image.new("RGB", (8, 8)), demo.page.defaults, seconds=1.0)
+    return demo.page._save_picture(picture, session(name), flag or threading.Event())
+
+
 def test_each_session_has_a_folder_of_its_own_whatever_its_name(demo) -> None:
     folders = [demo.page._folder_of(session(name)) for name in NAMES]
     assert len(set(folders)) == len(NAMES)
@@ -564,9 +675,7 @@ def test_each_session_has_a_folder_of_its_own_whatever_its_name(demo) -> None:
 
 
 def test_a_session_deletes_nobody_else_s_pictures(demo) -> None:
-    files = [demo.page._new_file(session(name), "picture.png") for name in ("a visitor", *NAMES)]
-    for file in files:
-        file.write_bytes(b"")
+    files = [write(demo, name) for name in ("a visitor", *NAMES)]
     for name, file in zip(NAMES, files[1:], strict=True):
         (demo.page.ask if name == "!!!" else demo.page.leave)(session(name))
         assert not file.exists()
@@ -580,11 +689,20 @@ def test_those_without_a_name_share_nothing(demo) -> None:
 
 
 def test_pictures_of_those_who_never_leave_are_deleted_later(demo) -> None:
-    old = demo.page._new_file(session("old"), "picture.png").parent
-    new = demo.page._new_file(session("new"), "picture.png").parent
+    old, new = (write(demo, name).parent for name in ("old", "new"))
     os.utime(old, (0, 0))
-    demo.page._new_file(session("another"), "picture.png")
+    write(demo, "another")
     assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_a_picture_that_is_written_while_its_page_is_closed_is_not_kept(demo) -> None:
+    with demo.page.visitors.running("a visitor") as flag:
+        kept = write(demo, "a visitor", flag)
+        demo.page.leave(session("a visitor"))
+        assert not kept.exists()
+        with pytest.raises(Stopped):
+            write(demo, "a visitor", flag)
+        assert not kept.exists()
 
 
 HOSTILE = '<img src="https://example.com/x.png" onerror=alert(1)>&amp;<script>'
@@ -668,6 +786,18 @@ def test_a_proxy_stays_for_everything_else(monkeypatch, host, added) -> None:
     for _ in range(2):
         app.bypass_proxy(host)
         assert os.environ["no_proxy"] == f"example.com,localhost,127.0.0.1,::1{added}"
+
+
+def test_a_port_that_is_taken_is_told_by_its_flag(demo, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Comparison, "load", lambda *args, **options: demo.comparison)
+    for name in ("no_proxy", "NO_PROXY", "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # what is set is undone
+    port = str(demo.blocks.server_port)
+    assert app.main(["--port", port]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"Port {port} cannot be opened at 127.0.0.1" in line
+    assert "--port" in line
+    assert "server_port" not in line
 
 
 @pytest.mark.parametrize("error", [Exception("code 502"), ValueError("When localhost is not accessible, share")])

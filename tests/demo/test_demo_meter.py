@@ -51,7 +51,7 @@ class Page(HTMLParser):
         legend: the legend's text.
         text: the prompt as it is shown, without marks.
         struck: the part of it that is struck out.
-        marks: for each mark in the prompt its column, its text and the length of the prompt before it.
+        marks: for each mark in the prompt its column, its label and the length of the prompt before it.
     """
 
     def __init__(self, html: str) -> None:
@@ -70,6 +70,9 @@ class Page(HTMLParser):
         self._open.append((tag, classes))
         if "meter-line" in classes:
             self.lines.append("")
+        if "meter-mark" in classes:
+            (column,) = [name for name in classes if name != "meter-mark"]
+            self.marks.append((column.removeprefix("meter-"), dict(attrs)["data-label"], len(self.text)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop()[0] == tag
@@ -82,9 +85,6 @@ class Page(HTMLParser):
             self.legend += data
         elif "meter-text" not in inside:
             return
-        elif "meter-mark" in inside:
-            (column,) = [name for name in self._open[-1][1] if name != "meter-mark"]
-            self.marks.append((column.removeprefix("meter-"), data, len(self.text)))
         else:
             self.text += data
             self.struck += data if "del" in {tag for tag, _ in self._open} else ""
@@ -152,7 +152,7 @@ def test_a_cut_prompt_is_struck_through_where_stock_stops() -> None:
     assert shown.text == prompt, "once, and whole"
     assert shown.struck == plans["stock"].cut_text
     stop = len(prompt) - len(shown.struck)
-    assert ("stock", "Stock SDXL stops here", stop) in shown.marks
+    assert ("stock", "Stock SDXL stops", stop) in shown.marks
     assert "Stock SDXL leaves it out" in shown.legend
 
 
@@ -182,9 +182,23 @@ def test_windows_of_a_rewritten_prompt_are_counted_but_not_marked() -> None:
     shown = page(prompt, {"compel": plan("a red fox ", "and a hare"), "finelip": plan(prompt)})
     assert shown.lines[0] == "compelencodes all 8 tokens in 2 windows of 77"
     assert not shown.marks
-    assert shown.legend == "compel encodes a rewritten prompt, so its windows are not marked"
+    assert "compel takes the signs of weights out of the prompt: it counts other tokens" in shown.legend
     assert shown.text == prompt
     assert not page(prompt, {"compel": plan("a red fox and a hare")}).legend, "one window has no borders to miss"
+
+
+def test_another_count_is_explained() -> None:
+    prompt = "a (red fox)1.5 and a hare"
+    plans = {"stock": plan("a (red fox) 1.5 and a hare"), "compel": plan("a red fox and a hare")}
+    assert "it counts other tokens" in page(prompt, plans).legend
+
+
+def test_the_layer_over_the_prompt_holds_nothing_but_its_text() -> None:
+    prompt = FOX * 50
+    html = render_meter(prompt, plans_of(prompt), TITLES)
+    layer = html[html.index('<div class="meter-text"') :]
+    assert re.sub(r"<[^>]*>", "", layer) == prompt, "its lines are those of the box"
+    assert 'aria-hidden="true"' in layer.split(">")[0], "the box itself is read aloud"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +254,11 @@ def test_an_empty_prompt_gets_a_hint(prompt) -> None:
     html = render_meter(prompt, plans_of(prompt), TITLES)
     assert HINT in html
     assert not Page(html).lines
+
+
+def test_the_meter_says_whose_tokens_are_counted() -> None:
+    html = render_meter(FOX, plans_of(FOX), TITLES, note="<b> & a note.")
+    assert "Counted in this model&#39;s own tokens. &lt;b&gt; &amp; a note." in html
 
 
 def test_columns_can_be_left_out() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
+from finelip_sdxl.cli import export
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.pipelines.export import save_comfyui, stock_pipeline
 from finelip_sdxl.text_encoders import text_encoder_tensors
@@ -109,7 +111,7 @@ numpy.save(f"{folder}/image.npy", image)
 def test_stock_opens_it_without_the_package_and_draws_the_same(stock_folder, tmp_path, capsys) -> None:
     finelip, out = tmp_path / "finelip", tmp_path / "deep" / "exported"
     make_text_encoder(32, positions=248, seed=7).save_pretrained(finelip)
-    assert main(["export", str(out), "--base", stock_folder, "--finelip", str(finelip)]) == 0
+    assert main(["export", stock_folder, str(out), "--finelip", str(finelip)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert [path.name for path in out.parent.iterdir()] == ["exported"], "no temporary directory is left"
 
@@ -127,7 +129,7 @@ def test_nothing_of_ours_is_left_but_what_stretched_encoders_say_of_themselves(s
     finelip = make_text_encoder(32, positions=248, seed=7)
     FineLIPSDXLPipeline.from_pretrained(stock_folder, finelip=finelip, overflow="error").save_pretrained(saved)
     assert (saved / "stock_text_encoder").is_dir()
-    assert main(["export", str(tmp_path / "out"), "--base", str(saved), "--dtype", "float16"]) == 0
+    assert main(["export", str(saved), str(tmp_path / "out"), "--dtype", "float16"]) == 0
 
     StableDiffusionXLPipeline.from_pretrained(stock_folder).save_pretrained(tmp_path / "stock")
     indices = [json.loads((tmp_path / name / "model_index.json").read_text()) for name in ("out", "stock")]
@@ -145,7 +147,7 @@ def test_nothing_of_ours_is_left_but_what_stretched_encoders_say_of_themselves(s
 
 def test_a_pipeline_saved_with_77_positions_is_stretched(components, tmp_path) -> None:
     FineLIPSDXLPipeline(**components).save_pretrained(tmp_path / "saved")
-    assert main(["export", str(tmp_path / "out"), "--base", str(tmp_path / "saved")]) == 0
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out")]) == 0
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
     assert stock.tokenizer.model_max_length == stock.text_encoder.config.max_position_embeddings == 248
 
@@ -153,7 +155,7 @@ def test_a_pipeline_saved_with_77_positions_is_stretched(components, tmp_path) -
 def test_the_kind_of_pipeline_and_its_options_stay(components, tmp_path) -> None:
     components |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
     StableDiffusionXLImg2ImgPipeline(**components).save_pretrained(tmp_path / "refiner")
-    assert main(["export", str(tmp_path / "out"), "--base", str(tmp_path / "refiner")]) == 0
+    assert main(["export", str(tmp_path / "refiner"), str(tmp_path / "out")]) == 0
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLImg2ImgPipeline"
     assert index["requires_aesthetics_score"] is True
@@ -165,7 +167,7 @@ def test_a_conditioning_adapter_and_published_states_are_left_out_with_a_warning
     pipe.swap_text_encoders()
     pipe.save_pretrained(tmp_path / "saved")
     caplog.clear()
-    assert main(["export", str(tmp_path / "out"), "--base", str(tmp_path / "saved")]) == 0
+    assert main(["export", str(tmp_path / "saved"), str(tmp_path / "out")]) == 0
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("conditioning_adapter is left out")
     assert "A LoRA from training/align_adapter.py" in first
@@ -223,10 +225,29 @@ def test_comfyui_gets_the_keys_shapes_and_dtypes_that_it_reads(components, tmp_p
 
 
 def test_the_miniature_is_exported_too_and_a_line_says_what_comfyui_wants(tmp_path, capsys, caplog) -> None:
-    assert main(["export", str(tmp_path), "--format", "comfyui"]) == 0
+    assert main(["export", "miniature", str(tmp_path), "--format", "comfyui"]) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in reversed(FILES)]
     (warning,) = (record.getMessage() for record in caplog.records if "ComfyUI" in record.getMessage())
     assert "recognizes clip_g by its layer 30, but these have 6 and 6 layers" in warning
+
+
+def test_a_line_says_what_comfyui_cannot_load_before_anything_is_loaded(
+    stock_folder, tmp_path, monkeypatch, caplog
+) -> None:
+    def open_base(*arguments: Any, **options: Any) -> None:
+        assert "ComfyUI will not load these files" in caplog.text
+        raise ValueError("loads")
+
+    monkeypatch.setattr(export, "open_base", open_base)
+    for base in (stock_folder, "miniature"):
+        caplog.clear()
+        assert main(["export", base, str(tmp_path / "out"), "--format", "comfyui"]) == 2
+        assert "ComfyUI will not load these files" in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_miniatures_files_hold_its_encoders(tmp_path, capsys) -> None:
+    assert main(["export", "miniature", str(tmp_path), "--format", "comfyui"]) == 0
     pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
     for file, encoder in (FILES[1], pipe.text_encoder), (FILES[0], pipe.text_encoder_2):
         weights = load_file(tmp_path / file)
@@ -238,7 +259,7 @@ def test_the_miniature_is_exported_too_and_a_line_says_what_comfyui_wants(tmp_pa
 def test_comfyui_files_go_beside_others_and_replace_none_unasked(stock_folder, tmp_path, capsys) -> None:
     (tmp_path / "t5.safetensors").write_text("another's")
     (tmp_path / "clip_g.safetensors").write_text("another's")
-    command = ["export", str(tmp_path), "--base", stock_folder, "--format", "comfyui"]
+    command = ["export", stock_folder, str(tmp_path), "--format", "comfyui"]
     assert main(command) == 2
     assert "clip_g.safetensors exists: pass --overwrite" in capsys.readouterr().err
     assert not (tmp_path / "clip_l.safetensors").exists()
@@ -278,7 +299,7 @@ def test_mistakes_are_one_line_and_leave_nothing(stock_folder, tmp_path, capsys,
     names["other"].mkdir()
     (names["other"] / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     base, *rest = (argument.format(**names) for argument in arguments)
-    assert main(["export", str(tmp_path / "out"), "--format", format, "--base", base, *rest]) == 2
+    assert main(["export", base, str(tmp_path / "out"), "--format", format, *rest]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("finelip-sdxl export: error: ")
     assert message in line
@@ -289,12 +310,12 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_a_pipeline(stock_fol
     out = tmp_path / "out"
     out.mkdir()
     (out / "letter.txt").write_text("dear")
-    command = ["export", str(out), "--base", stock_folder]
+    command = ["export", stock_folder, str(out)]
     for more, message in ([], "exists: pass --overwrite"), (["--overwrite"], "not a saved pipeline"):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
         assert (out / "letter.txt").read_text() == "dear"
-    assert main([*command[:1], str(out / "letter.txt"), *command[2:], "--format", "comfyui"]) == 2
+    assert main([*command[:2], str(out / "letter.txt"), "--format", "comfyui"]) == 2
     assert "letter.txt is a file" in capsys.readouterr().err
     (out / "model_index.json").write_text("{}")
     assert main([*command, "--overwrite"]) == 0

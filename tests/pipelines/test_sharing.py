@@ -270,9 +270,9 @@ def test_nothing_that_is_saved_says_where_it_was(hub, session_components, tmp_pa
     if how == "convert":
         assert main(["convert", str(base), str(out), *options, "--conditioning-adapter", str(adapter)]) == 0
     elif how == "comfyui":
-        assert main(["export", str(out), "--base", str(base), *options, "--format", "comfyui"]) == 0
+        assert main(["export", str(base), str(out), *options, "--format", "comfyui"]) == 0
     elif how == "export":
-        assert main(["export", str(out), "--base", str(base), *options]) == 0
+        assert main(["export", str(base), str(out), *options]) == 0
     else:
         unet = UNet2DConditionModel.from_pretrained(base / "unet")
         ControlNetModel.from_unet(unet).save_pretrained(control)

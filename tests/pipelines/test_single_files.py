@@ -209,7 +209,7 @@ def test_the_command_line_converts_it(file, stock_folder, tmp_path, capsys) -> N
 
 def test_the_command_line_exports_it_for_stock_diffusers(file, stock_folder, tmp_path, capsys) -> None:
     out = tmp_path / "exported"
-    assert main(["export", str(out), "--base", file, "--config", stock_folder, "--dtype", "float32"]) == 0
+    assert main(["export", file, str(out), "--config", stock_folder, "--dtype", "float32"]) == 0
     plain = StableDiffusionXLPipeline.from_pretrained(out)
     direct = FineLIPSDXLPipeline.from_single_file(
         file, config=stock_folder, short_prompt_encoder="long", length_buckets=()

@@ -153,7 +153,8 @@ def test_report_reads_well() -> None:
         '  window 1, 3 tokens: "red"\n'
         "text_encoder and text_encoder_2 encode negative prompt 2:"
         " 3 tokens in 1 window of 77 positions, as stock SDXL encodes it; nothing is cut\n"
-        '  window 1, 3 tokens: "red"'
+        '  window 1, 3 tokens: "red"\n'
+        "Counted in this model's own tokens."
     )
     single = str(report.plans[0])
     assert single.startswith("text_encoder encodes prompt: 4 tokens")
@@ -211,7 +212,7 @@ def test_windows_are_bounded() -> None:
 def test_breaks_are_bounded_as_windows_are() -> None:
     most = MAX_POSITIONS // 248
     assert plan_prompts([spec()], [["a BREAK " * most]], weighting="a1111").windows == most
-    with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}, since every .*: shorten it, take BREAKs out"):
+    with pytest.raises(ValueError, match=rf"needs 2,500 windows.*at most {most}, .*: shorten it, take BREAKs out"):
         plan_prompts([spec()], [["a BREAK " * 2500]], weighting="a1111")
 
 

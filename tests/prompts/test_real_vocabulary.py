@@ -1,21 +1,20 @@
-"""Counts, windows and reports of real prompts, in CLIP's own vocabulary of 49,408 tokens.
+"""CLIP's vocabulary of 49,408 tokens; and counts, windows and reports of real prompts in it.
 
-The other tests have a vocabulary of 14 words. This one is OpenAI's, from the package clip-anytorch, of which nothing
-else is used: `pip install --no-deps -c constraints.txt clip-anytorch`.
+The other tests have a vocabulary of 14 words.
 """
 
-import gzip
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.comparison.comparison import Comparison
+from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts, tokenize
+from finelip_sdxl.prompts.vocabulary import MINIATURE, OTHER, SDXL, clip_tokenizer, name_tokens
+from tests.helpers.tiny_sdxl import make_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "demo" / "examples" / "sdxl"
 TOKENS = {
@@ -46,40 +45,21 @@ def example(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def merges() -> list[tuple[str, ...]]:
-    try:
-        file = distribution("clip-anytorch").locate_file("clip/bpe_simple_vocab_16e6.txt.gz")
-    except PackageNotFoundError:
-        pytest.skip("CLIP's vocabulary is not here: pip install --no-deps -c constraints.txt clip-anytorch")
-    lines = gzip.decompress(Path(file).read_bytes()).decode("utf-8").split("\n")
-    # CLIP uses as many as fill a vocabulary of 49,408: two for each byte, one for each pair, two special ones.
-    return [tuple(line.split()) for line in lines[1 : 1 + 49_408 - 2 * 256 - 2]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(merges) -> CLIPTokenizer:
-    return make_clip_tokenizer(merges, 248)
-
-
-def make_clip_tokenizer(merges: list[tuple[str, ...]], length: int, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *[f"{letter}</w>" for letter in letters], *map("".join, merges)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: index for index, word in enumerate(words)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, pad_token=pad_token)
+def tokenizer() -> CLIPTokenizer:
+    return clip_tokenizer(max_length=248)
 
 
 @pytest.fixture
-def pipe(merges, session_components) -> FineLIPSDXLPipeline:
-    return make_pipe(merges, session_components)
+def pipe(session_components) -> FineLIPSDXLPipeline:
+    return make_pipe(session_components)
 
 
 @pytest.fixture(scope="module")
-def comparison(merges, session_components) -> Comparison:
-    return Comparison(make_pipe(merges, session_components))
+def comparison(session_components) -> Comparison:
+    return Comparison(make_pipe(session_components))
 
 
-def make_pipe(merges: list[tuple[str, ...]], session_components: dict) -> FineLIPSDXLPipeline:
+def make_pipe(session_components: dict) -> FineLIPSDXLPipeline:
     """The tiny SDXL with encoders that know all of CLIP's words."""
     components = dict(session_components)
     for number, name in enumerate(("text_encoder", "text_encoder_2")):
@@ -87,8 +67,8 @@ def make_pipe(merges: list[tuple[str, ...]], session_components: dict) -> FineLI
         config |= {"vocab_size": 49_408, "bos_token_id": 49_406, "eos_token_id": 49_407}
         torch.manual_seed(number)
         components[name] = type(components[name])(CLIPTextConfig(**config)).eval()
-    components["tokenizer"] = make_clip_tokenizer(merges, 77)
-    components["tokenizer_2"] = make_clip_tokenizer(merges, 77, pad_token="!")
+    components["tokenizer"] = clip_tokenizer()
+    components["tokenizer_2"] = clip_tokenizer(pad_token="!")
     pipe = FineLIPSDXLPipeline(**components)
     pipe.swap_text_encoders()
     return pipe
@@ -114,7 +94,35 @@ def test_it_is_clip_s_vocabulary(tokenizer) -> None:
         "'s</w>",
         "cafÃ©</w>",
     ]
-    assert make_clip_tokenizer([("a", "b</w>")], 77, pad_token="!").pad_token_id == 0
+    assert clip_tokenizer(pad_token="!").pad_token_id == 0
+
+
+# The ids of OpenAI's own code, `SimpleTokenizer().encode(text)` of clip-anytorch 2.6.0.
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Hello, world!", [3306, 267, 1002, 256]),
+        (
+            "An astronaut's café, 85mm, f/1.8 🦊",
+            [550, 18376, 568, 15304, 267, 279, 276, 2848, 267, 325, 270, 272, 269, 279, 6040, 488],
+        ),
+        (
+            "A quiet clockmaker's bench; it isn't 1,024 gears.",
+            [320, 7557, 19878, 4836, 568, 8771, 282, 585, 2923, 713, 272, 267, 271, 273, 275, 21147, 269],
+        ),
+    ],
+)
+def test_its_ids_are_openai_s(tokenizer, text, ids) -> None:
+    assert tokenize(tokenizer, text)[0] == ids
+
+
+def test_tokens_have_the_name_of_their_model() -> None:
+    assert name_tokens(clip_tokenizer(pad_token="!")) == SDXL
+    assert name_tokens(build_tokenizer()) == MINIATURE
+    assert name_tokens(make_tokenizer()) == OTHER
+    inverted = clip_tokenizer()
+    inverted.add_tokens(["<my-cat>", "<my-dog>"])
+    assert name_tokens(inverted) == SDXL
 
 
 @pytest.mark.parametrize("name", sorted(TOKENS))

@@ -120,7 +120,7 @@ def test_nothing_is_saved_that_has_diverged(tmp_path, factor) -> None:
 
 def test_other_settings_are_refused(tmp_path) -> None:
     train(tmp_path)
-    with pytest.raises(SystemExit, match=r"^part: error: .* holds a run with other settings .batch-size was 3 and is 4"):
+    with pytest.raises(SystemExit, match=r"^part: error: .* a run with other settings .batch-size was 3 and is 4"):
         train(tmp_path, "--batch-size", "4")
 
 

@@ -381,6 +381,7 @@ def end_one_of_two(process: int, folder: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_what_ends_one_process_ends_the_other(tmp_path) -> None:
     with held(tmp_path, "taken"):
         on_two_processes(end_one_of_two, tmp_path)

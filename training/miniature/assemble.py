@@ -19,6 +19,7 @@ from transformers import CLIPModel
 from finelip_sdxl.files import written_folder
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
+from finelip_sdxl.recommended import Recommended, record_recommended
 from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder
 
 
@@ -46,6 +47,7 @@ def main() -> None:
         scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
         add_watermarker=False,
     )
+    record_recommended(pipe, Recommended(steps=20, guidance_scale=3.0))
     with written_folder(arguments.output_dir, replaced=os.listdir) as new:
         pipe.save_pretrained(new)
         # Without dtype= a text encoder takes its dtype from its config, and everything else loads as float32.

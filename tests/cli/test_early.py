@@ -1,0 +1,250 @@
+"""Mistakes that the command line and the recipes refuse before the imports that take seconds."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from finelip_sdxl.cli.main import main
+from finelip_sdxl.cli.options import check_models
+from finelip_sdxl.console import Parser, quiet_diffusers, with_flags
+
+# Runs commands one after the other, and prints the code, the errors and the heavy modules of each.
+CHILD = """
+import contextlib, io, json, sys
+from finelip_sdxl.cli.main import main
+for command in json.load(sys.stdin):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            code = main(command)
+        except SystemExit as stopped:
+            code = stopped.code
+    heavy = sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())
+    print(json.dumps([code, errors.getvalue(), heavy]))
+"""
+
+MISTAKES = {
+    ("generate", "a fox", "--base", "no/such/folder/at/all"): "no/such/folder/at/all does not exist: pass a directory",
+    ("generate", "a fox", "--base", "gone.safetensors"): "gone.safetensors does not exist",
+    ("generate", "a fox", "--base", "{empty}"): "has no model_index.json: pass the directory of an SDXL",
+    ("generate", "a fox", "--base", ""): "does not exist",
+    ("generate", "a fox", "--finelip", "gone.pt"): "gone.pt does not exist",
+    ("generate", "a fox", "--finelip-2", "./gone"): "./gone does not exist",
+    ("generate", "a fox", "--finelip-base", "{file}"): "--finelip-base {file} is a file; expected the directory",
+    ("generate", "a fox", "--conditioning-adapter", "../gone"): "../gone does not exist",
+    ("generate", "a fox", "--config", "miniature"): "The config miniature goes with a single file",
+    ("generate", "a fox", "--width", "100"): "--width is 100; expected a multiple of 8, such as 96.",
+    ("generate", "a fox", "--steps", "900"): "--steps is 900; expected a whole number from 1 to 200",
+    ("generate", "a fox", "--guidance-scale", "nan"): "--guidance-scale is nan; expected a number from 0 to 50.",
+    ("generate", "a fox", "--guidance-scale", "inf"): "--guidance-scale is inf; expected a number from 0 to 50.",
+    ("generate", "--prompt-file", "gone.txt"): "--prompt-file gone.txt cannot be read",
+    ("generate", "a fox", "--out", "fox.jpg"): "--out fox.jpg must be the name of a PNG file",
+    ("generate", "a fox", "--out", "/proc/none/fox.png"): "cannot be written to",
+    (
+        "generate",
+        "a fox",
+        "--negativ-promt",
+        "cats",
+    ): "--negativ-promt is no flag here: did you mean --negative-prompt?",
+    ("generate", "a fox", "--zzz=1"): "--zzz is no flag here (see --help)",
+    ("generate", "a", "fox"): "unrecognized arguments: fox (a text of several words needs quotes)",
+    ("compare", "a fox", "--refiner", "{file}"): "--refiner {file} is a file; expected the directory",
+    ("compare", "a fox", "--columns", "stock", "stock"): "--columns names 'stock' 2 times",
+    ("compare", "a fox", "--seed", "-1"): "--seed is -1; expected",
+    ("convert", "./gone", "{empty}/new"): "./gone does not exist",
+    ("convert", "miniature", "{empty}"): "exists: pass --overwrite",
+    ("convert", "miniature", "{empty}/new", "--finelip", "gone.pt"): "gone.pt does not exist",
+    ("export", "./gone", "{empty}/new"): "./gone does not exist",
+    ("export", "miniature", "{empty}/new", "--formt", "comfyui"): "did you mean --format?",
+    ("tokens", "a fox", "--base", "./gone"): "./gone does not exist",
+    ("evaluate", "retrieval", "--model", "gone.pt"): "gone.pt does not exist",
+    ("evaluate", "retrieval", "--split-name", "x"): "--split-name is no flag here: did you mean --split?",
+}
+
+
+def test_mistakes_are_refused_before_torch_is_imported(tmp_path) -> None:
+    file = tmp_path / "file.safetensors"
+    file.touch()
+    (tmp_path / "empty").mkdir()
+    names = {"empty": tmp_path / "empty", "file": file}
+    commands = [[word.format(**names) for word in command] for command in MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands)
+    for command, expected, (code, errors, heavy) in zip(commands, MISTAKES.values(), found, strict=True):
+        assert (code, heavy, len(errors.splitlines())) == (2, [], 1), (command, errors)
+        assert errors.startswith(f"finelip-sdxl {command[0]}")
+        assert expected.format(**names) in errors, command
+
+
+# The hub
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path) -> list[str]:
+    """A hub that does not answer, and an empty cache. Returns the addresses that were asked."""
+    asked: list[str] = []
+
+    def request(self, method, url, **options) -> None:
+        asked.append(str(url))
+        raise huggingface_hub.utils.httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.utils.httpx.Client, "request", request)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    return asked
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "a fox", "--base", "some/sdxl"],
+        ["generate", "a fox", "--finelip", "some/sdxl"],
+        ["compare", "a fox", "--refiner", "some/sdxl"],
+        ["convert", "some/sdxl", "new"],
+        ["export", "some/sdxl", "new"],
+        ["export", "some/sdxl", "new", "--format", "comfyui"],
+        ["tokens", "a fox", "--base", "some/sdxl"],
+        ["evaluate", "retrieval", "--model", "some/sdxl"],
+    ],
+)
+def test_an_unreachable_hub_is_asked_once_and_said_in_one_sentence(
+    no_hub, tmp_path, monkeypatch, capsys, command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "some/sdxl is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
+    assert sum("some/sdxl" in address for address in no_hub) == 1
+
+
+def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, capsys) -> None:
+    repository = tmp_path / "models--some--sdxl"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    options = Parser()
+    options.add_argument("--base")
+    check_models(options.parse_args(["--base", "some/sdxl"]))
+    assert "The hub cannot be reached: models are taken from its cache" in capsys.readouterr().err
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+# Messages
+
+
+@pytest.mark.slow
+def test_warnings_name_flags_too_and_are_printed_once(stock_folder, tmp_path) -> None:
+    out = str(tmp_path / "new")
+    done = subprocess.run(
+        [sys.executable, "-m", "finelip_sdxl.cli.main", "convert", stock_folder, out], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pass a FineLIP or Long-CLIP as --finelip (--finelip-2 for the second one)." in done.stderr
+
+
+def test_diffusers_says_each_message_once() -> None:
+    quiet_diffusers()
+    logger = logging.getLogger("diffusers")
+    (handler,) = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+    same, another = (logging.makeLogRecord({"msg": text}) for text in ("the same message", "another"))
+    said = [bool(handler.filter(record)) for record in (same, same, another, same, another)]
+    assert said == [True, False, True, False, False]
+    quiet_diffusers()  # the next command
+    assert handler.filter(same)
+
+
+def test_handlers_of_others_hear_every_message_of_diffusers() -> None:
+    logger, theirs = logging.getLogger("diffusers"), logging.NullHandler()
+    logger.addHandler(theirs)
+    quiet_diffusers()
+    logger.removeHandler(theirs)
+    assert not theirs.filters
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("`steps` is 0; expected more.", "--steps is 0; expected more."),
+        ('set overflow="window" (to encode all) or overflow="truncate".',
+         "set --overflow window (to encode all) or --overflow truncate."),
+        ("finelip_merge='delta' adds: pass finelip=, or both.", "--finelip-merge delta adds: pass --finelip, or both."),
+        ("or its config as config=.", "or its config as --config."),
+        ("config=/a/b has no index", "--config /a/b has no index"),
+        ("(`dtype`: float16)", "(--dtype: float16)"),
+        ("`clip_skip` is 9", "`clip_skip` is 9"),
+        ("/a/overflow=1/b and https://x.org/?config=1 stay", "/a/overflow=1/b and https://x.org/?config=1 stay"),
+    ],
+)  # fmt: skip
+def test_arguments_in_messages_become_flags(message, expected) -> None:
+    names = ("steps", "overflow", "finelip_merge", "finelip", "config", "dtype")
+    assert with_flags(message, {name: f"--{name.replace('_', '-')}" for name in names}) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokens", "a fox " * 300, "--overflow", "error"], "or set --overflow window (to encode all of it)"),
+        (["convert", "{stock}", "{new}", "--finelip-merge", "delta"], "--finelip-merge delta adds a FineLIP's training:"
+         " pass --finelip, --finelip-2 or both."),
+        (["generate", "fox", "--base", "{stock}", "--variant", "fp8", "--out", "{new}.png"], "no weights of variant"),
+        (["convert", "miniature", "{new}", "--finelip-base", "miniature"], "--finelip-base miniature goes with"),
+        (["evaluate", "retrieval", "--data", "miniature:2", "--max-tokens", "999"], "--max-tokens is 999; expected"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_library_name_flags(stock_folder, tmp_path, capsys, arguments, message) -> None:
+    assert main([argument.format(new=tmp_path / "new", stock=stock_folder) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path(tmp_path / "new").exists()
+
+
+# The recipes
+
+RECIPE = """
+import json, runpy, sys
+for command in json.load(sys.stdin):
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stopped:
+        said = stopped.code
+    print(json.dumps([str(said), sorted({"torch", "diffusers", "transformers"} & sys.modules.keys())]))
+"""
+
+RECIPE_MISTAKES = {
+    ("align_adapter.py", "--text-step", "0", "--lerning-rate", "1"): "did you mean --learning-rate?",
+    ("align_adapter.py", "--resolution", "100"): "--resolution is 100; expected a multiple of 8",
+    ("align_adapter.py", "--base", "./gone", "--captions", "txt:a"): "",
+    ("align_adapter.py", "--base", "./gone", "--captions", "csv:a.csv"): "./gone does not exist",
+    ("align_adapter.py", "--finelip", "gone.pt"): "gone.pt does not exist",
+    ("align_adapter.py", "--guidance-scale", "nan"): "--guidance-scale: expected a number",
+    ("train_finelip.py", "--base", "gone.pt", "--data", "csv:a.csv"): "gone.pt does not exist",
+    ("train_finelip.py", "--batchsize", "8"): "--batchsize is no flag here: did you mean --batch-size?",
+    ("train_finelip.py", "--epochs", "many"): "--epochs: expected a number above 0 instead of many",
+    ("train_finelip.py", "--output-dir", "/proc/none"): "cannot be written to",
+}
+
+
+def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
+    training = Path(__file__).parents[2] / "training"
+    commands = [[str(training / recipe), *flags] for recipe, *flags in RECIPE_MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    errors = iter(done.stderr.splitlines())
+    for mistake, (said, heavy) in zip(RECIPE_MISTAKES, found, strict=True):
+        line = next(errors) if said == "2" else said  # argparse writes it itself
+        assert line.startswith(f"{mistake[0]}: error: "), mistake
+        assert RECIPE_MISTAKES[mistake] in line
+        assert heavy == [], mistake
