@@ -28,6 +28,7 @@ from finelip_sdxl.images import read_parameters, save_png
 from finelip_sdxl.miniature.notice import REAL_SDXL, unknown
 from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world, parse_description
 from finelip_sdxl.options import COLUMNS, HIDDEN_STATES
+from finelip_sdxl.picture_sizes import side_factor
 
 EXAMPLES = Path(__file__).parent / "examples"
 # Far more than three windows of 248 tokens. compel takes seconds for texts that are much longer.
@@ -203,7 +204,7 @@ class _Page:
                 guidance_scale = gr.Slider(0, 20, self.defaults.guidance_scale, step=0.5, label="Guidance scale")
             with gr.Row():
                 sides = [
-                    gr.Slider(MIN_SIDE, self.max_side, side, step=8, label=label)
+                    gr.Slider(MIN_SIDE, self.max_side, side, step=side_factor(self.comparison.pipe), label=label)
                     for label, side in (("Width", width), ("Height", height))
                 ]
             with gr.Row():
@@ -336,7 +337,9 @@ class _Page:
         for name in ("width", "height"):
             named[name] = _whole(named[name])
             check_number(name, named[name], MIN_SIDE, self.max_side, whole=True)
-        return Settings(**named)
+        settings = Settings(**named)
+        settings.check_size(side_factor(self.comparison.pipe))
+        return settings
 
     def load_settings(self, file: str) -> list[Any]:
         """The page's fields from the parameters in a PNG. The uploaded file is deleted."""

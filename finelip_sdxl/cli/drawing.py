@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finelip_sdxl.cli.options import count
 from finelip_sdxl.foreign_files import one_line
 from finelip_sdxl.names import resolve
+from finelip_sdxl.picture_sizes import check_side, side_factor
 
 if TYPE_CHECKING:
     import torch
@@ -245,25 +246,30 @@ def image_to_image(
     from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline
 
     return FineLIPSDXLImg2ImgPipeline.from_pipe(pipe), {
-        "image": read_init_image(options),
+        "image": read_init_image(options, side_factor(pipe)),
         "strength": _strength(options),
     }
 
 
-def read_init_image(options: argparse.Namespace) -> Image.Image:
-    """The picture of `--init-image`, scaled and cut to the size of the result."""
+def read_init_image(options: argparse.Namespace, factor: int) -> Image.Image:
+    """The picture of `--init-image`, scaled and cut to the size of the result, whose sides are multiples of a
+    factor."""
     from PIL import ImageOps
 
     from finelip_sdxl.comparison.settings import MAX_SIDE, MIN_SIDE
     from finelip_sdxl.data.images import read_image
 
     image = read_image(Path(options.init_image), options.init_image)
-    width, height = options.width or image.width // 8 * 8, options.height or image.height // 8 * 8
+    width, height = (
+        given or own // factor * factor for given, own in zip((options.width, options.height), image.size, strict=True)
+    )
     if not all(MIN_SIDE <= side <= MAX_SIDE for side in (width, height)):
         raise ValueError(
             f"--init-image {options.init_image} has {image.width} × {image.height} pixels; expected sides from"
             f" {MIN_SIDE} to {MAX_SIDE}: pass --width and --height to scale it."
         )
+    for name, side in (("width", width), ("height", height)):
+        check_side(name, side, factor)
     return ImageOps.fit(image, (width, height))
 
 

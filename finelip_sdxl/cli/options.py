@@ -26,6 +26,7 @@ from finelip_sdxl.options import (
     WEIGHTING,
     check_config,
 )
+from finelip_sdxl.picture_sizes import SDXL_FACTOR, read_side_factor
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +84,7 @@ def add_drawing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--guidance-scale", type=float, metavar="X", help=text)
     text = "seed of the noise, plus one for each further image (default: random)"
     command.add_argument("--seed", type=int, metavar="N", help=text)
-    text = "of the picture, a multiple of 8 (default: the model's own)"
+    text = "of the picture, a multiple of 8, or of 16 with the miniature (default: the model's own)"
     command.add_argument("--width", type=count, metavar="PIXELS", help=f"width {text}")
     command.add_argument("--height", type=count, metavar="PIXELS", help=f"height {text}")
     add_pipeline(command)
@@ -303,7 +304,10 @@ def _read_prompt(name: str) -> str:
 
 
 def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) -> list[Settings]:
-    """Settings of pictures with consecutive seeds, within the bounds of `comparison.Settings`."""
+    """Settings of pictures with consecutive seeds, within the bounds of `comparison.Settings`.
+
+    The size fits the base, if that is on this machine; another one, and another VAE, are asked when they are loaded.
+    """
     first = Settings(
         prompt,
         options.negative_prompt or "",
@@ -314,4 +318,5 @@ def settings_by_seed(options: argparse.Namespace, prompt: str, pictures: int) ->
         height=options.height,
         conditioning_adapter_scale=options.conditioning_adapter_scale,
     )
+    first.check_size(SDXL_FACTOR if options.vae else read_side_factor(options.base))
     return first.over_seeds(pictures)

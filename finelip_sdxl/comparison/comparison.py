@@ -32,6 +32,7 @@ from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, Weighting, check_choice, check_texts
+from finelip_sdxl.picture_sizes import side_factor
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
@@ -267,10 +268,12 @@ class Comparison:
                 the drawing.
 
         Raises:
-            ValueError: the column is unknown, compel cannot parse the prompt, or the picture holds NaN.
+            ValueError: the column is unknown, the model cannot draw this size, compel cannot parse the prompt, or the
+                picture holds NaN.
             MemoryError: the device's memory was not enough; a smaller picture can be drawn afterwards.
         """
         check_columns([column])
+        settings.check_size(side_factor(self.pipe))
         with self._drawing:
             return self._draw_alone(column, settings.filled(self.recommended), on_step or (lambda step, steps: None))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, WEIGHTING, check_choice, check_texts
+from finelip_sdxl.picture_sizes import check_side
 from finelip_sdxl.recommended import Recommended
 
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MIN_SIDE, MAX_SIDE = 200, 50.0, 2**32 - 1, 64, 2048
@@ -26,7 +27,7 @@ class Settings:
         steps: denoising steps, 1 to 200; None for as many as the model recommends.
         guidance_scale: classifier-free guidance, 0 to 50; off up to 1. None for the one that the model recommends.
         seed: seed of the noise. Noise is drawn on the CPU, so it is the same on every device.
-        width, height: pixels, multiples of 8 from 64 to 2048; None for the model's own.
+        width, height: pixels, from 64 to 2048; None for the model's own. See `check_size`.
         conditioning_adapter_scale: share of the adapter that counts in FineLIP-SDXL's column, 0 to 1.
         hidden_states: `"penultimate"` or `"last"`, in the same column; None for the pipeline's own.
         weighting: syntax of weights in the same column, `"none"`, `"compel"` or `"a1111"`; None for the pipeline's own.
@@ -66,12 +67,23 @@ class Settings:
             side = getattr(self, name)
             if side is not None:
                 check_number(name, side, MIN_SIDE, MAX_SIDE, whole=True)
-                if side % 8:
-                    raise ValueError(f"`{name}` is {side}; expected a multiple of 8, such as {side - side % 8}.")
         if self.hidden_states is not None:
             check_choice("hidden_states", self.hidden_states, HIDDEN_STATES)
         if self.weighting is not None:
             check_choice("weighting", self.weighting, WEIGHTINGS)
+
+    def check_size(self, factor: int) -> None:
+        """Refuse a width or height that a model cannot draw.
+
+        Args:
+            factor: of the model (`finelip_sdxl.picture_sizes`): 8, or 16 for the miniature.
+
+        Raises:
+            ValueError: one is no multiple of the factor.
+        """
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                check_side(name, getattr(self, name), factor)
 
     def filled(self, recommended: Recommended) -> Settings:
         """These settings, with the steps and the guidance scale that a model recommends where they are None.

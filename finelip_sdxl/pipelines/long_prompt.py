@@ -23,6 +23,7 @@ from finelip_sdxl.options import (
     Weighting,
     check_adapter_scale,
 )
+from finelip_sdxl.picture_sizes import check_side, side_factor
 from finelip_sdxl.pipelines.calls import OPTIONS, option_in_force, takes_options
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
@@ -148,6 +149,9 @@ class LongPromptMixin(EncoderSwapMixin):
         given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
         # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: given[name] for name in EMBEDDINGS if name in given})
+        for name in ("width", "height"):
+            if given.get(name):  # 0 stands for the model's own in Diffusers
+                check_side(name, given[name], side_factor(self))
         return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(

@@ -24,6 +24,7 @@ from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageErr
 from finelip_sdxl.data.images import middle
 from finelip_sdxl.files import check_writable, written_whole
 from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.picture_sizes import check_side, side_factor
 from finelip_sdxl.training.alignment import captions_of, encode
 from finelip_sdxl.training.processes import held
 
@@ -73,9 +74,11 @@ def precompute(
         folder: folder of one data set. Runs may share it; only one at a time writes to it.
 
     Raises:
+        ValueError: the VAE takes no images of this resolution.
         UnreadableImageError: no image can be read.
         OSError: the folder cannot be written to.
     """
+    check_side("resolution", resolution, side_factor(pipe))
     is_read_only = folder.exists() and not os.access(folder, os.W_OK)
     with nullcontext() if is_read_only else held(folder):
         if not is_read_only:

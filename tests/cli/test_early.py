@@ -38,7 +38,16 @@ MISTAKES = {
     ("generate", "a fox", "--finelip-base", "{file}"): "--finelip-base {file} is a file; expected the directory",
     ("generate", "a fox", "--conditioning-adapter", "../gone"): "../gone does not exist",
     ("generate", "a fox", "--config", "miniature"): "The config miniature goes with a single file",
-    ("generate", "a fox", "--width", "100"): "--width is 100; expected a multiple of 8, such as 96.",
+    ("generate", "a fox", "--width", "200"): "--width is 200; expected a multiple of 16, such as 192.",
+    ("compare", "a fox", "--height", "100"): "--height is 100; expected a multiple of 16, such as 96.",
+    (
+        "generate",
+        "a fox",
+        "--base",
+        "some/sdxl",
+        "--width",
+        "100",
+    ): "--width is 100; expected a multiple of 8, such as 96.",
     ("generate", "a fox", "--steps", "900"): "--steps is 900; expected a whole number from 1 to 200",
     ("generate", "a fox", "--guidance-scale", "nan"): "--guidance-scale is nan; expected a number from 0 to 50.",
     ("generate", "a fox", "--guidance-scale", "inf"): "--guidance-scale is inf; expected a number from 0 to 50.",
@@ -222,7 +231,7 @@ for command in json.load(sys.stdin):
 
 RECIPE_MISTAKES = {
     ("align_adapter.py", "--text-step", "0", "--lerning-rate", "1"): "did you mean --learning-rate?",
-    ("align_adapter.py", "--resolution", "100"): "--resolution is 100; expected a multiple of 8",
+    ("align_adapter.py", "--resolution", "200"): "--resolution is 200; expected a multiple of 16, such as 192",
     ("align_adapter.py", "--base", "./gone", "--captions", "txt:a"): "",
     ("align_adapter.py", "--base", "./gone", "--captions", "csv:a.csv"): "./gone does not exist",
     ("align_adapter.py", "--finelip", "gone.pt"): "gone.pt does not exist",

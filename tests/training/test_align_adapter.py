@@ -1141,7 +1141,7 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
         ("--text-steps 0 --image-steps 0", "--text-steps and --image-steps are both 0: give one of the stages steps"),
         ("--captions txt:captions.txt", "txt:captions.txt has no images: pass --image-steps 0 to align by texts alone"),
         ("--captions txt:captions.txt --image-steps 0", "captions.txt does not exist"),
-        ("--resolution 60", "--resolution is 60; expected a multiple of 8, such as 512"),
+        ("--resolution 60", "--resolution is 60; expected a multiple of 8, such as 56"),
         ("--captions pictures:x", "pictures:x is no data set"),
         ("--batch-size 25", "The data set has 20 images, which do not fill one batch of 25"),
         ("--finelip miniature-finelip-1", "The FineLIP for `text_encoder` has hidden_size 128, but this SDXL needs 32"),

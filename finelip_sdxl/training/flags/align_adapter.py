@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finelip_sdxl.console import Parser
 from finelip_sdxl.options import DATA_KINDS
+from finelip_sdxl.picture_sizes import check_side, read_side_factor
 from finelip_sdxl.training.command_line import (
     AMOUNT,
     BATCH,
@@ -119,8 +120,7 @@ def check(arguments: argparse.Namespace) -> None:
             f"--batch-size is {arguments.batch_size} and --short-share {arguments.short_share:g}: each batch needs long"
             " and short captions, so pass at least 2, and a share between 0 and 1."
         )
-    if arguments.resolution % 8:
-        raise ValueError(f"--resolution is {arguments.resolution}; expected a multiple of 8, such as 512.")
+    check_side("resolution", arguments.resolution, read_side_factor(arguments.base))
     if arguments.captions.startswith("txt:") and arguments.image_steps:
         raise ValueError(f"{arguments.captions} has no images: pass --image-steps 0 to align by texts alone.")
     is_file = Path(arguments.base).is_file()
