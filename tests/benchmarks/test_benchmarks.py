@@ -172,10 +172,10 @@ def test_what_is_drawn_right_counts_in_every_column_and_nothing_else_does(monkey
         rf"\d{{4}}-\d\d-\d\d, .* cores, torch \S+; {SCENES} scenes, 20 steps, guidance 3.0; drawn in \d+ s", out
     )
     ((head, truth, nothing),) = tables(out)
-    assert head == ["encoded by", *miniature_pictures.COLUMNS]
+    assert head == ["encoded by", *miniature_pictures.COLUMNS, "clean, of the right ones"]
     assert truth[0] == "truth"
     assert {value.split()[0] for value in truth[1:]} == {"100.0"}
-    assert [value.split()[0] for value in nothing[1:]] == ["0.0", "0.0", "–", "–", "–", "–"]
+    assert [value.split()[0] for value in nothing[1:]] == ["0.0", "0.0", "–", "–", "–", "–", "–"]
 
 
 def test_chance_is_what_stocks_pictures_score_against_other_scenes(monkeypatch, capsys) -> None:

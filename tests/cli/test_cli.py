@@ -27,7 +27,7 @@ from finelip_sdxl.comparison import comparison
 from finelip_sdxl.console import printing_stops_nothing
 from finelip_sdxl.data import formats
 from finelip_sdxl.images import read_parameters
-from finelip_sdxl.miniature.drawing import draw_scene
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
 from finelip_sdxl.miniature.notice import DRAWS
 from finelip_sdxl.miniature.world import make_scene
 from finelip_sdxl.prompts.plan import EncoderPlan, Window
@@ -237,9 +237,9 @@ def test_compare_draws_with_the_miniature(picture, capsys) -> None:
     assert "Stock SDXL encodes 77 of 146 tokens, in 1 window of 77 positions; 69 are CUT" in printed
     assert "compel encodes 146 of 146 tokens, in 2 windows of 77 positions; nothing is cut" in printed
     assert "FineLIP-SDXL encodes 146 of 146 tokens, in 1 window of 154 positions; nothing is cut" in printed
-    assert Image.open(picture).width > 3 * 288
+    assert Image.open(picture).width > 3 * IMAGE_SIZE
     found = read_parameters(picture)
-    assert (found["columns"], found["seeds"], found["width"]) == (["stock", "compel", "finelip"], [0], 96)
+    assert (found["columns"], found["seeds"], found["width"]) == (["stock", "compel", "finelip"], [0], IMAGE_SIZE)
 
 
 @pytest.mark.parametrize("columns", [["stock", "stock"], ["finelip", "compel", "finelip"]])

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops
 from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.comparison import COLUMNS, Settings
 from finelip_sdxl.comparison.comparison import Comparison, Picture, label_pictures
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE
 from finelip_sdxl.miniature.parsing import parse_description
 from finelip_sdxl.recommended import Recommended
 from finelip_sdxl.text_encoders import num_positions
@@ -532,7 +533,6 @@ def test_only_strings_are_planned(comparison, prompt) -> None:
         ("guidance_scale", float("nan"), "`guidance_scale` is nan; expected a number from 0 to 50"),
         ("seed", -1, "`seed` is -1; expected a whole number from 0 to 4294967295"),
         ("seed", 2**32, "`seed` is 4294967296"),
-        ("width", 100, "`width` is 100; expected a multiple of 8, such as 96"),
         ("height", 8, "`height` is 8; expected a whole number from 64 to 2048"),
         ("conditioning_adapter_scale", 1.5, "`conditioning_adapter_scale` is 1.5; expected a number from 0 to 1"),
         ("hidden_states", "first", "`hidden_states` must be one of 'penultimate', 'last', but is 'first'"),
@@ -542,6 +542,13 @@ def test_only_strings_are_planned(comparison, prompt) -> None:
 def test_settings_out_of_range_are_named(name, value, message) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**{"prompt": "a fox", name: value})
+
+
+@pytest.mark.parametrize(("factor", "near"), [(8, 104), (16, 96)])
+def test_a_size_that_a_model_cannot_draw_is_named_with_its_factor(factor, near) -> None:
+    with pytest.raises(ValueError, match=f"`height` is 108; expected a multiple of {factor}, such as {near}"):
+        Settings("a fox", width=112, height=108).check_size(factor)
+    Settings("a fox", width=112).check_size(factor)
 
 
 def test_a_prompt_that_is_no_text_is_named() -> None:
@@ -605,7 +612,7 @@ def test_seeds_follow_one_another_up_to_the_largest() -> None:
 def test_the_miniature_is_known_as_such() -> None:
     comparison = Comparison.load()
     assert comparison.is_miniature
-    assert comparison.size == (96, 96)
+    assert comparison.size == (IMAGE_SIZE, IMAGE_SIZE)
     assert comparison.pipe.conditioning_adapter is not None
     assert num_positions(comparison._base.stock.text_encoder) == 77
 

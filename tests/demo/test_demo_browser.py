@@ -19,6 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from finelip_sdxl.images import read_parameters
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE
 from tests.helpers.demo_server import Demo, served
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -158,7 +159,7 @@ def test_a_long_prompt_is_measured_drawn_downloaded_and_loaded_again(open_page, 
     file = tmp_path / "picture.png"
     download.value.save_as(file)
     assert read_parameters(file)["prompt"] == LONG
-    assert Image.open(file).size == (96, 96)
+    assert Image.open(file).size == (IMAGE_SIZE, IMAGE_SIZE)
 
     write(page, "a star")
     set_steps(page, 3)
@@ -448,7 +449,7 @@ def test_the_full_screen_button_is_beside_the_picture(open_page) -> None:
 def test_who_waits_sees_their_place_and_may_stop_at_once(open_page, demo) -> None:
     page = open_page()
     assert page.locator("#stop").is_disabled()
-    with demo.page.line.join(96 * 96 * 1000) as other:
+    with demo.page.line.join(IMAGE_SIZE**2 * 1000) as other:
         list(other.wait(threading.Event()))
         page.click("#draw")
         page.locator("#draw:disabled", has_text=re.compile(r"Waiting… place 1 in line, about \d+ s")).wait_for()

@@ -4,14 +4,22 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from finelip_sdxl.miniature.drawing import coverage, draw_scene
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE, coverage, draw_scene
 from finelip_sdxl.miniature.marking import RIGHT, WRONG, mark_objects
 from finelip_sdxl.miniature.scoring import ObjectScore
 from finelip_sdxl.miniature.world import BACKGROUNDS, PLACES, SHAPES, Scene, SceneObject, make_scene
 
 SCENE = make_scene("marking")
 PICTURE = draw_scene(SCENE)
-GOOD, BAD = ObjectScore(True, True, None, True), ObjectScore(True, False, None, True)
+GOOD, BAD = (ObjectScore(True, color, None, True, clean=True) for color in (True, False))
+
+
+SCALE = mark_objects(PICTURE, [], []).width // IMAGE_SIZE
+PART = PICTURE.width * SCALE / 3 / 160  # marks are drawn in this fraction of a cell
+
+
+def _at(*lengths: float) -> tuple[int, ...]:
+    return tuple(round(length * PART) for length in lengths)
 
 
 def _cell(picture: Image.Image, place: str) -> Image.Image:
@@ -21,7 +29,7 @@ def _cell(picture: Image.Image, place: str) -> Image.Image:
 
 
 def _frame_color(cell: Image.Image) -> tuple:
-    return cell.getpixel((4, 80))
+    return cell.getpixel(_at(4, 80))
 
 
 def _changed(first: Image.Image, second: Image.Image) -> bool:
@@ -30,7 +38,7 @@ def _changed(first: Image.Image, second: Image.Image) -> bool:
 
 def test_the_picture_is_enlarged_and_only_described_cells_are_marked() -> None:
     plain = mark_objects(PICTURE, [], [])
-    assert plain.size == (480, 480)
+    assert plain.size == (3 * PICTURE.width, 3 * PICTURE.height)
     marked = mark_objects(PICTURE, SCENE.objects[:2], [GOOD, BAD])
     changed = [_changed(_cell(marked, place), _cell(plain, place)) for place in PLACES]
     assert changed == [True, True] + [False] * 7
@@ -45,7 +53,7 @@ def test_a_right_object_is_framed_in_green_and_a_wrong_one_in_red(place) -> None
 
 def test_right_and_wrong_differ_without_color() -> None:
     right, wrong = (
-        _cell(mark_objects(PICTURE, SCENE.objects[:1], [score]), PLACES[0]).crop((140, 6, 154, 20))
+        _cell(mark_objects(PICTURE, SCENE.objects[:1], [score]), PLACES[0]).crop(_at(140, 6, 154, 20))
         for score in (GOOD, BAD)
     )
     signs = [np.asarray(sign)[..., 0] > 230 for sign in (right, wrong)]  # white on green, white on red
@@ -59,7 +67,7 @@ def test_objects_are_numbered_in_the_order_of_the_text() -> None:
     for order in ((first, second), (second, first)):
         marked = mark_objects(PICTURE, order, [GOOD, GOOD])
         for number, thing in enumerate(order, start=1):
-            badges[thing.place, number] = _cell(marked, thing.place).crop((6, 6, 20, 20))
+            badges[thing.place, number] = _cell(marked, thing.place).crop(_at(6, 6, 20, 20))
     assert not _changed(badges[first.place, 1], badges[second.place, 1])
     assert not _changed(badges[first.place, 2], badges[second.place, 2])
     assert _changed(badges[first.place, 1], badges[first.place, 2])
@@ -80,7 +88,7 @@ def test_objects_are_numbered_in_the_order_of_the_text() -> None:
 def test_a_place_described_more_than_once_shows_its_last_two_marks(scores, frame, above, below) -> None:
     cell = _cell(mark_objects(PICTURE, [SCENE.objects[4]] * len(scores), scores), "center")
     assert _frame_color(cell) == frame
-    assert (cell.getpixel((13, 5)), cell.getpixel((13, 155))) == (above, below)
+    assert (cell.getpixel(_at(13, 5)), cell.getpixel(_at(13, 155))) == (above, below)
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
@@ -91,7 +99,7 @@ def test_marks_hide_no_object(background) -> None:
         plain, marked = mark_objects(picture, [], []), mark_objects(picture, things, [GOOD] * 9)
         for thing in things:
             same = np.asarray(_cell(marked, thing.place)) == np.asarray(_cell(plain, thing.place))
-            inside = np.kron(coverage(thing.shape, "large"), np.ones((5, 5))) > 0.5
+            inside = np.kron(coverage(thing.shape, "large"), np.ones((SCALE, SCALE))) > 0.5
             assert same.all(axis=2)[inside].mean() > 0.995
 
 

@@ -15,7 +15,7 @@ from finelip_sdxl.data import load_image_processor, load_tokenizer
 from finelip_sdxl.evaluation import evaluate_retrieval
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.dataset import MiniatureScenes
-from finelip_sdxl.miniature.drawing import draw_batch
+from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_batch, draw_scene
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import make_scene
@@ -66,7 +66,7 @@ def test_opens_in_stock_diffusers_in_one_dtype(dtype: torch.dtype | None) -> Non
     pipe = StableDiffusionXLPipeline.from_pretrained(miniature_path(), **({"dtype": dtype} if dtype else {}))
     pipe.set_progress_bar_config(disable=True)
     assert {getattr(pipe, name).dtype for name in COMPONENTS} == {dtype or torch.float32}
-    assert pipe("a red star", num_inference_steps=1).images[0].size == (96, 96)
+    assert pipe("a red star", num_inference_steps=1).images[0].size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_shipped_tokenizers_are_the_ones_that_the_code_builds(stock: StableDiffusionXLPipeline) -> None:
@@ -133,7 +133,10 @@ def test_clips_are_whole(pair: int) -> None:
     """Each finds most of 32 unseen pictures by their captions, which needs both towers and both projections."""
     clip = miniature_clip(pair)
     tokens = build_tokenizer()([caption.text for caption in CAPTIONS], padding="max_length", return_tensors="pt")
-    similarity = clip(input_ids=tokens.input_ids, pixel_values=draw_batch(SCENES)).logits_per_text
+    images = [draw_scene(scene) for scene in SCENES]
+    processor = load_image_processor(f"miniature-clip-{pair}", clip.config.vision_config.image_size)
+    pixels = processor(images, return_tensors="pt").pixel_values
+    similarity = clip(input_ids=tokens.input_ids, pixel_values=pixels).logits_per_text
     assert (similarity.argmax(dim=1) == torch.arange(len(SCENES))).float().mean() >= 0.5
 
 

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from finelip_sdxl.miniature.captions import count_words, long_caption, short_caption
 from finelip_sdxl.miniature.dataset import MiniatureScenes
-from finelip_sdxl.miniature.drawing import draw_scene
+from finelip_sdxl.miniature.drawing import CELL_SIZE, draw_scene
 from finelip_sdxl.miniature.scoring import read_picture, score_objects, score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import COLORS, PLACES, make_scene
@@ -148,10 +148,9 @@ def test_scorer_reads_blurred_and_noisy_renderings() -> None:
 def test_scorer_sees_what_is_wrong_and_where() -> None:
     scene = SCENES[0]
     picture = draw_scene(scene)
-    corner = picture.crop((0, 0, 32, 32))
     swapped = picture.copy()
-    swapped.paste(picture.crop((64, 64, 96, 96)), (0, 0))
-    swapped.paste(corner, (64, 64))
+    swapped.paste(picture.crop(_box(8)), _box(0))
+    swapped.paste(picture.crop(_box(0)), _box(8))
     scores = score_picture(swapped, scene)
     assert [score.right for score in scores] == [False, *[True] * 7, False]
     assert not scores[0].place
@@ -161,9 +160,9 @@ def test_scorer_sees_what_is_wrong_and_where() -> None:
 def test_a_twin_elsewhere_does_not_count_against_an_object_in_its_place() -> None:
     scene = SCENES[2]
     picture = draw_scene(scene)
-    picture.paste(picture.crop((0, 0, 32, 32)), (64, 64))
-    blurred = picture.crop((0, 0, 32, 32)).filter(ImageFilter.GaussianBlur(0.8))
-    picture.paste(blurred, (0, 0))  # so that the twin looks more like it
+    picture.paste(picture.crop(_box(0)), _box(8))
+    blurred = picture.crop(_box(0)).filter(ImageFilter.GaussianBlur(0.8))
+    picture.paste(blurred, _box(0))  # so that the twin looks more like it
     scores = score_picture(picture, scene)
     assert scores[0].right
     assert not scores[8].right
@@ -172,7 +171,7 @@ def test_a_twin_elsewhere_does_not_count_against_an_object_in_its_place() -> Non
 def test_scorer_sees_an_empty_cell() -> None:
     scene = SCENES[1]
     picture = draw_scene(scene)
-    picture.paste(picture.getpixel((0, 0)), (32, 32, 64, 64))
+    picture.paste(picture.getpixel((0, 0)), _box(4))
     assert read_picture(picture).objects[4] is None
     assert not score_picture(picture, scene)[4].right
 
@@ -201,3 +200,9 @@ def test_of_two_objects_in_one_place_the_one_that_is_there_is_right() -> None:
 
 def _read(picture: Image.Image) -> tuple:
     return read_picture(picture).objects
+
+
+def _box(place: int) -> tuple[int, int, int, int]:
+    """The pixels of a place: left, top, right, bottom."""
+    row, column = divmod(place, 3)
+    return column * CELL_SIZE, row * CELL_SIZE, (column + 1) * CELL_SIZE, (row + 1) * CELL_SIZE
