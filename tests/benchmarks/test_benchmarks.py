@@ -14,7 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import clim, miniature_alignment, miniature_pictures, miniature_retrieval, miniature_story
+from benchmarks import (
+    clim,
+    miniature_alignment,
+    miniature_clean,
+    miniature_pictures,
+    miniature_retrieval,
+    miniature_story,
+)
 from benchmarks.clim import Measured
 from benchmarks.miniature_alignment import Alignment
 from benchmarks.miniature_pictures import Results, Row
@@ -118,6 +125,25 @@ def test_retrieval_trains_its_rows_once_and_prints_them_beside_stock(monkeypatch
     (again,) = tables(capsys.readouterr().out)
     # All but the probe: of so few sentences, the last bit of a state may decide one.
     assert [line[:-2] for line in again] == [line[:-2] for line in table]
+
+
+# The threshold of a clean object
+
+
+@pytest.mark.parametrize(("trips", "smeared", "threshold"), [(0.3, 0.55, 0.3), (0.9, 0.55, 0.55), (0.309, 0.55, 0.3)])
+def test_a_clean_object_is_as_most_round_trips_and_never_smeared(trips, smeared, threshold) -> None:
+    errors = {miniature_clean.TRIPS: np.full(100, trips), miniature_clean.SMEARED: np.full(100, smeared)}
+    assert miniature_clean.choose_threshold(errors) == threshold
+
+
+def test_a_smeared_and_a_mixed_object_are_further_from_a_drawing_than_a_drawn_one(monkeypatch) -> None:
+    monkeypatch.setattr(miniature_clean, "round_trips", lambda pipe, scenes: [draw_scene(scene) for scene in scenes])
+    errors = miniature_clean.find_errors(None, [sample.scene for sample in SAMPLES["short"]])
+    medians = {name: float(np.median(found)) for name, found in errors.items()}
+    assert medians["drawn"] == medians[miniature_clean.TRIPS] < 0.01
+    assert list(medians.values())[2:6] == sorted(list(medians.values())[2:6])
+    assert list(medians.values())[6:] == sorted(list(medians.values())[6:])
+    assert min(medians[miniature_clean.SMEARED], medians["mixed, 50% of another"]) > 0.4
 
 
 # Pictures of the miniature. Most tests draw them without a model: scenes are known by their captions.

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from finelip_sdxl.miniature.captions import count_words, long_caption, short_caption
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import CELL_SIZE, draw_scene
-from finelip_sdxl.miniature.scoring import read_picture, score_objects, score_picture
+from finelip_sdxl.miniature.scoring import drawing_errors, read_picture, score_objects, score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import COLORS, PLACES, make_scene
 
@@ -174,6 +174,33 @@ def test_scorer_sees_an_empty_cell() -> None:
     picture.paste(picture.getpixel((0, 0)), _box(4))
     assert read_picture(picture).objects[4] is None
     assert not score_picture(picture, scene)[4].right
+
+
+def test_a_drawn_object_is_clean_and_a_smeared_or_mixed_one_is_not() -> None:
+    for scene, other in zip(SCENES[:20], SCENES[20:40], strict=True):
+        picture = draw_scene(scene)
+        assert all(score.clean for score in score_picture(picture, scene))
+        smeared = picture.filter(ImageFilter.GaussianBlur(4))
+        assert not any(score.clean for score in score_picture(smeared, scene))
+        mixture = Image.blend(picture, draw_scene(replace(other, background=scene.background)), 0.5)
+        clean = [
+            score.clean
+            for score, one, two in zip(score_picture(mixture, scene), scene.objects, other.objects, strict=True)
+            if one.shape != two.shape and one.color != two.color
+        ]
+        assert sum(clean) <= 1  # of pale objects a half is little
+
+
+def test_a_blur_is_the_same_error_whatever_is_drawn() -> None:
+    found = [drawing_errors(draw_scene(scene).filter(ImageFilter.GaussianBlur(2))) for scene in SCENES[:20]]
+    assert np.percentile(found, 95) < 1.3 * np.percentile(found, 5)
+
+
+def test_nothing_is_no_clean_object() -> None:
+    picture = draw_scene(SCENES[1])
+    picture.paste(picture.getpixel((0, 0)), _box(4))
+    assert np.isinf(drawing_errors(picture)).nonzero()[0].tolist() == [4]
+    assert [score.clean for score in score_picture(picture, SCENES[1])] == [True] * 4 + [False] + [True] * 4
 
 
 def test_objects_are_scored_one_by_one_as_with_their_scene() -> None:
