@@ -41,7 +41,17 @@ from finelip_sdxl.report import report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from benchmarks.miniature_pictures import Draw, Sample, cell, draw_samples, draw_with, judge, positive, with_interval
+from benchmarks.miniature_pictures import (
+    RECOMMENDED,
+    Draw,
+    Sample,
+    cell,
+    draw_samples,
+    draw_with,
+    judge,
+    positive,
+    with_interval,
+)
 
 FINELIPS = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
 COLUMNS = tuple(
@@ -113,9 +123,11 @@ def main() -> None:
     flags.add_argument(
         "--scenes", type=positive, default=100, metavar="N", help="number of scenes (default: %(default)s)"
     )
-    flags.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (default: %(default)s)")
-    text = "classifier-free guidance (default: %(default)s)"
-    flags.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help=text)
+    steps, guidance_scale = RECOMMENDED.steps, RECOMMENDED.guidance_scale
+    text = "Euler steps (default: %(default)s, which the miniature recommends)"
+    flags.add_argument("--steps", type=positive, default=steps, metavar="N", help=text)
+    text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
+    flags.add_argument("--guidance-scale", type=float, default=guidance_scale, metavar="X", help=text)
     text = "folder of the fine-tune (default: %(default)s)"
     flags.add_argument("--runs", type=Path, default=Path("runs/finetune"), metavar="FOLDER", help=text)
     text = "further flags of training/miniature/finetune.py; a finished fine-tune is not trained again"

@@ -27,14 +27,18 @@ from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.foreign_files import read_json
+from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
 from finelip_sdxl.miniature.scoring import ObjectScore, score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import Scene, make_scene
 from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.recommended import recommended_of
 from finelip_sdxl.report import report_header
 
 BATCH_SIZE = 25
+RECOMMENDED = recommended_of(read_json(miniature_path() / "model_index.json"))  # steps and guidance
 COLUMNS = (
     "short: plain",
     "short: linked",
@@ -314,9 +318,10 @@ def circumstances(results: Results, rows: list[Row]) -> str:
 def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
     text = "number of unseen scenes (default: %(default)s)"
     flags.add_argument("--scenes", type=positive, default=scenes, metavar="N", help=text)
-    flags.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (default: %(default)s)")
-    text = "classifier-free guidance (default: %(default)s)"
-    flags.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help=text)
+    text = "Euler steps (default: %(default)s, which the miniature recommends)"
+    flags.add_argument("--steps", type=positive, default=RECOMMENDED.steps, metavar="N", help=text)
+    text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
+    flags.add_argument("--guidance-scale", type=float, default=RECOMMENDED.guidance_scale, metavar="X", help=text)
     text = "folder of the trained weights (default: %(default)s)"
     flags.add_argument("--runs", type=Path, default=Path(runs), metavar="FOLDER", help=text)
     text = "further flags of training/align_adapter.py; a finished run is not trained again"

@@ -149,6 +149,7 @@ def test_a_smeared_and_a_mixed_object_are_further_from_a_drawing_than_a_drawn_on
 # Pictures of the miniature. Most tests draw them without a model: scenes are known by their captions.
 
 SCENES = 4
+GUIDANCE = miniature_pictures.RECOMMENDED.guidance_scale
 SAMPLES = miniature_pictures.all_samples(SCENES)
 SCENE_OF = {sample.caption.text: sample.scene for samples in SAMPLES.values() for sample in samples}
 
@@ -173,7 +174,7 @@ def run_story(monkeypatch, *flags: str | Path, **rows: Row) -> None:
 
 
 def settings(scenes: int = SCENES, steps: int = 20) -> argparse.Namespace:
-    return argparse.Namespace(scenes=scenes, steps=steps, guidance_scale=3.0)
+    return argparse.Namespace(scenes=scenes, steps=steps, guidance_scale=GUIDANCE)
 
 
 def test_an_object_counts_as_cut_where_stock_does_not_read_its_sentence_whole() -> None:
@@ -195,7 +196,7 @@ def test_what_is_drawn_right_counts_in_every_column_and_nothing_else_does(monkey
     )
     out = capsys.readouterr().out
     assert re.match(
-        rf"\d{{4}}-\d\d-\d\d, .* cores, torch \S+; {SCENES} scenes, 20 steps, guidance 3.0; drawn in \d+ s", out
+        rf"\d{{4}}-\d\d-\d\d, .* cores, torch \S+; {SCENES} scenes, 20 steps, guidance {GUIDANCE}; drawn in \d+ s", out
     )
     ((head, truth, nothing),) = tables(out)
     assert head == ["encoded by", *miniature_pictures.COLUMNS, "clean, of the right ones"]
@@ -297,7 +298,7 @@ def test_refuses_bad_flags_before_drawing(flags, message, monkeypatch, capsys) -
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["{", "not JSON", "[1, 2]", '{"4 scenes, 20 steps, guidance 3.0": [1]}'])
+@pytest.mark.parametrize("text", ["{", "not JSON", "[1, 2]", f'{{"4 scenes, 20 steps, guidance {GUIDANCE}": [1]}}'])
 def test_a_file_that_holds_no_results_is_left_alone(text, monkeypatch, tmp_path) -> None:
     file = tmp_path / "results.json"
     file.write_text(text)

@@ -19,6 +19,7 @@ from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_batch, draw_scene
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.miniature.world import make_scene
+from finelip_sdxl.recommended import recommended_of
 from finelip_sdxl.text_encoders import num_positions
 
 SCENES = [make_scene(f"test-{k}") for k in range(32)]
@@ -35,7 +36,8 @@ def stock() -> StableDiffusionXLPipeline:
 
 def draw(pipe: StableDiffusionXLPipeline, texts: list[str], steps: int = 20) -> list[Image.Image]:
     seeds = [torch.Generator().manual_seed(k) for k in range(len(texts))]
-    return pipe(texts, num_inference_steps=steps, guidance_scale=3.0, generator=seeds).images
+    scale = recommended_of(pipe.config).guidance_scale
+    return pipe(texts, num_inference_steps=steps, guidance_scale=scale, generator=seeds).images
 
 
 def test_weights_are_small_half_precision_safetensors() -> None:
