@@ -25,18 +25,16 @@ from compel import CompelForSDXL
 from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import miniature_path
-from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
 from finelip_sdxl.options import STOCK_POSITIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
 from benchmarks.miniature_pictures import (
-    BATCH_SIZE,
     COLORS,
     COLUMNS,
     Draw,
@@ -49,14 +47,12 @@ from benchmarks.miniature_pictures import (
     circumstances,
     counts_of,
     draw_missing,
-    draw_samples,
     draw_with,
     open_aligned,
     open_unaligned,
     percent,
     scale_shares,
     with_interval,
-    writable,
 )
 
 STOCK, DEFAULT = "stock, cut at 77", "FineLIP-SDXL's default"
@@ -71,7 +67,6 @@ RUNS = {
 STAGES = {"after-text": "text", "last": "text and images"}
 METHODS = {"adapter": "adapter", "lora": "LoRA"}
 
-SHEET_COLUMNS = 6
 # The figure. A share of fewer objects says nothing.
 BINS, BIN_TOKENS, LEAST_OBJECTS = 10, 25, 10
 MARKERS = {"adapter": "o", "LoRA": "s", "compel": "x", "published": "v", "": "."}
@@ -186,31 +181,12 @@ def draw_figure(counts: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-# Pictures
-
-
-def draw_sheet(samples: list[Sample], rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """The described scenes, and below them each row's pictures of their captions."""
-    rows = {"the scene": [draw_scene(sample.scene) for sample in samples], **rows}
-    size, label, gap = IMAGE_SIZE, 28, 8
-    sheet = Image.new("RGB", (len(samples) * (size + gap) - gap, len(rows) * (size + label + gap) - gap), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    for row, (name, images) in enumerate(rows.items()):
-        top = row * (size + label + gap)
-        pen.text((0, top), name, fill="black", font=font)
-        for column, image in enumerate(images[: len(samples)]):
-            sheet.paste(image, (column * (size + gap), top + label))
-    return sheet
-
-
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_drawing_flags(flags, scenes=500, runs="runs/alignment")
     names = list(table_rows(Path()))
     text = f"names of rows (default: all): {'; '.join(names)}"
     flags.add_argument("--only", nargs="*", default=names, choices=names, metavar="ROW", help=text)
-    text = "file for pictures of the first scenes, with a row for each way of encoding their long captions"
-    flags.add_argument("--sheet", type=writable, metavar="PNG", help=text)
     arguments = flags.parse_args()
 
     results = Results(arguments.json, arguments)
@@ -224,15 +200,6 @@ def main() -> None:
         figure = draw_figure({name: counts_by_position(samples["long"], right) for name, right in judged.items()})
         with written_whole(arguments.plot) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
-    if arguments.sheet:
-        # The same batch as for the table: in another batch, pictures differ in their last bits.
-        batch = samples["long"][:BATCH_SIZE]
-        images = {
-            row.name: draw_samples(row.open(), batch, arguments.steps, arguments.guidance_scale, f"{row.name} (sheet)")
-            for row in long_rows
-        }
-        with written_whole(arguments.sheet) as temporary:
-            draw_sheet(batch[:SHEET_COLUMNS], images).save(temporary, format="PNG")
 
 
 if __name__ == "__main__":

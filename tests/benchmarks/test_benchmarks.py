@@ -20,6 +20,7 @@ from benchmarks import (
     miniature_clean,
     miniature_pictures,
     miniature_retrieval,
+    miniature_sheet,
     miniature_story,
 )
 from benchmarks.clim import Measured
@@ -27,6 +28,7 @@ from benchmarks.miniature_alignment import Alignment
 from benchmarks.miniature_pictures import Results, Row
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_scene
+from finelip_sdxl.miniature.marking import RIGHT, WRONG
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "clim.py"
@@ -239,7 +241,7 @@ def test_every_picture_is_drawn_from_its_own_seed_in_any_batch(monkeypatch) -> N
 
 
 def test_rows_of_several_calls_make_one_table_and_figure(monkeypatch, capsys, tmp_path) -> None:
-    file, plot, sheet = tmp_path / "story.json", tmp_path / "plot.png", tmp_path / "sheet.png"
+    file, plot = tmp_path / "story.json", tmp_path / "plot.png"
     truth, nothing = (Row("truth", lambda: draw_truth), Row("nothing", lambda: draw_nothing))
     run_story(monkeypatch, "--json", file, "--only", "truth", a=truth, b=Row("nothing", open_never))
     run_story(monkeypatch, "--json", file, "--only", "nothing", a=Row("truth", open_never), b=nothing)
@@ -249,9 +251,7 @@ def test_rows_of_several_calls_make_one_table_and_figure(monkeypatch, capsys, tm
     ((_, *rows),) = tables(capsys.readouterr().out)
     assert [[row[0], row[5].split()[0]] for row in rows] == [["truth", "100.0"], ["nothing", "0.0"]]
     assert Image.open(plot).format == "PNG"
-    run_story(monkeypatch, "--json", file, "--sheet", sheet, a=truth, b=nothing)  # pictures are not kept
-    assert Image.open(sheet).width > SCENES * IMAGE_SIZE
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "sheet.png", "story.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "story.json"]
 
 
 def test_results_of_other_scenes_and_of_other_processes_stay(tmp_path) -> None:
@@ -346,6 +346,30 @@ def test_intervals_hold_the_share_and_are_left_out_where_too_few_are_counted() -
     assert 30 < many[1] < 50 < many[2] < 70
     assert [miniature_pictures.cell(figure) for figure in (one, none)] == ["100.0", "–"]
     assert re.fullmatch(r"50\.0 \(3\d\.\d–6\d\.\d\)", miniature_pictures.cell(many))
+
+
+# The picture on top of README
+
+
+def test_the_sheet_quotes_what_stock_cuts_and_marks_what_each_picture_has_right() -> None:
+    sample = SAMPLES["long"][0]
+    prompt = sample.caption.text
+    cut = [mention for mention, column in zip(sample.caption.described, sample.columns, strict=True) if column >= 4]
+    past = miniature_sheet.objects_past_stock(prompt)
+    assert [thing.place for thing in past] == [sample.scene.objects[mention.index].place for mention in cut]
+    quotes = [miniature_sheet.quoted(prompt, thing).strip(" ….") for thing in past]
+    assert all(quote in prompt and thing.shape in quote for quote, thing in zip(quotes, past, strict=True))
+
+    truth, nothing = draw_truth([prompt])[0], draw_nothing([prompt])[0]
+    right, wrong = (
+        miniature_sheet.draw_sheet(prompt, 217, dict.fromkeys(("stock", "compel", "finelip"), picture))
+        for picture in (truth, nothing)
+    )
+    assert right.size == wrong.size
+    for sheet, color, other in ((right, RIGHT, WRONG), (wrong, WRONG, RIGHT)):
+        colors = {shown for _, shown in sheet.getcolors(2**24)}
+        assert color in colors
+        assert other not in colors
 
 
 # Aligned rows
