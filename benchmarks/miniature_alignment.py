@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from finelip_sdxl.files import written_whole
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
 from benchmarks.miniature_pictures import (
@@ -41,6 +39,7 @@ from benchmarks.miniature_pictures import (
     open_aligned,
     open_unaligned,
     percent,
+    save_figure,
     scale_shares,
     with_interval,
 )
@@ -141,8 +140,7 @@ def main() -> None:
     print(circumstances(results, list(rows.values())))
     print_tables(counts)
     if arguments.plot:
-        with written_whole(arguments.plot) as temporary:
-            draw_figure(counts).savefig(temporary, format="png", dpi=120)
+        save_figure(draw_figure(counts), arguments.plot)
 
 
 if __name__ == "__main__":

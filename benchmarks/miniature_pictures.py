@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.foreign_files import read_json
+from finelip_sdxl.images import save_compact
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
 from finelip_sdxl.miniature.scoring import ObjectScore, score_picture
@@ -224,6 +227,12 @@ def scale_shares(panel: Axes) -> None:
     panel.set_yscale("function", functions=(lambda y: -np.sqrt(100 - np.minimum(y, 100)), lambda y: 100 - np.square(y)))
     panel.set(ylim=(0, 100), yticks=(0, 20, 40, 60, 80, 90, 95, 99, 100))
     panel.grid(alpha=0.3)
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    save_compact(Image.open(drawn), file)
 
 
 # Results

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from finelip_sdxl.comparison.comparison import Comparison
 from finelip_sdxl.comparison.settings import Settings
-from finelip_sdxl.files import written_whole
+from finelip_sdxl.images import save_compact
 from finelip_sdxl.miniature.marking import RIGHT, WRONG
 from finelip_sdxl.miniature.parsing import DescribedObject, parse_description
 from finelip_sdxl.miniature.scoring import ObjectScore, score_objects
@@ -123,8 +123,7 @@ def main() -> None:
     settings = Settings(prompt, seed=arguments.seed)
     pictures = {column: comparison.draw(column, settings).image for column in COLUMNS}
     sheet = draw_sheet(prompt, comparison.plan(prompt)["finelip"].tokens, pictures)
-    with written_whole(arguments.out) as temporary:  # flat colors: a palette halves the file
-        sheet.quantize(256, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
+    save_compact(sheet, arguments.out)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1000:.0f} kB")
 
 

@@ -28,7 +28,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.options import STOCK_POSITIONS
 
@@ -51,6 +50,7 @@ from benchmarks.miniature_pictures import (
     open_aligned,
     open_unaligned,
     percent,
+    save_figure,
     scale_shares,
     with_interval,
 )
@@ -198,8 +198,7 @@ def main() -> None:
     if arguments.plot:
         judged = {row.name: results.find(row, "long")["right"] for row in long_rows}
         figure = draw_figure({name: counts_by_position(samples["long"], right) for name, right in judged.items()})
-        with written_whole(arguments.plot) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        save_figure(figure, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ Needs Chromium, and `pip install playwright`.
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from finelip_sdxl.files import written_whole
+from finelip_sdxl.images import save_compact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -44,8 +46,8 @@ def main() -> None:
             page.locator("#meter .meter-line").first.wait_for()
             draw(page)
             page.wait_for_function("[...document.images].every(image => image.complete)")
-            with written_whole(options.out / f"demo-{scheme}.png") as temporary:
-                page.screenshot(path=temporary, full_page=True, type="png")
+            shown = Image.open(io.BytesIO(page.screenshot(full_page=True, type="png")))
+            save_compact(shown, options.out / f"demo-{scheme}.png")
             print(options.out / f"demo-{scheme}.png")
         browser.close()
         served.close()
