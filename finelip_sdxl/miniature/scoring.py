@@ -179,7 +179,7 @@ def _distances(cells: np.ndarray, background: str) -> np.ndarray:
     """Squared differences between cells and looks, (9, looks + 1)."""
     looks = _looks(background)
     flat = cells.reshape(len(cells), -1)
-    distances: np.ndarray = np.square(flat).sum(axis=1)[:, None] - 2 * flat @ looks.T + np.square(looks).sum(axis=1)
+    distances: np.ndarray = np.square(flat).sum(axis=1)[:, None] - 2 * flat @ looks.T + _squares(background)
     return distances
 
 
@@ -202,6 +202,13 @@ def _outlines(background: str) -> np.ndarray:
         length = np.hypot(np.diff(mask, axis=0)[:, :-1], np.diff(mask, axis=1)[:-1]).sum()
         outlines.append(length * np.square(np.array(COLORS[color], dtype=np.float32) / 255 - ground).sum())
     return np.array([*outlines, 0], dtype=np.float32)
+
+
+@cache
+def _squares(background: str) -> np.ndarray:
+    """The sum of the squared pixels of each look, (looks + 1,)."""
+    squares: np.ndarray = np.square(_looks(background)).sum(axis=1)
+    return squares
 
 
 @cache
