@@ -66,7 +66,7 @@ def open_dataset(
     Example:
         >>> scenes = open_dataset("miniature:10")
         >>> len(scenes), scenes.image(3).size
-        (10, (96, 96))
+        (10, (192, 192))
     """
     kind, _, path = spec.partition(":")
     if kind == "miniature":

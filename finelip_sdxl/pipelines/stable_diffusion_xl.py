@@ -38,7 +38,7 @@ class FineLIPSDXLPipeline(LongPromptMixin, StableDiffusionXLPipeline):
         >>> pipe.describe_prompt(prompt).positions
         154
         >>> pipe(prompt, num_inference_steps=2).images[0].size
-        (96, 96)
+        (192, 192)
     """
 
 

@@ -629,7 +629,9 @@ def test_the_miniature_s_pixel_values_are_those_it_was_trained_on() -> None:
     scenes = MiniatureScenes("test", size=2)
     processor = load_image_processor("miniature-finelip-1", image_size=96)
     values = processor([scenes.image(k) for k in range(2)], return_tensors="pt").pixel_values
-    torch.testing.assert_close(values, draw_batch([scenes.scene(k) for k in range(2)]), rtol=0, atol=1 / 255)
+    halves = torch.nn.functional.avg_pool2d(draw_batch([scenes.scene(k) for k in range(2)]), 2)
+    # Rounded to whole levels, 2 / 255 apart, three times: as drawn, and after each direction of the resizing.
+    torch.testing.assert_close(values, halves, rtol=0, atol=3 / 255)
 
 
 def test_an_image_processor_is_the_source_s_own_or_clip_s(tmp_path) -> None:
