@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 from finelip_sdxl import FineLIPSDXLPipeline, load_finelip, miniature_clip, miniature_path
 from finelip_sdxl.data import load_image_processor, load_tokenizer
 from finelip_sdxl.evaluation import evaluate_retrieval
+from finelip_sdxl.foreign_files import read_json
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import IMAGE_SIZE, draw_batch, draw_scene
@@ -24,6 +25,7 @@ from finelip_sdxl.text_encoders import num_positions
 
 SCENES = [make_scene(f"test-{k}") for k in range(32)]
 CAPTIONS = [short_caption(scene, f"test-{k}") for k, scene in enumerate(SCENES)]
+GUIDANCE = recommended_of(read_json(miniature_path() / "model_index.json")).guidance_scale
 COMPONENTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
 
@@ -36,8 +38,7 @@ def stock() -> StableDiffusionXLPipeline:
 
 def draw(pipe: StableDiffusionXLPipeline, texts: list[str], steps: int = 20) -> list[Image.Image]:
     seeds = [torch.Generator().manual_seed(k) for k in range(len(texts))]
-    scale = recommended_of(pipe.config).guidance_scale
-    return pipe(texts, num_inference_steps=steps, guidance_scale=scale, generator=seeds).images
+    return pipe(texts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=seeds).images
 
 
 def test_weights_are_small_half_precision_safetensors() -> None:
