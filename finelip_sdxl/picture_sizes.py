@@ -39,7 +39,8 @@ def side_factor(pipe: Any) -> int:
         >>> side_factor(FineLIPSDXLPipeline.from_pretrained("miniature"))
         16
     """
-    return max(SDXL_FACTOR, pipe.vae_scale_factor)
+    factor: int = pipe.vae_scale_factor
+    return max(SDXL_FACTOR, factor)
 
 
 def read_side_factor(base: str) -> int:
