@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finelip_sdxl.cli.options import add_pipeline, add_refiner, count, device_and_dtype, loading_arguments
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.cli.options import add_pipeline, add_refiner, device_and_dtype, loading_arguments
+from finelip_sdxl.console import COUNT, number, quiet_diffusers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -115,19 +115,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address of the page; 0.0.0.0 lets other machines in "
         "(default: %(default)s)")  # fmt: skip
-    add("--port", type=_port, metavar="N", help="port of the page (default: the first free one from 7860 on)")
+    port = number(int, least=1, most=2**16 - 1)
+    add("--port", type=port, metavar="N", help="port of the page (default: the first free one from 7860 on)")
     add("--share", action="store_true", help="open a public address, too, through Gradio's servers")
-    add("--max-side", type=count, default=1536, metavar="PIXELS", help="largest width and height of a picture "
+    add("--max-side", type=COUNT, default=1536, metavar="PIXELS", help="largest width and height of a picture "
         "(default: %(default)s)")  # fmt: skip
-    add("--max-waiting", type=count, default=20, metavar="N", help="number of runs that may wait for their turn "
+    add("--max-waiting", type=COUNT, default=20, metavar="N", help="number of runs that may wait for their turn "
         "(default: %(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to {2**16 - 1}")
-    return int(text)
 
 
 if __name__ == "__main__":

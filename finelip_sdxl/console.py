@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import logging
+import operator
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
@@ -60,6 +61,60 @@ class Parser(argparse.ArgumentParser):
             return f"unrecognized arguments: {' '.join(unknown)[:100]} (a text of several words needs quotes)"
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
         return f"{flag[:60]} is no flag here{f': did you mean {near[0]}?' if near else ''}"
+
+
+MAX_NUMBER = 10**9  # for flags without a smaller bound
+
+
+def number(
+    kind: type[int] | type[float],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = MAX_NUMBER,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """The type of a flag: a number within bounds.
+
+    Args:
+        kind: int or float.
+        least: the lowest number that is allowed.
+        above: in place of `least`, the highest number that is too low.
+        most: the highest number that is allowed. Without any bound the number may also be infinite or none (NaN).
+        below: in place of `most`, the lowest number that is too high.
+
+    Example:
+        >>> number(int, above=0)("8")
+        8
+        >>> number(float, least=0, below=1)("1")
+        Traceback (most recent call last):
+        argparse.ArgumentTypeError: expected a number below 1 instead of 1
+    """
+    name = "a whole number" if kind is int else "a number"
+    bounds: tuple[tuple[str, float | None, Callable[[Any, Any], bool]], ...] = (
+        ("above", above, operator.gt),
+        ("of at least", least, operator.ge),
+        ("below", below, operator.lt),
+        ("of at most", most, operator.le),
+    )
+
+    def parse(text: str) -> Any:
+        given = f"instead of {text.strip()[:60] or 'nothing'}"
+        try:
+            value = None if "_" in text else kind(text)  # Python's 1_000 is nobody's
+        except ValueError:
+            value = None
+        for words, bound, holds in bounds:
+            if bound is not None and (value is None or not holds(value, bound)):
+                raise argparse.ArgumentTypeError(f"expected {name} {words} {bound:,} {given}")
+        if value is None:
+            raise argparse.ArgumentTypeError(f"expected {name} {given}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, least=1)
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:

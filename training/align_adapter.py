@@ -515,8 +515,6 @@ def num_long(arguments: argparse.Namespace) -> int:
 def validation_prompts(arguments: argparse.Namespace, data: CaptionDataset) -> list[str]:
     if arguments.validation_prompts is None:
         return [data.captions(index)[0] for index in range(min(4, len(data)))]
-    if not arguments.validation_prompts.is_file():
-        raise FileNotFoundError(f"--validation-prompts {arguments.validation_prompts} does not exist, or is no file.")
     prompts = [line.strip() for _, line in lines_of(read_text(arguments.validation_prompts))]
     if not prompts:
         raise ValueError(f"--validation-prompts {arguments.validation_prompts} holds no text: write a prompt a line.")

@@ -107,8 +107,6 @@ def build_loader(
     }
     regions_wanted = f"--region-weight is {arguments.region_weight:g}, but {arguments.data} has no regions: pass 0."
     if arguments.data.startswith("webdataset:"):
-        if arguments.epoch_size is None:
-            raise ValueError("Shards do not tell their number of pairs: pass --epoch-size.")
         if arguments.region_weight:
             raise ValueError(regions_wanted)
         shards = TrainingShards(

@@ -922,7 +922,7 @@ def make_odd(name: str, stock_folder: str, tmp_path) -> str:
         (["generate", "a", "--num-images", "100000000000"], "and at most 100"),
         (["generate", "a", "--num-images", "101"], "and at most 100"),
         (["compare", "a", "--seeds", "1000000000"], "and at most 100"),
-        (["generate", "a", "--width", "9" * 5000], "is not a whole number of at least 1"),
+        (["generate", "a", "--width", "9" * 5000], "expected a whole number of at least 1 instead of 9"),
         (["generate", "a", "--steps", "-1"], "whole number of at least 1"),
         (["generate", "a", "--steps", ""], "whole number of at least 1"),
         (["evaluate", "retrieval", "--batch-size", "1000000"], "and at most 4,096"),

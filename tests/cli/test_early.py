@@ -63,6 +63,19 @@ MISTAKES = {
     ("export", "miniature", "{empty}/new", "--formt", "comfyui"): "did you mean --format?",
     ("tokens", "a fox", "--base", "./gone"): "./gone does not exist",
     ("evaluate", "retrieval", "--model", "gone.pt"): "gone.pt does not exist",
+    ("evaluate", "retrieval", "--data", "pictures:here"): "pictures:here is no data set: pass miniature, or one of",
+    ("evaluate", "retrieval", "--data", "captions.json"): "captions.json is no data set",
+    ("evaluate", "retrieval", "--data", "docci:gone"): "gone does not exist, or is no folder",
+    ("evaluate", "retrieval", "--data", "csv:{empty}"): "does not exist, or is no file: pass the file of the data set",
+    ("evaluate", "retrieval", "--data", "csv:"): "csv: names no path: pass csv:PATH",
+    ("evaluate", "retrieval", "--data", "csv:{file}", "--images", "gone"): "gone does not exist, or is no folder",
+    ("evaluate", "retrieval", "--data", "miniature:many"): "miniature:many names no number of scenes",
+    ("evaluate", "retrieval", "--data", "webdataset:a.tar"): "is a stream for training only",
+    ("evaluate", "retrieval", "--device", "gpu"): "--device: 'gpu' is no device: use one such as cpu, cuda",
+    ("generate", "a fox", "--device", "cuda:"): "'cuda:' is no device",
+    ("compare", "a fox", "--device", "cuda0"): "'cuda0' is no device",
+    ("generate", "a fox", "--seed", "one"): "--seed: expected a whole number instead of one",
+    ("generate", "a fox", "--guidance-scale", "much"): "--guidance-scale: expected a number instead of much",
     ("evaluate", "retrieval", "--split-name", "x"): "--split-name is no flag here: did you mean --split?",
 }
 
@@ -127,7 +140,7 @@ def test_an_unreachable_hub_is_asked_once_and_said_in_one_sentence(
     assert sum("some/sdxl" in address for address in no_hub) == 1
 
 
-def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, capsys) -> None:
+def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, caplog) -> None:
     repository = tmp_path / "models--some--sdxl"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -135,7 +148,7 @@ def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp
     options = Parser()
     options.add_argument("--base")
     check_models(options.parse_args(["--base", "some/sdxl"]))
-    assert "The hub cannot be reached: models are taken from its cache" in capsys.readouterr().err
+    assert "The hub cannot be reached: models are taken from its cache" in caplog.text
     assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
@@ -231,6 +244,14 @@ RECIPE_MISTAKES = {
     ("train_finelip.py", "--batchsize", "8"): "--batchsize is no flag here: did you mean --batch-size?",
     ("train_finelip.py", "--epochs", "many"): "--epochs: expected a number above 0 instead of many",
     ("train_finelip.py", "--output-dir", "/proc/none"): "cannot be written to",
+    ("train_finelip.py", "--data", "cvs:a.csv"): "cvs:a.csv is no data set",
+    ("train_finelip.py", "--data", "coco:gone"): "gone does not exist, or is no folder",
+    ("train_finelip.py", "--data", "webdataset:a.tar"): "pass --epoch-size",
+    ("train_finelip.py", "--eval-data", "jsonl:gone.jsonl"): "gone.jsonl does not exist, or is no file",
+    ("train_finelip.py", "--images", "gone"): "are drawn: pass no folder of images",
+    ("align_adapter.py", "--captions", "miniature:0"): "miniature:0 names no number of scenes",
+    ("align_adapter.py", "--captions", "sharegpt4v:gone.json"): "gone.json does not exist, or is no file",
+    ("align_adapter.py", "--validation-prompts", "gone.txt"): "--validation-prompts gone.txt does not exist",
 }
 
 
