@@ -28,6 +28,7 @@ from finelip_sdxl.options import (
     WEIGHTING,
     check_config,
 )
+from finelip_sdxl.recommended import Recommended
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +82,10 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
 
 def add_drawing(command: argparse.ArgumentParser) -> None:
     """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
-    text = "denoising steps (default: as the model recommends, or else 30)"
+    text = f"denoising steps (default: as the model recommends, or else {Recommended.steps})"
     command.add_argument("--steps", type=COUNT, metavar="N", help=text)
-    text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else 5)"
+    text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else "
+    text += f"{Recommended.guidance_scale:g})"
     command.add_argument("--guidance-scale", type=REAL, metavar="X", help=text)
     text = "seed of the noise, plus one for each further image (default: random)"
     command.add_argument("--seed", type=WHOLE, metavar="N", help=text)

@@ -237,7 +237,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
             config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers: any saved pipeline,
                 of this package or not, or `"miniature"`. The number of positions is read from a file on this machine,
-                and taken to be 77 for a file on the hub. The default is the config that Diffusers finds on the hub.
+                and taken to be 77 for a file on the hub. Steps and guidance that it recommends hold for the file, too. The
+                default is the config that Diffusers finds on the hub.
             **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is the
                 dtype of every component, float32 by default.
 
@@ -275,15 +276,17 @@ class EncoderSwapMixin(PromptEncodingMixin):
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
             adapter = _open_adapter(adapter, kwargs["dtype"], hub_arguments)
+        index: dict[str, Any] = {}
         with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
             if config is not None:
                 copied = Path(folder, Path(config).name or "config")
-                write_configs(file, config, copied, **hub_arguments)
+                index = write_configs(file, config, copied, **hub_arguments)
                 kwargs["config"] = str(copied)
             pipe: Self = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
         record_base(pipe, public_name(file))
+        record_recommended(pipe, recommended_of(index))
         pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
 
