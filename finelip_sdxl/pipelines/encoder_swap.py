@@ -237,8 +237,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
             config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers: any saved pipeline,
                 of this package or not, or `"miniature"`. The number of positions is read from a file on this machine,
-                and taken to be 77 for a file on the hub. Steps and guidance that it recommends hold for the file, too. The
-                default is the config that Diffusers finds on the hub.
+                and taken to be 77 for a file on the hub. Steps and guidance that it recommends hold for the file.
+                The default is the config that Diffusers finds on the hub.
             **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is the
                 dtype of every component, float32 by default.
 

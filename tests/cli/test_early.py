@@ -223,9 +223,9 @@ def test_errors_of_the_library_name_flags(stock_folder, tmp_path, capsys, argume
 # The recipes
 
 RECIPE = """
-import json, runpy, sys
+import json, os, runpy, sys
 for command in json.load(sys.stdin):
-    sys.argv = command
+    sys.argv, sys.path[0] = command, os.path.dirname(command[0])
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stopped:
@@ -269,3 +269,28 @@ def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
         assert line.startswith(f"{mistake[0]}: error: "), mistake
         assert RECIPE_MISTAKES[mistake] in line
         assert heavy == [], mistake
+
+
+SCRIPT_MISTAKES = {
+    ("training/measure_memory.py", "--batch-sizes", "0"): "--batch-sizes: expected a whole number of at least 1",
+    ("training/measure_memory.py", "--resolutoin", "512"): "did you mean --resolution?",
+    ("training/measure_memory.py", "--device", "gpu"): "invalid choice: 'gpu'",
+    ("benchmarks/memory.py", "--resolution", "big"): "--resolution: expected a whole number of at least 64",
+    ("benchmarks/memory.py", "--onyl", "swaps"): "did you mean --only?",
+    ("training/miniature/assemble.py", "--runs", "gone"): "--runs gone has no clip_1: train it first",
+    ("training/miniature/assemble_adapter.py", "--output", "new"): "--runs runs/miniature has no adapter/last",
+    ("training/miniature/assemble_finelip.py", "--rums", "new"): "did you mean --runs?",
+}
+
+
+def test_scripts_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
+    repository = Path(__file__).parents[2]
+    commands = [[str(repository / script), *flags] for script, *flags in SCRIPT_MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for mistake, line, (said, heavy) in zip(SCRIPT_MISTAKES, done.stderr.splitlines(), found, strict=True):
+        assert (said, heavy) == ("2", []), mistake
+        assert SCRIPT_MISTAKES[mistake] in line

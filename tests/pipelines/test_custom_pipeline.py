@@ -58,10 +58,8 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name(stock_folder, name
 
 
 def test_diffusers_own_arguments_are_taken(stock_folder) -> None:
-    pipe = load(
-        stock_folder, dtype=torch.float32, variant=None, use_safetensors=True, low_cpu_mem_usage=False, unet=None
-    )
-    assert pipe.unet is None
+    diffusers_own = {"dtype": torch.float32, "variant": None, "use_safetensors": True, "low_cpu_mem_usage": False}
+    assert load(stock_folder, **diffusers_own, unet=None).unet is None
 
 
 def test_it_saves_and_reopens_like_ours(stock_folder, tmp_path) -> None:
