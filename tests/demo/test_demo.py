@@ -325,6 +325,21 @@ def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch
         assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("tokens", [], "/tokens takes 1 value in this order: prompt; but it got 0. Pass"),
+        ("tokens", ["a star", "a fox"], "/tokens takes 1 value in this order: prompt; but it got 2"),
+        ("compare", ["a star"], "/compare takes 11 values in this order: prompt, columns, negative_prompt, "),
+        ("compare", ["a star"] * 12, "seed, weighting; but it got 12. Pass each of them"),
+    ],
+)
+def test_too_few_and_too_many_values_are_refused_in_a_sentence(demo, capsys, name, values, message) -> None:
+    said = json.loads(post(demo, name, json.dumps({"data": values})).split("event: error\ndata: ")[1])["error"]
+    assert message in said
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_null_is_named_where_it_stands_for_nothing(demo, monkeypatch, capsys) -> None:
     monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
     for name in ("prompt", "negative_prompt", "columns", "width", "conditioning_adapter_scale", "seed"):
@@ -466,7 +481,7 @@ def events_until_error(run) -> tuple[list, Exception]:
 def test_a_run_says_which_step_it_is_at_and_frees_its_buttons(demo, monkeypatch) -> None:
     monkeypatch.setattr(demo.comparison, "draw", fail_at("none", ValueError()))
     draw, stop, *_ = demo.page.ask(Visitor())
-    assert (draw["interactive"], stop["interactive"]) == (False, True)
+    assert (draw["value"], draw["interactive"], stop["interactive"]) == ("Drawing…", False, True)
     texts = [shown[-2] for shown in demo.page.draw_columns(Visitor(), *VALUES, ["stock", "finelip"])]
     texts = [text["value"] for text in texts if "value" in text]
     assert texts == ["Drawing…", *(f"Drawing… step 1 of 2, picture {number} of 2" for number in (1, 2))]
