@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse calls it for commands, too
-        options, unknown = super().parse_known_args(args, namespace)
+        options, unknown = super().parse_known_args(self._with_home(sys.argv[1:] if args is None else args), namespace)
         if unknown:
             self.error(self._about(unknown))
         return options, unknown
@@ -54,6 +54,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with one line, without the usage."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+    @staticmethod
+    def _with_home(arguments: Sequence[str]) -> list[str]:
+        """The arguments with `--flag=~/file` expanded: shells expand a `~` at the beginning of a word alone."""
+        found = [re.fullmatch(r"(--[\w-]+=)(~/.*)", text, re.DOTALL) for text in arguments]
+        pairs = zip(found, arguments, strict=True)
+        return [match[1] + os.path.expanduser(match[2]) if match else text for match, text in pairs]
 
     def _about(self, unknown: list[str]) -> str:
         flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), None)
@@ -135,6 +142,16 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
         return found[0] if flag is None else flag + (f" {value}" if value is not None else " " if following else "")
 
     return _ARGUMENT.sub(with_flag, message)
+
+
+def announce(text: str) -> None:
+    """Print a line in a terminal before seconds without a word. What only reads errors gets errors alone.
+
+    Example:
+        >>> announce("Opening miniature…")
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def quiet_imports() -> None:

@@ -6,6 +6,7 @@ All names of models go through `resolve`, so all errors about them have the same
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -114,6 +115,8 @@ def sdxl_path(name: str | os.PathLike[str]) -> str:
         >>> sdxl_path("stabilityai/stable-diffusion-xl-base-1.0")
         'stabilityai/stable-diffusion-xl-base-1.0'
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"{name!r:.60} is no name of a model: pass a path, a hub id or the name of one that ships.")
     bundled = bundled_sdxl(name)
     return os.fspath(name if bundled is None else bundled.folder)
 
@@ -256,7 +259,10 @@ def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub 
         return Location(os.fspath(name), path)
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
     if not isinstance(name, str) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"{os.fspath(name).strip() or repr(name)} does not exist: pass {expected}.")
+        shown = os.fspath(name) if os.fspath(name).strip() == os.fspath(name) != "" else repr(os.fspath(name))
+        raise FileNotFoundError(f"{shown} does not exist: pass {expected}.")
+    if near := difflib.get_close_matches(name.lower(), [*_SDXLS, *_MODELS], n=1, cutoff=0.85):
+        raise FileNotFoundError(f"{name} is no path here, nor a model that ships: did you mean {near[0]}?")
     return Location(name, None, hub_arguments)
 
 
@@ -267,7 +273,7 @@ def check_models(models: Mapping[str, str | None], sdxls: Collection[str] = (), 
     no library waits for it.
 
     Args:
-        models: the names of models by those of the arguments that they were passed as; None and `"none"` are none.
+        models: the names of models by those of the arguments that they were passed as; None is none.
         sdxls: the arguments that name an SDXL.
         folders: of these, the ones that take no single file.
 
@@ -281,13 +287,12 @@ def check_models(models: Mapping[str, str | None], sdxls: Collection[str] = (), 
         FileNotFoundError: gone.pt does not exist: pass a directory, a file or a hub id.
     """
     for argument, name in models.items():
-        if name is None or name == "none" or bundled_model(name) is not None:
+        if name is None or bundled_model(name) is not None:
             continue
         kinds = "a directory or a hub id" if argument in folders else "a directory, a file or a hub id"
         place = resolve(name, kinds)
         if place.path is None:
-            if not place.check():
-                _go_offline()
+            check_on_hub(place)
         elif argument in folders and place.path.is_file():
             raise ValueError(f"`{argument}` {name} is a file; expected the directory or hub id of an SDXL.")
         elif argument in sdxls and place.path.is_dir() and not (place.path / "model_index.json").is_file():
@@ -295,10 +300,15 @@ def check_models(models: Mapping[str, str | None], sdxls: Collection[str] = (), 
             raise FileNotFoundError(f"{name} has no model_index.json: pass {kinds}.")
 
 
-def _go_offline() -> None:
+def check_on_hub(place: Location) -> None:
+    """Check that a hub repository is there. If the hub does not answer, everything is read from its cache from now on.
+
+    Raises:
+        OSError: see `Location.check`.
+    """
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE:
+    if not place.check() and not constants.HF_HUB_OFFLINE:
         constants.HF_HUB_OFFLINE = True
         logger.warning("The hub cannot be reached: models are taken from its cache on this machine.")
 
@@ -340,7 +350,7 @@ def data_place(name: str, images: str | os.PathLike[str] | None = None) -> tuple
     if kind == "webdataset":
         raise ValueError(f"{name} is a stream for training only: pass a data set whose images can be counted.")
     if kind not in DATA_FILES + DATA_FOLDERS:
-        kinds = ", ".join((*DATA_FOLDERS, *DATA_FILES))
+        kinds = ", ".join((*DATA_FILES, *DATA_FOLDERS))
         raise ValueError(f"{name:.100} is no data set: pass miniature, or one of {kinds} as KIND:PATH.")
     if not place.strip():
         raise ValueError(f"{name} names no path: pass {kind}:PATH.")

@@ -32,13 +32,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from finelip_sdxl.console import quiet_diffusers, quiet_imports
+from finelip_sdxl.console import announce, quiet_diffusers, quiet_imports
 from finelip_sdxl.training.command_line import run_recipe
 from finelip_sdxl.training.flags import align_adapter as flags
 
 if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
     run_recipe("align_adapter.py", flags.check, partial(flags.parse, description=__doc__), None)
+    announce("The flags are in order; opening the models…")
 
 
 import numpy as np

@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from finelip_sdxl.console import quiet_imports, quiet_transformers
+from finelip_sdxl.console import announce, quiet_imports, quiet_transformers
 from finelip_sdxl.training.command_line import run_recipe
 from finelip_sdxl.training.flags import train_finelip as flags
 
 if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
     run_recipe("train_finelip.py", flags.check, partial(flags.parse, description=__doc__), None)
+    announce("The flags are in order; opening the models…")
 
 
 import torch

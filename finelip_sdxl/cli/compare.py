@@ -19,7 +19,7 @@ from finelip_sdxl.cli.options import (
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
 from finelip_sdxl.comparison.settings import check_columns
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.console import announce, quiet_diffusers
 from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
@@ -45,6 +45,7 @@ def compare(options: argparse.Namespace) -> None:
     chosen = check_columns(options.columns)
     rows = settings_by_seed(options, prompt, options.seeds)
     check_models(options)
+    announce(f"Opening {options.base}…")
 
     quiet_diffusers()
     from finelip_sdxl.comparison import comparison

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finelip_sdxl.console import number
 from finelip_sdxl.foreign_files import one_line
-from finelip_sdxl.names import resolve
+from finelip_sdxl.names import check_on_hub, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 
 MAX_UPSCALE = 16
+MAX_UPSCALED_SIDE = 16_384
 
 # Usual names of schedulers, with Diffusers' classes and settings. Every class is also known by its own name.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,9 +110,15 @@ def check_everyday(options: argparse.Namespace) -> None:
     for name, _ in options.lora:
         place = resolve(name, "a .safetensors file, a directory or a hub id")
         if place.path is None:
-            place.check()
+            check_on_hub(place)
         elif place.path.is_file() and place.path.suffix != ".safetensors":
             raise ValueError(f"--lora {name} is no .safetensors file: convert it, or pass another one.")
+    side = options.upscale * max(options.width or 0, options.height or 0)
+    if side > MAX_UPSCALED_SIDE:
+        raise ValueError(
+            f"--upscale {options.upscale} makes a picture of {side:,} pixels; expected at most {MAX_UPSCALED_SIDE:,}:"
+            " pass a smaller factor."
+        )
     if options.strength is not None and options.init_image is None:
         raise ValueError(f"--strength {options.strength:g} goes with --init-image: pass a picture, or leave it out.")
     if options.init_image is not None and not Path(options.init_image).is_file():

@@ -5,7 +5,7 @@ import json
 
 from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, open_device
 from finelip_sdxl.cli.output import output_file
-from finelip_sdxl.console import COUNT, number, quiet_transformers
+from finelip_sdxl.console import COUNT, announce, number, quiet_transformers
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.names import data_place
 from finelip_sdxl.options import DATA_KINDS
@@ -63,6 +63,7 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
     json_file = None if options.json is None else output_file("--json", options.json)
     check_models(options)
     data_place(options.data, options.images)
+    announce(f"Opening {options.model}…")
 
     quiet_transformers()
     import torch

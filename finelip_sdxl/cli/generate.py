@@ -26,7 +26,7 @@ from finelip_sdxl.cli.options import (
     settings_by_seed,
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.console import announce, quiet_diffusers
 
 
 def add_parser(commands: Commands) -> None:
@@ -47,6 +47,7 @@ def generate(options: argparse.Namespace) -> None:
     rows = settings_by_seed(options, prompt, options.num_images)
     check_everyday(options)
     check_models(options)
+    announce(f"Opening {options.base}…")
 
     quiet_diffusers()
     import torch

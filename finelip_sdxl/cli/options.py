@@ -256,6 +256,8 @@ def check_models(options: argparse.Namespace) -> None:
     if getattr(options, "base", None) is not None:
         check_config(options.base, getattr(options, "config", None))
     models = {name: getattr(options, name, None) for name in _MODELS}
+    if models["conditioning_adapter"] == "none":  # a word of this flag alone
+        del models["conditioning_adapter"]
     names.check_models(models, sdxls=_SDXLS, folders=_SDXLS[1:])
 
 

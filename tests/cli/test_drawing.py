@@ -16,6 +16,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.cli import drawing
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.images import read_parameters
+from tests.helpers.single_file import vae_tensors
 from tests.pipelines.test_ecosystem import make_lora
 
 
@@ -76,6 +77,21 @@ def test_a_vae_takes_the_place_of_the_models_own(draw, stock_folder, tmp_path) -
     assert draw("--vae", str(tmp_path / "my-vae"))[0].tobytes() != plain.tobytes()
 
 
+@pytest.mark.parametrize("layout", ["original", "original, in an SDXL", "diffusers"])
+def test_a_vae_in_a_single_file_takes_the_place_of_the_models_own(draw, stock_folder, tmp_path, layout) -> None:
+    vae = AutoencoderKL.from_pretrained(stock_folder, subfolder="vae")
+    for parameter in vae.decoder.parameters():
+        parameter.data += 0.05
+    vae.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    if layout != "diffusers":
+        file, prefix = tmp_path / "vae.safetensors", "first_stage_model." * ("SDXL" in layout)
+        save_file({f"{prefix}{key}": weight.contiguous() for key, weight in vae_tensors(vae).items()}, file)
+    picture, found = draw("--vae", str(file))
+    assert picture.tobytes() == draw("--vae", str(tmp_path / "folder"))[0].tobytes() != draw()[0].tobytes()
+    assert found["vae"] == file.name
+
+
 def test_clip_skip_reaches_the_text_encoders(draw, stock_folder, tmp_path, capsys) -> None:
     plain, _ = draw()
     assert draw("--clip-skip", "0")[0].tobytes() == plain.tobytes()
@@ -129,6 +145,10 @@ def test_a_small_picture_is_enlarged(draw) -> None:
         (["--upscale", "0"], "whole number of at least 1"),
         (["--upscale", "17"], "at most 16"),
         (["--upscale", "1.5"], "whole number"),
+        (
+            ["--upscale", "16", "--width", "2048"],
+            "--upscale 16 makes a picture of 32,768 pixels; expected at most 16,384",
+        ),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, flags, message) -> None:

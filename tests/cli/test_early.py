@@ -11,7 +11,7 @@ import pytest
 
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import check_models
-from finelip_sdxl.console import Parser, quiet_diffusers, with_flags
+from finelip_sdxl.console import Parser, announce, quiet_diffusers, with_flags
 
 # Runs commands one after the other, and prints the code, the errors and the heavy modules of each.
 CHILD = """
@@ -63,6 +63,11 @@ MISTAKES = {
     ("export", "miniature", "{empty}/new", "--formt", "comfyui"): "did you mean --format?",
     ("tokens", "a fox", "--base", "./gone"): "./gone does not exist",
     ("evaluate", "retrieval", "--model", "gone.pt"): "gone.pt does not exist",
+    ("generate", "a fox", "--base", "Miniature"): "Miniature is no path here, nor a model that ships: did you mean min",
+    ("evaluate", "retrieval", "--model", "miniature-finlip-1"): "did you mean miniature-finelip-1?",
+    ("generate", "a fox", "--base", "miniature "): "'miniature ' does not exist",
+    ("generate", "a fox", "--base=~/gone/here"): "{home}/gone/here does not exist",
+    ("evaluate", "retrieval", "--data", "csv:~/gone.csv"): "{home}/gone.csv does not exist",
     ("evaluate", "retrieval", "--data", "pictures:here"): "pictures:here is no data set: pass miniature, or one of",
     ("evaluate", "retrieval", "--data", "captions.json"): "captions.json is no data set",
     ("evaluate", "retrieval", "--data", "docci:gone"): "gone does not exist, or is no folder",
@@ -84,7 +89,7 @@ def test_mistakes_are_refused_before_torch_is_imported(tmp_path) -> None:
     file = tmp_path / "file.safetensors"
     file.touch()
     (tmp_path / "empty").mkdir()
-    names = {"empty": tmp_path / "empty", "file": file}
+    names = {"empty": tmp_path / "empty", "file": file, "home": Path("~").expanduser()}
     commands = [[word.format(**names) for word in command] for command in MISTAKES]
     done = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
@@ -123,6 +128,10 @@ def no_hub(monkeypatch, tmp_path) -> list[str]:
         ["generate", "a fox", "--base", "some/sdxl"],
         ["generate", "a fox", "--finelip", "some/sdxl"],
         ["compare", "a fox", "--refiner", "some/sdxl"],
+        ["generate", "a fox", "--lora", "some/sdxl"],
+        ["generate", "a fox", "--lora", "some/sdxl:0.5"],
+        ["generate", "a fox", "--vae", "some/sdxl"],
+        ["generate", "a fox", "--vae", "none"],
         ["convert", "some/sdxl", "new"],
         ["export", "some/sdxl", "new"],
         ["export", "some/sdxl", "new", "--format", "comfyui"],
@@ -136,8 +145,9 @@ def test_an_unreachable_hub_is_asked_once_and_said_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "some/sdxl is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
-    assert sum("some/sdxl" in address for address in no_hub) == 1
+    name = "none" if "none" in command else "some/sdxl"
+    assert f"{name} is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
+    assert sum(address.endswith(f"/{name}") for address in no_hub) == 1
 
 
 def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, caplog) -> None:
@@ -153,6 +163,14 @@ def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp
 
 
 # Messages
+
+
+def test_a_terminal_is_told_before_seconds_without_a_word(monkeypatch, capsys) -> None:
+    announce("Opening miniature…")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    announce("Opening miniature…")
+    assert capsys.readouterr().err == "Opening miniature…\n"
 
 
 @pytest.mark.slow
