@@ -315,6 +315,10 @@ class EncoderSwapMixin(PromptEncodingMixin):
             True
         """
         cls._check_names("from_pipe", kwargs)
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(
+                f"from_pipe takes a pipeline, but got {pipeline!r:.60}: pass a pipeline, or a name to from_pretrained."
+            )
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         pipe = super().from_pipe(pipeline, **kwargs)
@@ -482,6 +486,13 @@ def _prepared(
     # Without a dtype every library falls back on its own, and half-precision repositories end in two.
     torch_dtype = kwargs.pop("torch_dtype", None)
     kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch_dtype or torch.float32}
+    if not isinstance(kwargs["dtype"], torch.dtype | dict):  # Diffusers takes float32 for it, and only logs so
+        raise TypeError(f"`dtype` is {kwargs['dtype']!r:.60}; expected one of torch, such as torch.float16.")
+    adapter = kwargs.get(ADAPTER)
+    if not isinstance(adapter, ConditioningAdapter | str | os.PathLike | None):
+        raise TypeError(
+            f"`{ADAPTER}` is {adapter!r:.60}; expected a ConditioningAdapter, the directory or hub id of one, or None."
+        )
     for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
         if source is not None and kwargs.get(name) is not None:
             raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")
