@@ -261,6 +261,8 @@ def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub 
     if not isinstance(name, str) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         shown = os.fspath(name) if os.fspath(name).strip() == os.fspath(name) != "" else repr(os.fspath(name))
         raise FileNotFoundError(f"{shown} does not exist: pass {expected}.")
+    if name in _MODELS:
+        raise FileNotFoundError(f"{name} is a CLIP that ships with the package: pass {expected}.")
     if near := difflib.get_close_matches(name.lower(), [*_SDXLS, *_MODELS], n=1, cutoff=0.85):
         raise FileNotFoundError(f"{name} is no path here, nor a model that ships: did you mean {near[0]}?")
     return Location(name, None, hub_arguments)
@@ -287,7 +289,7 @@ def check_models(models: Mapping[str, str | None], sdxls: Collection[str] = (), 
         FileNotFoundError: gone.pt does not exist: pass a directory, a file or a hub id.
     """
     for argument, name in models.items():
-        if name is None or bundled_model(name) is not None:
+        if name is None or (argument not in sdxls and bundled_model(name) is not None):
             continue
         kinds = "a directory or a hub id" if argument in folders else "a directory, a file or a hub id"
         place = resolve(name, kinds)

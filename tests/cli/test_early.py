@@ -64,6 +64,7 @@ MISTAKES = {
     ("tokens", "a fox", "--base", "./gone"): "./gone does not exist",
     ("evaluate", "retrieval", "--model", "gone.pt"): "gone.pt does not exist",
     ("generate", "a fox", "--base", "Miniature"): "Miniature is no path here, nor a model that ships: did you mean min",
+    ("generate", "a fox", "--base", "miniature-clip-1"): "miniature-clip-1 is a CLIP that ships with the package: pass",
     ("evaluate", "retrieval", "--model", "miniature-finlip-1"): "did you mean miniature-finelip-1?",
     ("generate", "a fox", "--base", "miniature "): "'miniature ' does not exist",
     ("generate", "a fox", "--base=~/gone/here"): "{home}/gone/here does not exist",

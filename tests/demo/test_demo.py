@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 import urllib.error
@@ -813,6 +814,42 @@ def test_a_port_that_is_taken_is_told_by_its_flag(demo, monkeypatch, capsys) -> 
     assert f"Port {port} cannot be opened at 127.0.0.1" in line
     assert "--port" in line
     assert "server_port" not in line
+
+
+def test_where_no_public_address_can_be_had_one_sentence_says_so(demo, monkeypatch, tmp_path, capsys) -> None:
+    def setup_tunnel(**arguments) -> None:
+        raise RuntimeError("Could not get share link from Gradio API Server.")
+
+    monkeypatch.setattr(Comparison, "load", lambda *args, **options: demo.comparison)
+    monkeypatch.setattr(gr.networking, "setup_tunnel", setup_tunnel)
+    for name in ("no_proxy", "NO_PROXY", "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # what is set is undone
+    page = app.serve(app.parse(["--share"]), tmp_path, wait=False)
+    opened, public = capsys.readouterr().out.strip().splitlines()
+    page.close()
+    assert opened.startswith("The page is open at http://127.0.0.1:")
+    assert public.startswith("It has no public address: --share needs Gradio's servers, which were not reached. Try")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base", "./gone"], "./gone does not exist"),
+        (["--refiner", "gone.safetensors"], "gone.safetensors does not exist"),
+        (["--config", "miniature"], "The config miniature goes with a single file"),
+        (["--device", "gpu"], "'gpu' is no device"),
+        (["--port", "70000"], "--port: expected a whole number of at most 65,535 instead of 70000"),
+        (["--prot", "7860"], "--prot is no flag here: did you mean --port?"),
+        (["--finelip-base", "miniature"], "--finelip-base miniature goes with --finelip-merge delta"),
+    ],
+)
+def test_the_launcher_refuses_mistakes_in_a_line(monkeypatch, capsys, flags, message) -> None:
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(app.main(flags))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("error", [Exception("code 502"), ValueError("When localhost is not accessible, share")])
