@@ -13,6 +13,8 @@ text encoders. Each row is measured in a process of its own: the growth of the p
 included, and the seconds of `swap_text_encoders`.
 """
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
 import argparse
@@ -20,12 +22,28 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from finelip_sdxl.console import Parser, number
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = Parser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", choices=("pipelines", "swaps"), help="table to print (default: both)")
+    text, side = "width and height of pictures (default: %(default)s)", number(int, least=64, most=4096)
+    flags.add_argument("--resolution", type=side, default=1024, metavar="PIXELS", help=text)
+    text = "device to measure (default: cuda if there is one)"
+    flags.add_argument("--device", choices=("cpu", "cuda"), help=text)
+    return flags.parse_args(arguments)
+
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
+    parse()
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -282,23 +300,11 @@ def print_pipelines(device: str, resolution: int) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--only", choices=("pipelines", "swaps"), help="table to print (default: both)")
-    flags.add_argument(
-        "--resolution",
-        type=int,
-        default=1024,
-        metavar="PIXELS",
-        help="width and height of pictures (default: %(default)s)",
-    )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    text = "device to measure (default: cuda if there is one)"
-    flags.add_argument("--device", choices=("cpu", "cuda"), default=default, help=text)
-    arguments = flags.parse_args()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else None
-    print(f"{report_header(device=device)}; GiB")
+    arguments = parse()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{report_header(device=torch.cuda.get_device_name() if device == 'cuda' else None)}; GiB")
     if arguments.only != "swaps":
-        print_pipelines(arguments.device, arguments.resolution)
+        print_pipelines(device, arguments.resolution)
     if arguments.only != "pipelines":
         print_swaps()
 

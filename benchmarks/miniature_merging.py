@@ -34,6 +34,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 
 from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.console import COUNT
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -41,7 +42,7 @@ from finelip_sdxl.report import report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from benchmarks.miniature_pictures import Draw, Sample, cell, draw_samples, draw_with, judge, positive, with_interval
+from benchmarks.miniature_pictures import Draw, Sample, cell, draw_samples, draw_with, judge, with_interval
 
 FINELIPS = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
 COLUMNS = tuple(
@@ -110,10 +111,8 @@ def fine_tune_in(runs: Path, flags: str) -> Path:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument(
-        "--scenes", type=positive, default=100, metavar="N", help="number of scenes (default: %(default)s)"
-    )
-    flags.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (default: %(default)s)")
+    flags.add_argument("--scenes", type=COUNT, default=100, metavar="N", help="number of scenes (default: %(default)s)")
+    flags.add_argument("--steps", type=COUNT, default=20, metavar="N", help="Euler steps (default: %(default)s)")
     text = "classifier-free guidance (default: %(default)s)"
     flags.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help=text)
     text = "folder of the fine-tune (default: %(default)s)"

@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.console import COUNT
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature.captions import Caption, long_caption, short_caption
 from finelip_sdxl.miniature.scoring import score_picture
@@ -309,8 +310,8 @@ def circumstances(results: Results, rows: list[Row]) -> str:
 
 def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
     text = "number of unseen scenes (default: %(default)s)"
-    flags.add_argument("--scenes", type=positive, default=scenes, metavar="N", help=text)
-    flags.add_argument("--steps", type=positive, default=20, metavar="N", help="Euler steps (default: %(default)s)")
+    flags.add_argument("--scenes", type=COUNT, default=scenes, metavar="N", help=text)
+    flags.add_argument("--steps", type=COUNT, default=20, metavar="N", help="Euler steps (default: %(default)s)")
     text = "classifier-free guidance (default: %(default)s)"
     flags.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help=text)
     text = "folder of the trained weights (default: %(default)s)"
@@ -320,12 +321,6 @@ def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) ->
     text = "file of results, written after each row; its rows are not drawn again (delete it after a change of code)"
     flags.add_argument("--json", type=writable, metavar="FILE", help=text)
     flags.add_argument("--plot", type=writable, metavar="PNG", help="file for the figure")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def writable(text: str) -> Path:

@@ -2,12 +2,12 @@
 
 import argparse
 import json
-from functools import partial
 
-from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, count, open_device
+from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, open_device
 from finelip_sdxl.cli.output import output_file
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import COUNT, announce, number, quiet_transformers
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.names import data_place
 from finelip_sdxl.options import DATA_KINDS
 from finelip_sdxl.report import report_entries
 
@@ -46,11 +46,11 @@ def add_parser(commands: Commands) -> None:
         help="keep a CLIP's 77 positions, and cut texts there (default: stretch to 248)",
     )
     text = "length at which texts are cut, start and end token included (default: the model's positions)"
-    command.add_argument("--max-tokens", type=count, metavar="N", help=text)
+    command.add_argument("--max-tokens", type=COUNT, metavar="N", help=text)
     text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
     command.add_argument("--fusion-sweep", action="store_true", help=text)
     text = "number of images or texts encoded at a time (default: %(default)s)"
-    command.add_argument("--batch-size", type=partial(count, most=MAX_BATCH), default=64, metavar="N", help=text)
+    command.add_argument("--batch-size", type=number(int, least=1, most=MAX_BATCH), default=64, metavar="N", help=text)
     add_device(command)
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type of all weights (default: %(default)s)"
@@ -62,6 +62,8 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
     """Print recall in both directions as a table, and write it to the JSON file of `--json`."""
     json_file = None if options.json is None else output_file("--json", options.json)
     check_models(options)
+    data_place(options.data, options.images)
+    announce(f"Opening {options.model}…")
 
     quiet_transformers()
     import torch

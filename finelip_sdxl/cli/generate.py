@@ -1,7 +1,6 @@
 """The command `generate`: a prompt to PNG files."""
 
 import argparse
-from functools import partial
 
 from finelip_sdxl.cli.drawing import (
     add_everyday,
@@ -14,7 +13,7 @@ from finelip_sdxl.cli.drawing import (
     vae_arguments,
 )
 from finelip_sdxl.cli.options import (
-    MAX_PICTURES,
+    PICTURES,
     Commands,
     add_command,
     add_drawing,
@@ -22,13 +21,12 @@ from finelip_sdxl.cli.options import (
     add_prompt,
     check_models,
     chosen_prompt,
-    count,
     device_and_dtype,
     loading_arguments,
     settings_by_seed,
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.console import announce, quiet_diffusers
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,8 +35,7 @@ def add_parser(commands: Commands) -> None:
     text = "file to write (default: %(default)s)"
     command.add_argument("--out", default="finelip-sdxl.png", metavar="PNG", help=text)
     text = "number of images (default: %(default)s)"
-    pictures = partial(count, most=MAX_PICTURES)
-    command.add_argument("--num-images", type=pictures, default=1, metavar="N", help=text)
+    command.add_argument("--num-images", type=PICTURES, default=1, metavar="N", help=text)
     add_drawing(command)
     add_encoding(command)
     add_everyday(command)
@@ -50,6 +47,7 @@ def generate(options: argparse.Namespace) -> None:
     rows = settings_by_seed(options, prompt, options.num_images)
     check_everyday(options)
     check_models(options)
+    announce(f"Opening {options.base}…")
 
     quiet_diffusers()
     import torch

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from finelip_sdxl.names import data_place
 from finelip_sdxl.texts import lines_of, read_text
 
 from .caption_dataset import CaptionDataset
@@ -68,17 +69,9 @@ def open_dataset(
         >>> len(scenes), scenes.image(3).size
         (10, (96, 96))
     """
-    kind, _, path = spec.partition(":")
+    kind, path = data_place(spec, images)
     if kind == "miniature":
-        if images is not None:
-            raise ValueError(f"The scenes of {spec} are drawn: pass no folder of images with it.")
         return _miniature(path, split)
-    if kind == "webdataset":
-        raise ValueError(f"{spec} is a stream for training only: pass a data set whose images can be counted.")
-    if kind not in _READERS:
-        raise ValueError(f"{spec} is no data set: pass miniature, or one of {', '.join(_READERS)} as KIND:PATH.")
-    if not path:
-        raise ValueError(f"{spec} names no path: pass {kind}:PATH.")
     records = _READERS[kind](Path(path), split, None if images is None else Path(images))
     return LineDataset(records, spec) if kind == "txt" else FileDataset(records, spec, skip_missing)
 
@@ -86,11 +79,7 @@ def open_dataset(
 def _miniature(count: str, split: str) -> CaptionDataset:
     from finelip_sdxl.miniature.dataset import MiniatureScenes  # here, since that module imports this package
 
-    if not count:
-        count = str(MINIATURE_SCENES["train" if split == "train" else "test"])
-    if not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"miniature:{count} names no number of scenes: pass one, such as miniature:500.")
-    return MiniatureScenes(split, int(count))
+    return MiniatureScenes(split, int(count or MINIATURE_SCENES["train" if split == "train" else "test"]))
 
 
 # One function for each layout, from path, split and folder of images to records
@@ -176,8 +165,6 @@ def _jsonl(path: Path, split: str, images: Path | None) -> Iterator[Record]:
 
 
 def _txt(path: Path, split: str, images: Path | None) -> Iterator[Record]:
-    if images is not None:
-        raise ValueError(f"{path} holds texts only: pass no folder of images with it.")
     lines = lines_of(read_text(path))
     if not lines:
         raise ValueError(f"{path} holds no text: write a caption in each line.")

@@ -23,7 +23,7 @@ from finelip_sdxl.options import (
     Weighting,
     check_adapter_scale,
 )
-from finelip_sdxl.pipelines.calls import OPTIONS, option_in_force, takes_options
+from finelip_sdxl.pipelines.calls import OPTIONS, check_numbers, option_in_force, takes_options
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 from finelip_sdxl.recommended import recommended_arguments
@@ -145,7 +145,11 @@ class LongPromptMixin(EncoderSwapMixin):
                 Share of the conditioning adapter, from 0, as without it, to 1.
         """
         call = super().__call__
+        for name in ("num_inference_steps", "guidance_scale"):  # None stands for the default: in Diffusers it fails
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
         given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+        check_numbers(given)
         # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: given[name] for name in EMBEDDINGS if name in given})
         return call(*args, **kwargs, **recommended_arguments(self.config, given))

@@ -260,7 +260,7 @@ def test_a_row_is_drawn_again_when_its_weights_are_newer_or_others(tmp_path) -> 
     ("flags", "message"),
     [
         (("--only", "trained"), "invalid choice: 'trained' (choose from 'truth')"),
-        (("--scenes", "0"), "0 is not a whole number of at least 1"),
+        (("--scenes", "0"), "expected a whole number of at least 1 instead of 0"),
         (("--plot", "no/such/plot.png"), "no/such/plot.png is not the name of a file in a folder that exists"),
         (("--json", "."), ". is not the name of a file"),
     ],

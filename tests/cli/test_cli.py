@@ -580,7 +580,6 @@ def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys
         (["--json", "{empty}"], "is a directory"),
         (["--json", "a" * 256], "cannot be written to (File name too long)"),
         (["--json", ""], "is a directory"),
-        (["--device", "nowhere"], "is no device"),
     ],
 )
 def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, arguments, message) -> None:
@@ -606,7 +605,6 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
         (["tokens", "a", "--config", "miniature"], "config miniature goes with a single file"),
         (["generate", "a", "--out", "picture.jpg"], "must be the name of a PNG file"),
-        (["generate", "a", "--base", "{stock}", "--device", "nowhere"], "is no device"),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),
         (
             ["generate", "a", "--base", "{stock}", "--device", "cpu", "--width", "100", "--out", "{png}"],
@@ -919,15 +917,17 @@ def make_odd(name: str, stock_folder: str, tmp_path) -> str:
         (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
         (["generate", "a", "--short-prompt-encoder", "stretched"], "invalid choice"),
         (["compare", "a", "--columns", "midjourney"], "invalid choice: 'midjourney'"),
-        (["generate", "a", "--num-images", "100000000000"], "and at most 100"),
-        (["generate", "a", "--num-images", "101"], "and at most 100"),
-        (["compare", "a", "--seeds", "1000000000"], "and at most 100"),
-        (["generate", "a", "--width", "9" * 5000], "is not a whole number of at least 1"),
+        (["generate", "a", "--num-images", "100000000000"], "of at most 100"),
+        (["generate", "a", "--num-images", "101"], "of at most 100"),
+        (["compare", "a", "--seeds", "1000000000"], "of at most 100"),
+        (["generate", "a", "--width", "9" * 5000], "expected a whole number of at least 1 instead of 9"),
         (["generate", "a", "--steps", "-1"], "whole number of at least 1"),
         (["generate", "a", "--steps", ""], "whole number of at least 1"),
-        (["evaluate", "retrieval", "--batch-size", "1000000"], "and at most 4,096"),
+        (["evaluate", "retrieval", "--batch-size", "1000000"], "of at most 4,096"),
         (["evaluate", "retrieval", "--max-tokens", "1e3"], "whole number of at least 1"),
         (["compare", "a", "--seeds", "0"], "whole number of at least 1"),
+        (["generate", "a", "--device", "nowhere"], "'nowhere' is no device"),
+        (["evaluate", "retrieval", "--device", ""], "'' is no device"),
     ],
 )
 def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import check_models
-from finelip_sdxl.console import Parser, quiet_diffusers, with_flags
+from finelip_sdxl.console import Parser, announce, quiet_diffusers, with_flags
 
 # Runs commands one after the other, and prints the code, the errors and the heavy modules of each.
 CHILD = """
@@ -63,6 +63,25 @@ MISTAKES = {
     ("export", "miniature", "{empty}/new", "--formt", "comfyui"): "did you mean --format?",
     ("tokens", "a fox", "--base", "./gone"): "./gone does not exist",
     ("evaluate", "retrieval", "--model", "gone.pt"): "gone.pt does not exist",
+    ("generate", "a fox", "--base", "Miniature"): "Miniature is no path here, nor a model that ships: did you mean min",
+    ("generate", "a fox", "--base", "miniature-clip-1"): "miniature-clip-1 is a CLIP that ships with the package: pass",
+    ("evaluate", "retrieval", "--model", "miniature-finlip-1"): "did you mean miniature-finelip-1?",
+    ("generate", "a fox", "--base", "miniature "): "'miniature ' does not exist",
+    ("generate", "a fox", "--base=~/gone/here"): "{home}/gone/here does not exist",
+    ("evaluate", "retrieval", "--data", "csv:~/gone.csv"): "{home}/gone.csv does not exist",
+    ("evaluate", "retrieval", "--data", "pictures:here"): "pictures:here is no data set: pass miniature, or one of",
+    ("evaluate", "retrieval", "--data", "captions.json"): "captions.json is no data set",
+    ("evaluate", "retrieval", "--data", "docci:gone"): "gone does not exist, or is no folder",
+    ("evaluate", "retrieval", "--data", "csv:{empty}"): "does not exist, or is no file: pass the file of the data set",
+    ("evaluate", "retrieval", "--data", "csv:"): "csv: names no path: pass csv:PATH",
+    ("evaluate", "retrieval", "--data", "csv:{file}", "--images", "gone"): "gone does not exist, or is no folder",
+    ("evaluate", "retrieval", "--data", "miniature:many"): "miniature:many names no number of scenes",
+    ("evaluate", "retrieval", "--data", "webdataset:a.tar"): "is a stream for training only",
+    ("evaluate", "retrieval", "--device", "gpu"): "--device: 'gpu' is no device: use one such as cpu, cuda",
+    ("generate", "a fox", "--device", "cuda:"): "'cuda:' is no device",
+    ("compare", "a fox", "--device", "cuda0"): "'cuda0' is no device",
+    ("generate", "a fox", "--seed", "one"): "--seed: expected a whole number instead of one",
+    ("generate", "a fox", "--guidance-scale", "much"): "--guidance-scale: expected a number instead of much",
     ("evaluate", "retrieval", "--split-name", "x"): "--split-name is no flag here: did you mean --split?",
 }
 
@@ -71,7 +90,7 @@ def test_mistakes_are_refused_before_torch_is_imported(tmp_path) -> None:
     file = tmp_path / "file.safetensors"
     file.touch()
     (tmp_path / "empty").mkdir()
-    names = {"empty": tmp_path / "empty", "file": file}
+    names = {"empty": tmp_path / "empty", "file": file, "home": Path("~").expanduser()}
     commands = [[word.format(**names) for word in command] for command in MISTAKES]
     done = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
@@ -110,6 +129,10 @@ def no_hub(monkeypatch, tmp_path) -> list[str]:
         ["generate", "a fox", "--base", "some/sdxl"],
         ["generate", "a fox", "--finelip", "some/sdxl"],
         ["compare", "a fox", "--refiner", "some/sdxl"],
+        ["generate", "a fox", "--lora", "some/sdxl"],
+        ["generate", "a fox", "--lora", "some/sdxl:0.5"],
+        ["generate", "a fox", "--vae", "some/sdxl"],
+        ["generate", "a fox", "--vae", "none"],
         ["convert", "some/sdxl", "new"],
         ["export", "some/sdxl", "new"],
         ["export", "some/sdxl", "new", "--format", "comfyui"],
@@ -123,11 +146,12 @@ def test_an_unreachable_hub_is_asked_once_and_said_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "some/sdxl is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
-    assert sum("some/sdxl" in address for address in no_hub) == 1
+    name = "none" if "none" in command else "some/sdxl"
+    assert f"{name} is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
+    assert sum(address.endswith(f"/{name}") for address in no_hub) == 1
 
 
-def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, capsys) -> None:
+def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, caplog) -> None:
     repository = tmp_path / "models--some--sdxl"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -135,11 +159,19 @@ def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp
     options = Parser()
     options.add_argument("--base")
     check_models(options.parse_args(["--base", "some/sdxl"]))
-    assert "The hub cannot be reached: models are taken from its cache" in capsys.readouterr().err
+    assert "The hub cannot be reached: models are taken from its cache" in caplog.text
     assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 # Messages
+
+
+def test_a_terminal_is_told_before_seconds_without_a_word(monkeypatch, capsys) -> None:
+    announce("Opening miniature…")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    announce("Opening miniature…")
+    assert capsys.readouterr().err == "Opening miniature…\n"
 
 
 @pytest.mark.slow
@@ -210,9 +242,9 @@ def test_errors_of_the_library_name_flags(stock_folder, tmp_path, capsys, argume
 # The recipes
 
 RECIPE = """
-import json, runpy, sys
+import json, os, runpy, sys
 for command in json.load(sys.stdin):
-    sys.argv = command
+    sys.argv, sys.path[0] = command, os.path.dirname(command[0])
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stopped:
@@ -231,6 +263,14 @@ RECIPE_MISTAKES = {
     ("train_finelip.py", "--batchsize", "8"): "--batchsize is no flag here: did you mean --batch-size?",
     ("train_finelip.py", "--epochs", "many"): "--epochs: expected a number above 0 instead of many",
     ("train_finelip.py", "--output-dir", "/proc/none"): "cannot be written to",
+    ("train_finelip.py", "--data", "cvs:a.csv"): "cvs:a.csv is no data set",
+    ("train_finelip.py", "--data", "coco:gone"): "gone does not exist, or is no folder",
+    ("train_finelip.py", "--data", "webdataset:a.tar"): "pass --epoch-size",
+    ("train_finelip.py", "--eval-data", "jsonl:gone.jsonl"): "gone.jsonl does not exist, or is no file",
+    ("train_finelip.py", "--images", "gone"): "are drawn: pass no folder of images",
+    ("align_adapter.py", "--captions", "miniature:0"): "miniature:0 names no number of scenes",
+    ("align_adapter.py", "--captions", "sharegpt4v:gone.json"): "gone.json does not exist, or is no file",
+    ("align_adapter.py", "--validation-prompts", "gone.txt"): "--validation-prompts gone.txt does not exist",
 }
 
 
@@ -248,3 +288,28 @@ def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
         assert line.startswith(f"{mistake[0]}: error: "), mistake
         assert RECIPE_MISTAKES[mistake] in line
         assert heavy == [], mistake
+
+
+SCRIPT_MISTAKES = {
+    ("training/measure_memory.py", "--batch-sizes", "0"): "--batch-sizes: expected a whole number of at least 1",
+    ("training/measure_memory.py", "--resolutoin", "512"): "did you mean --resolution?",
+    ("training/measure_memory.py", "--device", "gpu"): "invalid choice: 'gpu'",
+    ("benchmarks/memory.py", "--resolution", "big"): "--resolution: expected a whole number of at least 64",
+    ("benchmarks/memory.py", "--onyl", "swaps"): "did you mean --only?",
+    ("training/miniature/assemble.py", "--runs", "gone"): "--runs gone has no clip_1: train it first",
+    ("training/miniature/assemble_adapter.py", "--output", "new"): "--runs runs/miniature has no adapter/last",
+    ("training/miniature/assemble_finelip.py", "--rums", "new"): "did you mean --runs?",
+}
+
+
+def test_scripts_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
+    repository = Path(__file__).parents[2]
+    commands = [[str(repository / script), *flags] for script, *flags in SCRIPT_MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for mistake, line, (said, heavy) in zip(SCRIPT_MISTAKES, done.stderr.splitlines(), found, strict=True):
+        assert (said, heavy) == ("2", []), mistake
+        assert SCRIPT_MISTAKES[mistake] in line

@@ -416,6 +416,27 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
     assert spied == ["penultimate"]
 
 
+def test_weights_of_the_prompt_are_read_by_base_and_refiner(components, refiner) -> None:
+    comparison = make_comparison(components, make_refiner(refiner))
+    pipes, encoded = (comparison._base.pipe, comparison._refiner.pipe), []
+    for pipe in pipes:
+
+        def encode(*texts, pipe=pipe, by=pipe.encode_prompt, **given) -> tuple:
+            found = by(*texts, **given)
+            encoded.append((pipe.weighting, found[0]))
+            return found
+
+        pipe.encode_prompt = encode
+    comparison.draw("finelip", Settings("a (fox:1.4) sleeps", steps=5, weighting="a1111"))
+    comparison.draw("finelip", Settings("a fox sleeps", steps=5, weighting="a1111"))
+    assert [weighting for weighting, _ in encoded] == ["a1111"] * 4
+    weighted, plain = encoded[:2], encoded[2:]
+    for (_, heavy), (_, light) in zip(weighted, plain, strict=True):
+        assert heavy.shape == light.shape
+        assert not torch.allclose(heavy, light)
+    assert [pipe.weighting for pipe in pipes] == [None, None]
+
+
 def test_a_finelip_is_added_to_the_refiner_s_encoder_as_to_the_base_s(stock_folder, refiner, tmp_path) -> None:
     with torch.no_grad():
         refiner["text_encoder_2"].text_projection.weight += 1

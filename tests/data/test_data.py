@@ -26,6 +26,7 @@ from finelip_sdxl.data import (
     TrainingShards,
     UnreadableImageError,
     collate,
+    formats,
     load_image_processor,
     load_tokenizer,
     open_dataset,
@@ -34,6 +35,7 @@ from finelip_sdxl.data import (
 from finelip_sdxl.data.file_dataset import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
+from finelip_sdxl.names import DATA_FILES, DATA_FOLDERS
 from finelip_sdxl.texts import lines_of
 
 # Layouts, each built as its authors publish it; image k is a plain picture of gray level k.
@@ -196,6 +198,10 @@ def test_images_may_be_elsewhere(tmp_path) -> None:
 def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
     sizes = [len(open_dataset(*spec)) for spec in (("miniature",), ("miniature", "train"), ("miniature:7", "train"))]
     assert sizes == [500, 24_000, 7]
+
+
+def test_each_kind_of_data_has_a_reader() -> None:
+    assert {*DATA_FILES, *DATA_FOLDERS} == formats._READERS.keys()
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,12 @@ def test_many_seeds_make_one_picture(open_page, tmp_path) -> None:
     keep_seed(page)
     page.click("#draw-grid")
     page.locator("#many-seeds .status", has_text="6 pictures").wait_for()
+    page.locator("#many-seeds .picture").hover()
+    icon, status, image = (
+        page.locator(f"#many-seeds {part}").bounding_box()
+        for part in (".picture .icon-button-wrapper", ".status", ".picture img")
+    )
+    assert status["y"] - 10 < icon["y"] < icon["y"] + icon["height"] <= image["y"], "it covers neither mark nor button"
     with page.expect_download() as download:
         page.locator("#download-grid").click()
     download.value.save_as(tmp_path / "grid.png")
