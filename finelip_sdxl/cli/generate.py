@@ -71,6 +71,7 @@ def generate(options: argparse.Namespace) -> None:
         drawing.enable_model_cpu_offload(device=device)
     else:
         drawing.to(device)
+    drawing.enable_text_projection_cache()
     drawing.set_conditioning_adapter_scale(options.conditioning_adapter_scale)
     chosen = rows[0].filled(recommended_of(pipe.config) or Recommended())
     try:

@@ -344,6 +344,7 @@ class _Stage:
     def __init__(self, pipe: Pipe, device: str | torch.device, offload: bool) -> None:
         self.pipe = pipe
         pipe.set_progress_bar_config(disable=True)
+        pipe.enable_text_projection_cache()
         encoders = {name: _stock_encoder(pipe, name) for name in ("text_encoder", "text_encoder_2")}
         # As components they are moved and offloaded with the others.
         pipe.register_modules(**{f"stock_{name}": encoder for name, encoder in encoders.items()})

@@ -26,6 +26,7 @@ from finelip_sdxl.options import (
 from finelip_sdxl.pipelines.calls import OPTIONS, option_in_force, takes_options
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
+from finelip_sdxl.pipelines.text_projections import cached_text_projections
 from finelip_sdxl.recommended import recommended_arguments
 
 
@@ -93,6 +94,7 @@ class LongPromptMixin(EncoderSwapMixin):
         self.length_buckets = length_buckets
         self.weighting = weighting
         self._conditioning_adapter_scale = 1.0
+        self._caches_text_projections = False
         self._said: set[str] = set()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -148,7 +150,9 @@ class LongPromptMixin(EncoderSwapMixin):
         given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
         # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: given[name] for name in EMBEDDINGS if name in given})
-        return call(*args, **kwargs, **recommended_arguments(self.config, given))
+        denoisers = (self.unet, getattr(self, "controlnet", None)) if self._caches_text_projections else ()
+        with cached_text_projections(denoisers):
+            return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(
         "short_prompt_encoder", "The encoder of prompts of up to 77 tokens: 'original' or 'long'."
@@ -184,6 +188,37 @@ class LongPromptMixin(EncoderSwapMixin):
             0.5
         """
         self._conditioning_adapter_scale = check_adapter_scale(scale)
+
+    def enable_text_projection_cache(self) -> None:
+        """Compute keys and values of the text once a call, in place of once a step, in later calls.
+
+        The UNet's cross-attention layers, and a ControlNet's, project the text embeddings at every step, and the
+        results are always the same. With the cache, pictures are bit for bit those without it, and a long prompt costs
+        hardly more than a short one. Embeddings that a callback replaces or changes in place are projected again, and
+        so is everything after a change of the weights, such as a LoRA that is fused. Only changes through `.data` or
+        NumPy are not seen within a call. Compiled models, layers with group offloading of leaves or layerwise casting,
+        and calls with gradients or in inference mode go on without it.
+
+        As long as a call lasts, the cache takes (numbers of keys and values of all these layers) · (positions) · (rows:
+        images, twice with guidance) · (bytes of a number) of the device's memory. The UNet of SDXL has 166,400 such
+        numbers, so one image with guidance takes 165 MB at 248 positions in half precision, and 51 MB at 77. A
+        ControlNet of SDXL has 81,920.
+
+        This belongs to the pipeline. `from_pipe` copies it to the new one; `save_pretrained` does not save it.
+
+        Example:
+            >>> from finelip_sdxl import FineLIPSDXLPipeline
+            >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+            >>> pipe.set_progress_bar_config(disable=True)
+            >>> pipe.enable_text_projection_cache()
+            >>> pipe("a red star", num_inference_steps=2).images[0].size
+            (96, 96)
+        """
+        self._caches_text_projections = True
+
+    def disable_text_projection_cache(self) -> None:
+        """Compute keys and values of the text at every step again."""
+        self._caches_text_projections = False
 
     @property
     def components(self) -> dict[str, Any]:

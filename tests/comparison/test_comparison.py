@@ -620,3 +620,8 @@ def test_any_saved_sdxl_is_compared(stock_folder) -> None:
 def test_a_base_that_is_not_there_is_named() -> None:
     with pytest.raises(OSError, match="no-such-folder"):
         Comparison.load("./no-such-folder")
+
+
+def test_every_stage_computes_keys_and_values_of_the_text_once_a_picture(components, refiner) -> None:
+    make_comparison(components, refiner)
+    assert refiner._caches_text_projections
