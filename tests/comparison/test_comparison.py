@@ -622,6 +622,16 @@ def test_a_base_that_is_not_there_is_named() -> None:
         Comparison.load("./no-such-folder")
 
 
-def test_every_stage_computes_keys_and_values_of_the_text_once_a_picture(components, refiner) -> None:
-    make_comparison(components, refiner)
-    assert refiner._caches_text_projections
+def test_keys_and_values_of_the_text_are_computed_once_a_picture(comparison, monkeypatch) -> None:
+    layer = comparison.pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    linear, ran = torch.nn.functional.linear, []
+
+    def counting(input, weight, bias=None) -> torch.Tensor:
+        ran.append(weight is layer.weight)
+        return linear(input, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    for column in COLUMNS:
+        ran.clear()
+        comparison.draw(column, SETTINGS)
+        assert sum(ran) == 1
