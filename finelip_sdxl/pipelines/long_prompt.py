@@ -125,6 +125,7 @@ class LongPromptMixin(EncoderSwapMixin):
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
+        encoder_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Draw with Diffusers' own `__call__`, whose arguments come first. The options hold for this call alone; those
@@ -145,7 +146,14 @@ class LongPromptMixin(EncoderSwapMixin):
                 Syntax of weights in the prompts: `"compel"` or `"a1111"`; with None they are plain text.
             conditioning_adapter_scale (`float`, *optional*):
                 Share of the conditioning adapter, from 0, as without it, to 1.
+            encoder_fingerprint (`str`, *optional*):
+                Fingerprint of the text encoders that the embeddings are from. `pipe(**conditioning)` passes it; the
+                pipeline's own encoders must be the same, if it has any.
+
+        Raises:
+            ValueError: an argument has a value that cannot be, or embeddings are from other text encoders.
         """
+        self._check_fingerprint(encoder_fingerprint)
         call = super().__call__
         given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
         # Checked here, since the parent uses their shapes before it encodes.
