@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.clim import refined_similarity
-from benchmarks.naive_clim import compare_with_caption, late_interaction_loop, refined_similarity_loop
+from benchmarks.naive_clim import (
+    compare_with_caption,
+    late_interaction_loop,
+    late_interaction_twice,
+    refined_similarity_loop,
+)
 from finelip_sdxl import interaction, late_interaction
 from tests.helpers.reference import reference_tensors
 from tests.method.test_token_refinement import published_refinement, ragged_mask
@@ -225,6 +230,17 @@ def test_places_of_many_tokens_are_kept_whole(tokens) -> None:
     found = torch.autograd.grad(late_interaction(images, texts).sum(), (images, texts))
     expected = torch.autograd.grad(pair_by_pair(images, texts).sum(), (images, texts))
     for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def test_the_benchmark_s_way_of_before_is_the_same() -> None:
+    images, texts, _, mask = case_of(None, [2, 9, 5, 1], dtype=torch.float64)
+    learned = images.requires_grad_(), texts.requires_grad_()
+    ours, before = (way(images, texts, text_mask=mask) for way in (late_interaction, late_interaction_twice))
+    assert torch.equal(ours, before)
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), learned), torch.autograd.grad(before.sum(), learned), strict=True
+    ):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
