@@ -183,7 +183,7 @@ def check_name(file: str | os.PathLike[str], to_write: bool = False) -> Path:
 
 
 def fingerprint(models: Iterable[nn.Module | None]) -> str:
-    """A fingerprint of models, the same in every precision: of the shapes of their weights, and the signs of some.
+    """A fingerprint of models, the same in every precision: of the shapes of weights, the signs of some, and LoRAs.
 
     Rounding keeps a weight's sign, also where it makes it zero. Training turns the signs of weights near zero.
 
@@ -201,10 +201,18 @@ def fingerprint(models: Iterable[nn.Module | None]) -> str:
     """
     import torch
 
-    weights = [weight.detach() for model in models if model is not None for weight in model.parameters()]
+    modules = [module for model in models if model is not None for module in model.modules()]
+    weights = [weight.detach() for module in modules for weight in module.parameters(recurse=False)]
     if not weights or any(weight.is_meta or not weight.is_floating_point() for weight in weights):
         return ""
-    digest = hashlib.sha256(repr([tuple(weight.shape) for weight in weights]).encode())
+    loras = [_lora_state(module) for module in modules if isinstance(getattr(module, "scaling", None), dict)]
+    digest = hashlib.sha256(repr([loras, [tuple(weight.shape) for weight in weights]]).encode())
     signs = torch.cat([weight.reshape(-1)[:_SAMPLE].float().signbit().cpu() for weight in weights])
     digest.update(bytes(signs.to(torch.uint8).tolist()))
     return digest.hexdigest()[:16]
+
+
+def _lora_state(layer: Any) -> tuple[Any, ...]:
+    """Whether a layer's LoRAs act, and their scales, which may have an error of rounding."""
+    scales = {name: round(scale, 4) for name, scale in layer.scaling.items()}
+    return list(layer.active_adapters), layer.disable_adapters, scales

@@ -22,6 +22,7 @@ from finelip_sdxl.conditioning import ConditioningHeader, fingerprint
 from tests.helpers.drawing import draw
 from tests.helpers.prompts import ALL_LENGTHS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder
+from tests.pipelines.test_ecosystem import make_lora
 
 
 @pytest.fixture
@@ -144,6 +145,16 @@ def test_a_fingerprint_is_of_every_precision(dtype) -> None:
     assert len(before) == 16
     assert fingerprint([encoder.to(dtype)]) == before
     assert fingerprint([encoder.float()]) == before
+
+
+def test_a_lora_and_its_scale_are_another_fingerprint(pipe) -> None:
+    found = [pipe._fingerprint()]
+    pipe.load_lora_weights(make_lora("diffusers"), adapter_name="style")
+    for change in (lambda: None, lambda: pipe.set_adapters("style", 0.5), pipe.disable_lora, pipe.unload_lora_weights):
+        change()
+        found.append(pipe._fingerprint())
+    assert len(set(found)) == 4
+    assert found[0] == found[-1]
 
 
 def test_what_has_no_weights_here_has_no_fingerprint() -> None:
