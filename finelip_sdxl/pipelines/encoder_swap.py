@@ -301,8 +301,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 Diffusers casts the shared components to float32.)
 
         Returns:
-            The pipeline, with the adapter scale of the other. Encoders of 77 positions stay; `swap_text_encoders`
-            makes them 248.
+            The pipeline, with the adapter scale and the text projection cache of the other. Encoders of 77 positions
+            stay; `swap_text_encoders` makes them 248.
 
         Raises:
             TypeError: an argument has an unknown name.
@@ -323,6 +323,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             kwargs["dtype"] = pipeline.dtype
         pipe = super().from_pipe(pipeline, **kwargs)
         pipe.set_conditioning_adapter_scale(getattr(pipeline, "conditioning_adapter_scale", 1.0))
+        pipe._caches_text_projections = getattr(pipeline, "_caches_text_projections", False)
         return pipe
 
     @classmethod

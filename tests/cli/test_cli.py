@@ -95,6 +95,43 @@ def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path
     assert "--conditioning-adapter-scale is 2.0" in capsys.readouterr().err
 
 
+def test_generate_draws_again_from_an_encoded_prompt(stock_folder, picture, tmp_path, capsys) -> None:
+    file = str(tmp_path / "fox.safetensors")
+    arguments = ["--base", stock_folder, "--steps", "1", "--seed", "0", "--device", "cpu", "--out", picture]
+    assert main(["generate", LONG, "--negative-prompt", "small", "--clip-skip", "1", *arguments]) == 0
+    expected, printed = Image.open(picture).tobytes(), capsys.readouterr().out
+    more = ["--save-conditioning", file]
+    assert main(["generate", LONG, "--negative-prompt", "small", "--clip-skip", "1", *arguments, *more]) == 0
+    assert Image.open(picture).tobytes() == expected
+    assert f"\n{file}\n" in capsys.readouterr().out
+    assert main(["generate", "--conditioning", file, *arguments]) == 0
+    assert Image.open(picture).tobytes() == expected
+    assert capsys.readouterr().out == printed
+    found = parameters(picture)
+    assert (found["prompt"], found["negative_prompt"]) == (LONG, "small")
+    assert found["conditioning"] == "fox.safetensors"
+    assert not {"clip_skip", "overflow", "hidden_states", "conditioning_adapter_scale"} & found.keys()
+
+
+def test_generate_refuses_the_encoded_prompt_of_another_model(stock_folder, picture, tmp_path, capsys) -> None:
+    arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", picture]
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    several, other, wide = (str(tmp_path / f"{name}.safetensors") for name in ("several", "other", "wide"))
+    pipe.encode(["a fox", "a hare"]).save(several)
+    encoded = pipe.encode("a fox")
+    replace(encoded, encoder_fingerprint="0123456789abcdef").save(other)
+    widths = {name: encoded[name].repeat_interleave(2, dim=-1) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    replace(encoded, **widths).save(wide)
+    for file, message in (
+        (several, "holds 2 prompts; expected one"),
+        (other, "fingerprint 0123456789abcdef, but this pipeline's have"),
+        (wide, "are 160 wide, but this SDXL takes 80"),
+    ):
+        assert main(["generate", "--conditioning", file, *arguments]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path(picture).exists()
+
+
 def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, picture) -> None:
     arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", picture]
     assert main(["generate", "a\0fox", *arguments]) == 0

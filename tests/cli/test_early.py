@@ -8,7 +8,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
+from finelip_sdxl import Conditioning
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import check_models
 from finelip_sdxl.console import Parser, announce, quiet_diffusers, with_flags
@@ -52,6 +54,13 @@ MISTAKES = {
         "cats",
     ): "--negativ-promt is no flag here: did you mean --negative-prompt?",
     ("generate", "a fox", "--zzz=1"): "--zzz is no flag here (see --help)",
+    ("generate", "--conditioning", "gone.safetensors"): "gone.safetensors is no file",
+    ("generate", "--conditioning", "gone.png"): "gone.png is no name for a conditioning",
+    ("generate", "--conditioning", "{conditioning}", "--clip-skip", "1"): "leave --clip-skip out.",
+    ("generate", "--conditioning", "{conditioning}", "a fox"): "holds an encoded prompt: leave PROMPT out.",
+    ("generate", "--conditioning", "{conditioning}", "--steps", "900"): "--steps is 900",
+    ("generate", "a fox", "--save-conditioning", "fox.png"): "fox.png is no name for a conditioning",
+    ("generate", "a fox", "--save-conditioning", "/proc/none/a.safetensors"): "cannot be written to",
     ("generate", "a", "fox"): "unrecognized arguments: fox (a text of several words needs quotes)",
     ("compare", "a fox", "--refiner", "{file}"): "--refiner {file} is a file; expected the directory",
     ("compare", "a fox", "--columns", "stock", "stock"): "--columns names 'stock' 2 times",
@@ -90,7 +99,10 @@ def test_mistakes_are_refused_before_torch_is_imported(tmp_path) -> None:
     file = tmp_path / "file.safetensors"
     file.touch()
     (tmp_path / "empty").mkdir()
-    names = {"empty": tmp_path / "empty", "file": file, "home": Path("~").expanduser()}
+    conditioning = tmp_path / "conditioning.safetensors"
+    width = torch.ones(1, 77, 8), torch.ones(1, 4)
+    Conditioning(width[0], width[0], width[1], width[1], prompts=("a fox",)).save(conditioning)
+    names = {"empty": tmp_path / "empty", "file": file, "conditioning": conditioning, "home": Path("~").expanduser()}
     commands = [[word.format(**names) for word in command] for command in MISTAKES]
     done = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
