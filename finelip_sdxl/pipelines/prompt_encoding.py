@@ -48,12 +48,6 @@ from finelip_sdxl.text_encoders import TextEncoder, num_positions
 
 logger = logging.getLogger(__name__)
 
-# Rows of tokens that go through a long encoder at once. In half precision bigG's hidden states of eight take 170 MB.
-_ROWS = 8
-
-# The plans of prompts or negative prompts by the names of encoders, and the layers to skip.
-_Role = tuple[Mapping[str, Sequence[EncoderPlan]], int | None]
-
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 _locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
@@ -401,18 +395,15 @@ class PromptEncodingMixin(_Parent):
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
                     logger.warning("Cut and not encoded, %s", "; ".join(lost))
                 with self._scaled_lora(lora_scale):
-                    # Stock does not apply clip_skip to negative prompts.
-                    roles = [(plan.prompts, clip_skip)] * bool(prompts) + [(plan.negative_prompts, None)] * bool(
-                        negatives
-                    )
-                    encoded = self._encode(encoders, roles, plan.windows)
-                if prompts:
-                    prompt_embeds, pooled = encoded.pop(0)
-                    pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
-                if negatives:
-                    negative_prompt_embeds, pooled = encoded.pop(0)
-                    if negative_pooled_prompt_embeds is None:
-                        negative_pooled_prompt_embeds = pooled
+                    if prompts:
+                        prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)
+                        pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
+                    if negatives:  # stock does not apply clip_skip to them
+                        negative_prompt_embeds, pooled = self._encode(
+                            encoders, plan.negative_prompts, plan.windows, clip_skip=None
+                        )
+                        if negative_pooled_prompt_embeds is None:
+                            negative_pooled_prompt_embeds = pooled
                 prompt = prompt_2 = lora_scale = None
 
         # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77 itself.
@@ -561,68 +552,52 @@ class PromptEncodingMixin(_Parent):
         )
 
     def _encode(
-        self, encoders: Sequence[_CallEncoder], roles: Sequence[_Role], windows: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Of each role hidden states (batch, windows · positions, dim of both encoders), pooled vector (batch, dim)."""
-        by_encoder = [self._encode_by(encoder, roles, windows) for encoder in encoders]
-        results = []
-        for (_, clip_skip), *encoded in zip(roles, *by_encoder, strict=True):
-            pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
-            if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
-                encoded, pooled = self._adapt(encoded, pooled, clip_skip)
-            # The adapter was trained on states without weights, so weights come last.
-            results.append((torch.cat([part.weighted() for part in encoded], dim=-1), pooled))
-        return results
+        self,
+        encoders: Sequence[_CallEncoder],
+        plans: Mapping[str, Sequence[EncoderPlan]],
+        windows: int,
+        clip_skip: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
+        encoded = [self._encode_by(encoder, plans[encoder.spec.encoder], windows, clip_skip) for encoder in encoders]
+        pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
+        if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
+            encoded, pooled = self._adapt(encoded, pooled, clip_skip)
+        # The adapter was trained on states without weights, so weights come last.
+        return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
 
-    def _encode_by(self, encoder: _CallEncoder, roles: Sequence[_Role], windows: int) -> list[_Encoded]:
-        """States, pooled vectors and weights of each role from one encoder."""
-        name, tokenizer = encoder.spec.encoder, encoder.spec.tokenizer
-        all_plans = [plan for plans, _ in roles for plan in plans[name]]
-        as_stock, positions = all_plans[0].as_stock, all_plans[0].positions
+    def _encode_by(
+        self, encoder: _CallEncoder, plans: Sequence[EncoderPlan], windows: int, clip_skip: int | None
+    ) -> _Encoded:
+        """The states and pooled vector of a batch from one encoder, and its weights."""
+        tokenizer, as_stock, positions = encoder.spec.tokenizer, plans[0].as_stock, plans[0].positions
         original = encoder.original if as_stock else None
         model, position_ids = original or (encoder.model, None)
         device = get_module_execution_device(model)
         run = partial(model, position_ids=position_ids, output_hidden_states=True)
+        token_ids = torch.tensor(padded_token_ids(plans, tokenizer, windows), device=device)
+        states, pooled = [], None
+        for window in token_ids.unbind(dim=1):
+            with _ending_at(model, tokenizer.eos_token_id, plans):
+                output = run(window)
+            states.append(self._states(output, as_stock, clip_skip))
+            if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
+                pooled = output[0]
 
-        def encode(rows: torch.Tensor, clip_skip: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-            """States of rows of tokens, and the projected end tokens, if the encoder has a projection."""
-            outputs = [run(some) for some in rows.split(len(rows) if as_stock else _ROWS)]
-            states = torch.cat([self._states(output, as_stock, clip_skip) for output in outputs])
-            return states, torch.cat([output[0] for output in outputs]) if outputs[0][0].ndim == 2 else None
-
-        # (batch, windows, positions)
-        ids = [torch.tensor(padded_token_ids(plans[name], tokenizer, windows), device=device) for plans, _ in roles]
-        rows, skips = [role.flatten(0, 1) for role in ids], [clip_skip for _, clip_skip in roles]
-        with _ending_at(model, tokenizer.eos_token_id, all_plans):
-            if as_stock or len(set(skips)) > 1:
-                # As stock does, one after the other: sums over a batch of another size may be rounded differently.
-                encoded = [encode(role, clip_skip) for role, clip_skip in zip(rows, skips, strict=True)]
-            else:
-                states, projected = encode(torch.cat(rows), skips[0])
-                sizes = [len(role) for role in rows]
-                pooled = [None] * len(rows) if projected is None else projected.split(sizes)
-                encoded = list(zip(states.split(sizes), pooled, strict=True))
-
-        empty_ids = torch.tensor([empty_row(tokenizer, positions)], device=device)
-        found = []
-        for (plans, clip_skip), token_ids, (states, pooled) in zip(roles, ids, encoded, strict=True):
-            weighting, weights = None, padded_weights(plans[name], windows)
-            if weights is not None:
-                parts, without = weak_parts(weights, positions), []
-                for part in parts:
-                    mask = torch.ones(1, positions, dtype=torch.long, device=device)
-                    mask[:, part.first : part.stop] = 0
-                    output = run(token_ids[part.row, part.window][None], attention_mask=mask)
-                    without.append(self._states(output, as_stock, clip_skip))
-                nothing = self._states(run(empty_ids), as_stock, clip_skip)
-                weighting = _Weighting(
-                    torch.tensor(weights, device=device), nothing, parts, torch.cat(without) if without else None
-                )
-            by_text = states.unflatten(0, token_ids.shape[:2]).flatten(1, 2)
-            # The pooled vector is that of the first window.
-            found.append(_Encoded(by_text, as_stock, None if pooled is None else pooled[::windows], weighting))
+        weighting, rows = None, padded_weights(plans, windows)
+        if rows is not None:
+            nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
+            empty = self._states(run(nothing), as_stock, clip_skip)
+            parts, without = weak_parts(rows, positions), []
+            for part in parts:
+                mask = torch.ones(1, positions, dtype=torch.long, device=device)
+                mask[:, part.first : part.stop] = 0
+                output = run(token_ids[part.row, part.window][None], attention_mask=mask)
+                without.append(self._states(output, as_stock, clip_skip))
+            weights = torch.tensor(rows, device=device)
+            weighting = _Weighting(weights, empty, parts, torch.cat(without) if without else None)
         self._free_original(model)
-        return found
+        return _Encoded(torch.cat(states, dim=1), as_stock, pooled, weighting)
 
     def _adapt(
         self, encoded: list[_Encoded], pooled: torch.Tensor | None, clip_skip: int | None

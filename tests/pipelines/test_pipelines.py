@@ -827,39 +827,3 @@ def test_report_is_what_is_encoded(components) -> None:
     assert report.positions == embeddings(pipe, prompt=["a fox", MIDDLE])[0].shape[1] == 154
     assert not any(plan.as_stock for plan in report.plans)
     assert "as stock SDXL encodes it" in str(pipe.describe_prompt(SHORT))
-
-
-# Batches of the text encoders
-
-
-def rows_of_runs(encoder) -> list[int]:
-    """Grows by the number of rows at each run of an encoder."""
-    runs: list[int] = []
-    encoder.register_forward_pre_hook(lambda _, given: runs.append(len(given[0])))
-    return runs
-
-
-@pytest.mark.parametrize("prompts", [[SHORT], [LONG], [ENDLESS], [ENDLESS, SHORT], [LONG] * 5], ids=len)
-def test_prompts_negative_prompts_and_windows_are_encoded_together(components, prompts) -> None:
-    pipe = FineLIPSDXLPipeline(**components)
-    pipe.swap_text_encoders()
-    rows = 2 * len(prompts) * pipe.describe_prompt(prompts).windows
-    expected = [1, 1] if prompts == [SHORT] else [min(8, rows - start) for start in range(0, rows, 8)]
-    runs = rows_of_runs(pipe.text_encoder), rows_of_runs(pipe.text_encoder_2)
-    with torch.no_grad():
-        together = pipe.encode_prompt(prompts, negative_prompt="small")
-        assert runs == (expected, expected)
-        apart = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
-    # A batch of another size may be rounded differently.
-    torch.testing.assert_close(together[0], apart[0])
-    torch.testing.assert_close(together[2], apart[2])
-
-
-@pytest.mark.parametrize("prompt", [SHORT, LONG, ENDLESS], ids=["short", "long", "endless"])
-def test_layers_are_skipped_for_prompts_alone(components, prompt) -> None:
-    pipe = FineLIPSDXLPipeline(**components)
-    pipe.swap_text_encoders()
-    with torch.no_grad():
-        skipped, plain = (pipe.encode_prompt(prompt, negative_prompt="small", clip_skip=skip) for skip in (1, None))
-    assert not torch.equal(skipped[0], plain[0])
-    torch.testing.assert_close(skipped[1], plain[1])
