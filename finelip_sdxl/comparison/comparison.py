@@ -379,49 +379,65 @@ class _Stage:
     def _encode_once(self, column: str, settings: Settings, arguments: dict[str, Any]) -> dict[str, Any]:
         """The embeddings of a column; those of the last picture if they are from the same texts, options and encoders,
         as for pictures that differ in their seeds."""
-        guided = (settings.guidance_scale or 0) > 1
-        options = {"weighting": _pick_weighting(settings.weighting, self.pipe.weighting)}
+        options: dict[str, Any] = {"weighting": _pick_weighting(settings.weighting, self.pipe.weighting)}
         options |= {name: arguments[name] for name in _ENCODED_WITH if name in arguments}
         own = [getattr(self.pipe, name) for name in ("short_prompt_encoder", "hidden_states", "overflow")]
         encoders = self.pipe._fingerprint()
-        key = (settings.prompt, settings.negative_prompt, guided, options, own, self.pipe.length_buckets, encoders)
+        key = (
+            settings.prompt,
+            settings.negative_prompt,
+            _is_guided(settings),
+            options,
+            own,
+            self.pipe.length_buckets,
+            encoders,
+        )
         last_key, embeddings = self._encoded.get(column, (None, {}))
         if not encoders or key != last_key:
             self._encoded.pop(column, None)
-            encode = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._encode_by_us}
-            embeddings = encode[column](settings, guided, options)
+            ours = partial(self._encode_by_us, **options)
+            ways: dict[str, Callable[[Settings], dict[str, Any]]] = {
+                "stock": self._encode_by_stock,
+                "compel": self._encode_by_compel,
+                "finelip": ours,
+            }
+            embeddings = ways[column](settings)
             self.free()
             self._encoded[column] = key, embeddings
         return embeddings
 
-    def _encode_by_us(self, settings: Settings, guided: bool, options: dict[str, Any]) -> dict[str, Any]:
+    def _encode_by_us(self, settings: Settings, **options: Any) -> dict[str, Any]:
         with torch.no_grad():
             return _embeddings(
                 *self.pipe.encode_prompt(
                     settings.prompt,
-                    do_classifier_free_guidance=guided,
+                    do_classifier_free_guidance=_is_guided(settings),
                     negative_prompt=settings.negative_prompt or None,
                     **options,
                 )
             )
 
-    def _encode_by_stock(self, settings: Settings, guided: bool, options: dict[str, Any]) -> dict[str, Any]:
+    def _encode_by_stock(self, settings: Settings) -> dict[str, Any]:
         with torch.no_grad(), _unwarned():
             return _embeddings(
                 *self.stock.encode_prompt(
                     settings.prompt,
                     device=self.pipe._execution_device,
-                    do_classifier_free_guidance=guided,
+                    do_classifier_free_guidance=_is_guided(settings),
                     negative_prompt=settings.negative_prompt or None,
                 )
             )
 
-    def _encode_by_compel(self, settings: Settings, guided: bool, options: dict[str, Any]) -> dict[str, Any]:
+    def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
         # Where SDXL takes zeros for an absent negative prompt, compel needs none.
         negative = settings.negative_prompt or (None if self.pipe.config["force_zeros_for_empty_prompt"] else "")
         with torch.no_grad(), parsing(settings.prompt, negative or ""):
             found = self.compel(settings.prompt, negative)
         return _embeddings(found.embeds, found.negative_embeds, found.pooled_embeds, found.negative_pooled_embeds)
+
+
+def _is_guided(settings: Settings) -> bool:
+    return (settings.guidance_scale or 0) > 1
 
 
 def _stock_encoder(pipe: Pipe, name: str) -> TextEncoder | None:

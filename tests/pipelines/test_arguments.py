@@ -237,12 +237,13 @@ def test_signature_and_docstring_hold_every_argument(ours) -> None:
     parent = inspect.signature(ours._stock_class().__call__).parameters
     shown = inspect.signature(ours.__call__).parameters
     theirs = [name for name, parameter in parent.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    assert [*shown] == [*theirs, *OPTIONS]
+    own = [*OPTIONS, "encoder_fingerprint"]
+    assert [*shown] == [*theirs, *own]
     assert all(shown[name] == parent[name] for name in theirs)
-    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in OPTIONS)
+    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
     doc = ours.__call__.__doc__
     documented = re.findall(r"^    (\w+) \(.*:$", doc, re.MULTILINE)
-    assert documented[-len(OPTIONS) :] == [*OPTIONS]
+    assert documented[-len(own) :] == own
     assert "prompt" in documented
     assert doc.index("\nArgs:\n") < doc.index("conditioning_adapter_scale (`float`") < doc.index("\nReturns:\n")
     assert ">>>" not in doc, "Diffusers' example is one of its own class, and needs a hub"
