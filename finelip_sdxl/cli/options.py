@@ -40,6 +40,7 @@ _OTHER_NAMES = {"num_images_per_prompt": "num_images", "num_inference_steps": "s
 # Flags that name an SDXL in a folder (a base may also be a single file), and all that name a model.
 _SDXLS = ("base", "config", "finelip_base", "refiner")
 _MODELS = (*_SDXLS, "finelip", "finelip_2", "conditioning_adapter", "vae", "model", "tokenizer")
+_JUDGES = ("features", "judge", "sentence_judge")
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -75,14 +76,14 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative-prompt", metavar="TEXT", help=text)
 
 
-def add_drawing(command: argparse.ArgumentParser) -> None:
-    """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
+def add_drawing(command: argparse.ArgumentParser, seed: int | None = None) -> None:
+    """Add flags for steps, guidance, seed (random by default, or `seed`) and size, and those of `add_pipeline`."""
     text = "denoising steps (default: as the model recommends, or else 30)"
     command.add_argument("--steps", type=count, metavar="N", help=text)
     text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else 5)"
     command.add_argument("--guidance-scale", type=float, metavar="X", help=text)
-    text = "seed of the noise, plus one for each further image (default: random)"
-    command.add_argument("--seed", type=int, metavar="N", help=text)
+    text = f"seed of the noise, plus one for each further image (default: {'random' if seed is None else seed})"
+    command.add_argument("--seed", type=int, default=seed, metavar="N", help=text)
     text = "of the picture, a multiple of 8 (default: the model's own)"
     command.add_argument("--width", type=count, metavar="PIXELS", help=f"width {text}")
     command.add_argument("--height", type=count, metavar="PIXELS", help=f"height {text}")
@@ -256,7 +257,7 @@ def check_models(options: argparse.Namespace) -> None:
     """
     if getattr(options, "base", None) is not None:
         check_config(options.base, getattr(options, "config", None))
-    for option in _MODELS:
+    for option in (*_MODELS, *_JUDGES):
         name = getattr(options, option, None)
         if name is None or name == "none" or bundled_model(name) is not None:
             continue
@@ -270,6 +271,17 @@ def check_models(options: argparse.Namespace) -> None:
                 raise ValueError(f"`{option}` {name} is a file; expected the directory or hub id of an SDXL.")
         elif option in _SDXLS and not (place.path / "model_index.json").is_file():
             raise FileNotFoundError(f"{name} has no model_index.json: pass the directory of an SDXL, or a single file.")
+
+
+def check_data(spec: str) -> None:
+    """Check that the path of `KIND:PATH` is there, before the imports that take seconds.
+
+    Raises:
+        FileNotFoundError: it is not.
+    """
+    kind, _, path = spec.partition(":")
+    if path and kind != "miniature" and not Path(path).exists():
+        raise FileNotFoundError(f"--data {spec}: {path} does not exist; pass {kind}:PATH with a path that does.")
 
 
 def _go_offline() -> None:

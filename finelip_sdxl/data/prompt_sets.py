@@ -45,6 +45,10 @@ class PromptSet:
     prompts: Sequence[Prompt]
     images: CaptionDataset | None = None
 
+    def first(self, count: int | None) -> PromptSet:
+        """The first prompts, at most `count`; None for all."""
+        return PromptSet(self.spec, self.prompts[:count], self.images)
+
     @property
     def digest(self) -> str:
         """A digest of all texts in their order, the same on every machine."""

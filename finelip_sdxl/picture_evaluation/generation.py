@@ -20,13 +20,12 @@ from finelip_sdxl.comparison.comparison import Comparison
 from finelip_sdxl.files import check_writable, written_whole
 from finelip_sdxl.images import sampler_name, save_png
 from finelip_sdxl.options import ENCODING
+from finelip_sdxl.picture_evaluation.manifest import MANIFEST, check_folder, check_settings, read_manifest
 from finelip_sdxl.picture_evaluation.plan import PICTURES, PicturePlan
 from finelip_sdxl.training.processes import held
 
-MANIFEST = "generation.json"
 _PACKAGES = ("finelip-sdxl", "torch", "diffusers", "transformers", "compel")
 _ENDS = 8  # numbers of a tensor's beginning and end in the digest of the weights
-_SHOWN = 60  # characters of a setting in a message
 
 
 def generate(
@@ -73,21 +72,6 @@ def generate(
             picture = comparison.draw(place.column, plan.settings_of(place))
             save_png(picture.image, folder / place.file, {**picture.parameters, **dict(recorded or {})})
         wait()
-
-
-def check_folder(folder: Path) -> None:
-    """Checks that a run can write to a folder: it is new or empty, or a run is in it.
-
-    Raises:
-        OSError: nothing can be written there, or it holds something else.
-    """
-    check_writable(folder)
-    if folder.is_dir() and not (folder / MANIFEST).exists():
-        other = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-        if other:
-            raise FileExistsError(
-                f"{folder} holds {other[0]}, but no {MANIFEST} of a run: pass a new folder, or that of a run."
-            )
 
 
 def weights_digest(modules: Mapping[str, Any]) -> str:
@@ -155,13 +139,8 @@ def _open(folder: Path, settings: dict[str, Any], plan: PicturePlan) -> None:
     columns = list(plan.columns)
     if (folder / MANIFEST).exists():
         before = read_manifest(folder)
-        for name in settings | before["settings"]:
-            old, new = before["settings"].get(name), settings.get(name)
-            if old != new:
-                raise ValueError(
-                    f"The pictures in {folder} were drawn with {name} {_short(old)}, and now it is {_short(new)}: set"
-                    " it back, or pass another folder."
-                )
+        absent = dict.fromkeys(before["settings"].keys() - settings.keys())
+        check_settings(folder, {**settings, **absent})
         columns = [*before["columns"], *(column for column in columns if column not in before["columns"])]
         if columns == before["columns"]:
             return
@@ -171,23 +150,3 @@ def _open(folder: Path, settings: dict[str, Any], plan: PicturePlan) -> None:
     content = {"settings": settings, "columns": columns, "prompts": prompts}
     with written_whole(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run: `settings`, `columns` and `prompts`.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if isinstance(content["settings"], dict) and isinstance(content["columns"], list):
-            return dict(content)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise ValueError(f"{folder / MANIFEST} is damaged: pass another folder, or remove this one.")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -19,7 +19,8 @@ from finelip_sdxl.comparison.comparison import Comparison, Picture
 from finelip_sdxl.data.prompt_sets import Prompt, PromptSet
 from finelip_sdxl.images import read_parameters
 from finelip_sdxl.picture_evaluation import generation
-from finelip_sdxl.picture_evaluation.generation import MANIFEST, generate, read_manifest, weights_digest
+from finelip_sdxl.picture_evaluation.generation import generate, weights_digest
+from finelip_sdxl.picture_evaluation.manifest import MANIFEST, read_manifest
 from finelip_sdxl.picture_evaluation.plan import PicturePlan
 from finelip_sdxl.training.processes import held
 from tests.helpers.recipes import on_two_processes, processes
