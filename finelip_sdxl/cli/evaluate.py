@@ -1,4 +1,4 @@
-"""The command `evaluate retrieval`, recall of images by texts and of texts by images; `evaluate images` stands beside."""
+"""The command `evaluate`: recall of images by texts and of texts by images; `evaluate images` has a file of its own."""
 
 import argparse
 import json

@@ -54,7 +54,7 @@ def write_report(
         "report.md": _TEMPLATES.get_template("report.md").render(content, table=figure_table(scores, plan.columns)),
         "report.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n",
         "report.html": _TEMPLATES.get_template("report.html").render(
-            content, cell=interval_text, sortable=[figure for figure in scores.figures if figure.by_prompt]
+            content, sortable=[figure for figure in scores.figures if figure.by_prompt]
         ),
     }
     for name, text in texts.items():
@@ -112,7 +112,7 @@ def figure_table(scores: Scores, columns: Sequence[str]) -> list[str]:
     return lines
 
 
-def interval_text(interval: Interval | dict[str, Any] | None, digits: int) -> str:
+def interval_text(interval: Interval | None, digits: int) -> str:
     """Returns a figure with its interval.
 
     Example:
@@ -121,9 +121,8 @@ def interval_text(interval: Interval | dict[str, Any] | None, digits: int) -> st
     """
     if interval is None:
         return "–"
-    entry = interval.to_dict() if isinstance(interval, Interval) else interval
-    text = f"{entry['value']:.{digits}f}"
-    return text if entry["low"] is None else f"{text} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+    text = f"{interval.value:.{digits}f}"
+    return text if interval.low is None else f"{text} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
 
 
 def _entry(figure: Figure) -> dict[str, Any]:

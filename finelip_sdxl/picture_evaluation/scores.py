@@ -274,7 +274,8 @@ def _measure_distances(pictures: _Pictures, images: CaptionDataset, features: Ju
     first = next(stream, None)
     if first is None:
         raise ValueError(
-            f"None of {len(pictures.texts)} images of {pictures.plan.prompts.spec} can be read: {unreadable[0]}"
+            f"None of {len(pictures.texts):,} images of {pictures.plan.prompts.spec} can be read, and FID, KID and CMMD"
+            f" need them: pass another folder of images, or no `features`. The first: {unreadable[0]}"
         )
     real = image_embeddings(features, (image for part in ([first], stream) for image in part), pictures.batch_size)
     if unreadable:
