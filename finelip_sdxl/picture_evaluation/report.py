@@ -53,9 +53,7 @@ def write_report(
     texts = {
         "report.md": _TEMPLATES.get_template("report.md").render(content, table=figure_table(scores, plan.columns)),
         "report.json": json.dumps(content, indent=1, ensure_ascii=False) + "\n",
-        "report.html": _TEMPLATES.get_template("report.html").render(
-            content, sortable=[figure for figure in scores.figures if figure.by_prompt]
-        ),
+        "report.html": _TEMPLATES.get_template("report.html").render(content),
     }
     for name, text in texts.items():
         with written_whole(folder / name) as temporary:

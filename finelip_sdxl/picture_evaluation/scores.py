@@ -212,7 +212,9 @@ def _count_objects(pictures: _Pictures, notes: list[str]) -> list[Figure]:
         ends = count_tokens(tokenizer, [text[: thing.end] for thing in things]) if things else []
         parts.append([part_of(start, end) for start, end in zip(starts, ends, strict=True)])
     if silent := sum(not things for things in described):
-        notes.append(f"{silent:,} prompts describe no object of the miniature's world, and do not count there.")
+        notes.append(
+            f"Prompts that describe no object of the miniature, left out there: {silent:,} of {len(described):,}."
+        )
 
     found: dict[str, dict[str, list[float | None]]] = {}
     for column in pictures.plan.columns:
@@ -231,7 +233,7 @@ def _judge_sentences(pictures: _Pictures, judge: Judge, own: tuple[str, ...], no
     read = [sentences_of(judge.tokenizer, text) for text in pictures.texts]
     sentences = [found for found, _ in read]
     if too_long := sum(number for _, number in read):
-        notes.append(f"{too_long:,} sentences have more than 77 tokens, and are left out: no judge of 77 takes them.")
+        notes.append(f"Sentences of more than 77 tokens, left out since no judge of 77 takes them: {too_long:,}.")
     found = {
         column: sentence_fidelity(judge, sentences, pictures.embeddings(judge, column))
         for column in pictures.plan.columns
@@ -247,8 +249,8 @@ def _judge_texts(pictures: _Pictures, judge: Judge, own: tuple[str, ...], notes:
     }
     if cut := sum(value is None for value in next(iter(found.values()))):
         notes.append(
-            f"{cut:,} prompts have more than {judge.positions} tokens, and have no text fidelity: {judge.name} would"
-            " judge their beginning."
+            f"Prompts of more than {judge.positions} tokens, left out of text fidelity since only their beginning would be"
+            f" judged: {cut:,} of {len(pictures.texts):,}."
         )
     if cut == len(pictures.texts):
         return []
@@ -280,7 +282,8 @@ def _measure_distances(pictures: _Pictures, images: CaptionDataset, features: Ju
     real = image_embeddings(features, (image for part in ([first], stream) for image in part), pictures.batch_size)
     if unreadable:
         named = " ".join(unreadable[:_NAMED])
-        notes.append(f"{len(unreadable):,} images cannot be read, and are left out with their pictures: {named}")
+        count = f"{len(unreadable):,} of {len(pictures.texts):,}"
+        notes.append(f"Images that cannot be read, left out with their pictures: {count}. {named}")
     found = {}
     for column in pictures.plan.columns:
         drawn = pictures.embeddings(features, column)[readable].flatten(0, 1)
