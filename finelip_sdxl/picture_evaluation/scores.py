@@ -249,8 +249,8 @@ def _judge_texts(pictures: _Pictures, judge: Judge, own: tuple[str, ...], notes:
     }
     if cut := sum(value is None for value in next(iter(found.values()))):
         notes.append(
-            f"Prompts of more than {judge.positions} tokens, left out of text fidelity since only their beginning would be"
-            f" judged: {cut:,} of {len(pictures.texts):,}."
+            f"Prompts of more than {judge.positions} tokens, left out of text fidelity since only their beginning would"
+            f" be judged: {cut:,} of {len(pictures.texts):,}."
         )
     if cut == len(pictures.texts):
         return []
