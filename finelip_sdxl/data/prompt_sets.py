@@ -84,10 +84,10 @@ benchmark has some prompts several times, and each is drawn once |
         (10, '00003', 10)
     """
     kind, _, path = spec.partition(":")
-    if kind not in {*_PROMPT_READERS, *DATA_SETS}:
-        known = ", ".join([*_PROMPT_READERS, *DATA_SETS])
+    if kind not in {*PROMPT_READERS, *DATA_SETS}:
+        known = ", ".join([*PROMPT_READERS, *DATA_SETS])
         raise ValueError(f"{spec} is no set of prompts: pass miniature, or one of {known} as KIND:PATH.")
-    if kind not in _PROMPT_READERS:
+    if kind not in PROMPT_READERS:
         data = open_dataset(spec, split, images, whole_captions=True)
         captions = [data.captions(index)[0] for index in range(len(data))]
         return PromptSet(spec, _numbered(captions), data)
@@ -95,7 +95,7 @@ benchmark has some prompts several times, and each is drawn once |
         raise ValueError(f"{spec} holds prompts only: pass no split and no folder of images with it.")
     if not path:
         raise ValueError(f"{spec} names no path: pass {kind}:PATH.")
-    prompts = list(_PROMPT_READERS[kind](Path(path)))
+    prompts = list(PROMPT_READERS[kind](Path(path)))
     if not prompts:
         raise ValueError(f"{spec} holds no prompt: pass {_CONTENTS[kind]}.")
     return PromptSet(spec, prompts)
@@ -162,7 +162,7 @@ def _text(text: Any, place: str) -> str:
     return " ".join(text.split())
 
 
-_PROMPT_READERS: dict[str, Callable[[Path], Iterator[Prompt]]] = {
+PROMPT_READERS: dict[str, Callable[[Path], Iterator[Prompt]]] = {
     "dpg-bench": _dpg_bench,
     "tiif": _tiif,
     "longbench-t2i": _longbench_t2i,

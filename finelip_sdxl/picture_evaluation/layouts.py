@@ -1,4 +1,4 @@
-"""Pictures in the folders that published scorers read; the names are `options.LAYOUTS`.
+"""Pictures in the folders that published scorers read; the names are `options.LAYOUTS`. Imports nothing heavy.
 
 What a scorer expects was looked up in its code, which the functions name. Files are copied, since one scorer writes to
 the pictures that it reads.
@@ -11,12 +11,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from finelip_sdxl.comparison.settings import Settings
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.picture_evaluation.plan import PicturePlan
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_NAME = 255  # bytes of a file's name
 _JPEG_QUALITY = 95
@@ -82,6 +84,8 @@ def write_layout(name: str, plan: PicturePlan, folder: Path) -> Path:
 
 
 def _write(file: _File) -> None:
+    from PIL import Image
+
     with written_whole(file.path) as temporary:
         if len(file.pictures) > 1:
             _grid(file.pictures).save(temporary, format="PNG")
@@ -94,6 +98,8 @@ def _write(file: _File) -> None:
 
 def _grid(files: list[Path]) -> Image.Image:
     """Four pictures as the quarters of one: above left, above right, below left, below right."""
+    from PIL import Image
+
     pictures = [Image.open(file) for file in files]
     width, height = pictures[0].size
     grid = Image.new("RGB", (2 * width, 2 * height))
