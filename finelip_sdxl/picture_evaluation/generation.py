@@ -68,7 +68,8 @@ def generate(
         missing = [place for place in plan.places() if not (folder / place.file).exists()]
         wait()  # until every process has seen the same files
         mine = missing[process::processes]
-        for place in tqdm(mine, desc="pictures", unit="picture", disable=not (progress and is_main), file=sys.stderr):
+        shown = bool(progress and is_main and mine)
+        for place in tqdm(mine, desc="pictures", unit="picture", disable=not shown, file=sys.stderr):
             picture = comparison.draw(place.column, plan.settings_of(place))
             save_png(picture.image, folder / place.file, {**picture.parameters, **dict(recorded or {})})
         wait()

@@ -71,7 +71,7 @@ def write_layout(name: str, plan: PicturePlan, folder: Path) -> Path:
         The folder; for `plain` that of the pictures.
 
     Raises:
-        OSError: a file cannot be written, or a picture is missing.
+        OSError: a file cannot be written, or a picture is missing or damaged.
     """
     for column in plan.columns:
         for index in range(len(plan.prompts.prompts)):
@@ -84,28 +84,26 @@ def write_layout(name: str, plan: PicturePlan, folder: Path) -> Path:
 
 
 def _write(file: _File) -> None:
-    from PIL import Image
+    from finelip_sdxl.picture_evaluation.drawn import read_drawn
 
+    pictures = [read_drawn(picture) for picture in file.pictures]
     with written_whole(file.path) as temporary:
-        if len(file.pictures) > 1:
-            _grid(file.pictures).save(temporary, format="PNG")
+        if len(pictures) > 1:
+            _grid(pictures).save(temporary, format="PNG")
         elif file.path.suffix == ".jpg":
-            with Image.open(file.pictures[0]) as image:
-                image.convert("RGB").save(temporary, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+            pictures[0].save(temporary, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
         else:
             shutil.copyfile(file.pictures[0], temporary)
 
 
-def _grid(files: list[Path]) -> Image.Image:
+def _grid(pictures: list[Image.Image]) -> Image.Image:
     """Four pictures as the quarters of one: above left, above right, below left, below right."""
     from PIL import Image
 
-    pictures = [Image.open(file) for file in files]
     width, height = pictures[0].size
     grid = Image.new("RGB", (2 * width, 2 * height))
     for number, picture in enumerate(pictures):
         grid.paste(picture, (number % 2 * width, number // 2 * height))
-        picture.close()
     return grid
 
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from finelip_sdxl.comparison.comparison import Comparison
 from finelip_sdxl.data.caption_dataset import CaptionDataset, UnreadableImageError
-from finelip_sdxl.data.images import read_image
 from finelip_sdxl.evaluation.distances import distance_intervals
 from finelip_sdxl.evaluation.fidelity import (
     Judge,
@@ -28,6 +27,7 @@ from finelip_sdxl.evaluation.fidelity import (
 from finelip_sdxl.evaluation.intervals import Interval, mean_interval
 from finelip_sdxl.miniature.parsing import parse_description
 from finelip_sdxl.miniature.scoring import score_objects
+from finelip_sdxl.picture_evaluation.drawn import read_drawn
 from finelip_sdxl.picture_evaluation.plan import PicturePlan
 from finelip_sdxl.provenance import public_name
 
@@ -161,11 +161,7 @@ class _Pictures:
 
     def read(self, column: str, prompt: int) -> Iterator[Image.Image]:
         for file in self.plan.files_of(self.folder, column, prompt):
-            try:
-                yield read_image(file, str(file))
-            except UnreadableImageError as error:
-                reason = str(error).removesuffix(".")
-                raise UnreadableImageError(f"{reason}: delete it, and run again to draw it again.") from error
+            yield read_drawn(file)
 
     def embeddings(self, judge: Judge, column: str) -> Tensor:
         """(prompts, pictures of each, dim)"""

@@ -180,3 +180,12 @@ def test_a_grid_holds_squares() -> None:
     plan = PicturePlan(PromptSet("txt:x", [Prompt("a", "x")]), COLUMNS, settings, 4)
     with pytest.raises(ValueError, match="`width` is 64 and `height` 128; expected squares"):
         check_layout("dpg-bench", plan)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "plain"])
+def test_a_damaged_picture_is_named_with_what_to_do(layout, tmp_path) -> None:
+    build = prompt_sets.tiif if layout == "tiif" else prompt_sets.txt
+    plan = drawn(open_prompts(build(tmp_path / "data")), tmp_path / "run")
+    (tmp_path / "run" / "pictures" / "stock" / "00001_00.png").write_bytes(b"half")
+    with pytest.raises(OSError, match=r"00001_00\.png cannot be read .*: delete it, and run again to draw it again"):
+        write_layout(layout, plan, tmp_path / "run")
