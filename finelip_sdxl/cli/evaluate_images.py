@@ -104,6 +104,8 @@ def evaluate_images(options: argparse.Namespace) -> None:
     plan = PicturePlan(prompts, columns, settings, options.images_per_prompt)
     check_layout(options.layout, plan)
     judges = _open_judges(options) if shared.is_main else Judges()
+    if judges.features is not None:
+        prompts.check_images()
 
     comparison = Comparison.load(
         options.base,

@@ -11,7 +11,7 @@ from typing import Any
 
 from finelip_sdxl.texts import lines_of, read_text
 
-from .caption_dataset import CaptionDataset, caption_fault
+from .caption_dataset import CaptionDataset, UnreadableImageError, caption_fault
 from .formats import DATA_SETS, open_dataset
 from .records import existing_folder, layout_errors, read_json, read_json_lines
 
@@ -48,6 +48,23 @@ class PromptSet:
     def first(self, count: int | None) -> PromptSet:
         """The first prompts, at most `count`; None for all."""
         return PromptSet(self.spec, self.prompts[:count], self.images)
+
+    def check_images(self) -> None:
+        """Checks that an image can be read, if there are any, before work is spent on what needs them.
+
+        Raises:
+            UnreadableImageError: none can be read; the message names the first.
+        """
+        first: UnreadableImageError | None = None
+        for index in range(len(self.prompts) if self.images is not None else 0):
+            assert self.images is not None
+            try:
+                self.images.image(index)
+                return
+            except UnreadableImageError as error:
+                first = first or error
+        if first is not None:
+            raise UnreadableImageError(f"None of the {len(self.prompts):,} images of {self.spec} can be read: {first}")
 
     @property
     def digest(self) -> str:

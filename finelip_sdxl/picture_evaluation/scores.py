@@ -120,7 +120,6 @@ def score(
 
     Raises:
         UnreadableImageError: a drawn picture is damaged.
-        ValueError: no picture of the data set can be read.
     """
     figures: list[Figure] = []
     notes: list[str] = []
@@ -138,8 +137,6 @@ def score(
     if judges.features is not None:
         if plan.prompts.images is None:
             notes.append(f"{plan.prompts.spec} has no images, so there are no FID, KID and CMMD.")
-        elif len(plan.prompts.prompts) < 2:
-            notes.append("FID, KID and CMMD compare sets of pictures, so one prompt has none.")
         else:
             judges.features.model.to(device)  # type: ignore[arg-type]
             figures += _measure_distances(pictures, plan.prompts.images, judges.features, notes)
@@ -268,18 +265,15 @@ def _measure_distances(pictures: _Pictures, images: CaptionDataset, features: Ju
                 readable.append(index)
                 yield image
 
-    stream = read()
-    first = next(stream, None)
-    if first is None:
-        raise ValueError(
-            f"None of {len(pictures.texts):,} images of {pictures.plan.prompts.spec} can be read, and FID, KID and CMMD"
-            f" need them: pass another folder of images, or no `features`. The first: {unreadable[0]}"
-        )
-    real = image_embeddings(features, (image for part in ([first], stream) for image in part), pictures.batch_size)
+    real = image_embeddings(features, read(), pictures.batch_size)
     if unreadable:
-        named = " ".join(unreadable[:_NAMED])
         count = f"{len(unreadable):,} of {len(pictures.texts):,}"
-        notes.append(f"Images that cannot be read, left out with their pictures: {count}. {named}")
+        notes.append(
+            f"Images that cannot be read, left out with their pictures: {count}. {' '.join(unreadable[:_NAMED])}"
+        )
+    if len(readable) < 2:
+        notes.append("FID, KID and CMMD compare sets of pictures, and need at least two images that can be read.")
+        return []
     found = {}
     for column in pictures.plan.columns:
         drawn = pictures.embeddings(features, column)[readable].flatten(0, 1)

@@ -22,6 +22,7 @@ from finelip_sdxl.picture_evaluation import generation
 from finelip_sdxl.picture_evaluation.generation import generate, weights_digest
 from finelip_sdxl.picture_evaluation.manifest import MANIFEST, read_manifest
 from finelip_sdxl.picture_evaluation.plan import PicturePlan
+from finelip_sdxl.picture_evaluation.processes import open_processes
 from finelip_sdxl.training.processes import held
 from tests.helpers.recipes import on_two_processes, processes
 
@@ -259,9 +260,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_files_alone(comparison, tm
 # Several processes
 
 
-def generate_a_share(process: int, stock_folder: str, folder: Path) -> None:
-    from finelip_sdxl.picture_evaluation.processes import open_processes
+def test_without_a_launcher_one_process_draws_all(monkeypatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = open_processes(None)
+    assert (alone.process, alone.processes, alone.device, alone.is_main) == (0, 1, None, True)
+    alone.wait()
 
+
+def generate_a_share(process: int, stock_folder: str, folder: Path) -> None:
     shared = open_processes("cpu")
     assert (shared.process, shared.processes) == (process, 2)
     comparison = Comparison.load(stock_folder)

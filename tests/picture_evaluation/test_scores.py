@@ -119,14 +119,18 @@ def test_images_that_cannot_be_read_are_left_out_with_their_pictures(judges, tmp
     features = Judges(features=judges.features)
     whole = figures(score(plan, tmp_path, features))
     next(iter((tmp_path / "data" / "image").glob("1.*"))).write_bytes(b"no picture")
+    prompts.check_images()
     scores = score(plan, tmp_path, features)
     assert scores.notes[0].startswith("Images that cannot be read, left out with their pictures: 1 of 3. ")
     assert figures(scores)["kid"].by.endswith("2 images")
     assert figures(scores)["kid"].values != whole["kid"].values
     for file in (tmp_path / "data" / "image").iterdir():
         file.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"None of 3 images of urban1k:.* can be read, and FID, KID and"):
-        score(plan, tmp_path, features)
+    scores = score(plan, tmp_path, features)
+    assert scores.figures == []
+    assert scores.notes[1].startswith("FID, KID and CMMD compare sets of pictures, and need at least two images")
+    with pytest.raises(UnreadableImageError, match=r"None of the 3 images of urban1k:.* can be read: .*0\.png cannot"):
+        prompts.check_images()
 
 
 def test_a_damaged_picture_is_named_with_what_to_do(judges, tmp_path) -> None:
@@ -139,7 +143,8 @@ def test_a_damaged_picture_is_named_with_what_to_do(judges, tmp_path) -> None:
 def test_one_prompt_has_figures_without_intervals_and_no_distances(judges, tmp_path) -> None:
     scores = score(miniature_run(tmp_path, scenes=1), tmp_path, judges)
     assert all(figure.values["finelip"].low is None for figure in scores.figures)
-    assert scores.notes == ["FID, KID and CMMD compare sets of pictures, so one prompt has none."]
+    (note,) = scores.notes
+    assert note == "FID, KID and CMMD compare sets of pictures, and need at least two images that can be read."
 
 
 def test_the_first_prompts_alone_can_be_scored(run, judges) -> None:
