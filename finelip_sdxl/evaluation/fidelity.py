@@ -96,14 +96,14 @@ def open_judge(name: str, role: str, tokenizer: str | None = None) -> Judge:
 
 def image_embeddings(judge: Judge, images: Iterable[Image.Image], batch_size: int = 32) -> Tensor:
     """Returns the projected embeddings of images, not normalized, on the CPU: (images, dim)."""
-    found = [torch.zeros(0, judge.dim)]
+    found = []
     for batch in _batches(images, batch_size):
         pixels = judge.image_processor(batch, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             embeds = judge.model.encode_image(pixels.to(judge.model.device)).embeds
         assert embeds is not None
         found.append(embeds.float().cpu())
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0, judge.dim)
 
 
 def text_embeddings(judge: Judge, texts: Sequence[str], batch_size: int = 32) -> Tensor:
