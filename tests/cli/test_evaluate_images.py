@@ -166,3 +166,22 @@ def test_what_cannot_be_judged_or_drawn_is_refused_before_anything_is(
     assert line.startswith("finelip-sdxl evaluate images: error: ")
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_without_flags_the_miniature_s_own_judges_score_it(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "images", "--data", "miniature:2", "--steps", "2", "--device", "cpu"]
+    assert main([*command, "--columns", "stock", "finelip"]) == 0
+    content = json.loads((tmp_path / "runs" / "images" / "report.json").read_text())
+    labels = {figure["key"]: figure["self_judged"] for figure in content["figures"]}
+    assert labels["objects_after_77"] == []
+    assert labels["sentences_after_77"] == ["stock"]
+    assert labels["fidelity"] == ["finelip"]
+    assert {"kid", "cmmd"} < labels.keys()
+    assert "| Objects right ↑" in capsys.readouterr().out
+    monkeypatch.setattr("finelip_sdxl.comparison.comparison.Comparison.draw", None)  # all is drawn
+    none = [flag for role in ("--features", "--judge", "--sentence-judge") for flag in (role, "none")]
+    assert main([*command, "--columns", "stock", "finelip", *none]) == 0
+    content = json.loads((tmp_path / "runs" / "images" / "report.json").read_text())
+    assert [figure["key"] for figure in content["figures"]] == ["objects", "objects_before_77", "objects_after_77"]
