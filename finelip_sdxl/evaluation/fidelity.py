@@ -79,6 +79,9 @@ def open_judge(name: str, role: str, tokenizer: str | None = None) -> Judge:
     if model.vision_model is None or model.visual_projection is None:
         raise ValueError(f"`{role}` {name} has no image tower: pass a whole CLIP, not a text encoder alone.")
     judge = Judge(name, model, load_image_processor(name, model.vision_model.config.image_size))
+    image_embeddings(
+        judge, [Image.new("RGB", (64, 64))]
+    )  # an image processor of another size fails now, not at the end
     if role == "features":
         return judge
     if role == "judge" and judge.positions <= STOCK_POSITIONS:
@@ -91,7 +94,12 @@ def open_judge(name: str, role: str, tokenizer: str | None = None) -> Judge:
             f"`{role}` {name} takes {judge.positions} tokens; expected a stock CLIP of {STOCK_POSITIONS}, so that the"
             " judge is nobody's own."
         )
-    return Judge(name, model, judge.image_processor, load_tokenizer(tokenizer or name, judge.positions))
+    words = load_tokenizer(tokenizer or name, judge.positions)
+    if len(words) > (known := model.config.text_config.vocab_size):
+        raise ValueError(
+            f"The tokenizer of `{role}` {name} has {len(words):,} tokens, but the model knows {known:,}: pass its own."
+        )
+    return Judge(name, model, judge.image_processor, words)
 
 
 def image_embeddings(judge: Judge, images: Iterable[Image.Image], batch_size: int = 32) -> Tensor:

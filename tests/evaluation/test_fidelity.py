@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPTextModel
+from transformers import CLIPImageProcessor, CLIPTextModel
 
 from finelip_sdxl.data import load_tokenizer, open_dataset
 from finelip_sdxl.evaluation.fidelity import (
@@ -20,6 +20,7 @@ from finelip_sdxl.evaluation.fidelity import (
     text_fidelity,
 )
 from finelip_sdxl.miniature import miniature_clip, miniature_finelip, miniature_path
+from finelip_sdxl.prompts.vocabulary import clip_tokenizer
 from finelip_sdxl.text_encoders import stretch_text_encoder
 
 SCENES = open_dataset("miniature:4")
@@ -135,6 +136,16 @@ def test_the_sentences_of_a_right_picture_fit_better(sentence_judge) -> None:
 def test_a_judge_of_the_wrong_kind_is_refused(stock_folder, name, role, message) -> None:
     with pytest.raises(ValueError, match=message):
         open_judge(name.format(encoder=f"{stock_folder}/text_encoder"), role)
+
+
+def test_a_tokenizer_or_image_processor_of_another_model_is_refused_at_once(tmp_path) -> None:
+    clip_tokenizer().save_pretrained(tmp_path / "words")
+    with pytest.raises(ValueError, match=r"of `judge` miniature-finelip-1 has 49,408 tokens, but the model knows"):
+        open_judge("miniature-finelip-1", "judge", str(tmp_path / "words"))
+    miniature_clip(1).save_pretrained(tmp_path / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match=r"size \(32\*32\) doesn't match model"):
+        open_judge(str(tmp_path / "clip"), "features")
 
 
 def test_a_judge_knows_its_own_text_encoder_in_any_precision_and_stretched(sentence_judge) -> None:
