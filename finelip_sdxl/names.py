@@ -319,9 +319,11 @@ def check_on_hub(place: Location) -> None:
 
 DATA_FILES = ("sharegpt4v", "csv", "jsonl", "txt")
 DATA_FOLDERS = ("docci", "urban1k", "coco", "flickr30k")
+PROMPT_FILES = ("longbench-t2i", "detailmaster")  # of prompts without images
+PROMPT_FOLDERS = ("dpg-bench", "tiif")
 
 
-def data_place(name: str, images: str | os.PathLike[str] | None = None) -> tuple[str, str]:
+def data_place(name: str, images: str | os.PathLike[str] | None = None, prompts: bool = False) -> tuple[str, str]:
     """The kind of a data set and its place: a path, or for the miniature's scenes their number, which may be empty.
 
     Nothing is read: this is for checks before the imports that take seconds, too.
@@ -330,6 +332,7 @@ def data_place(name: str, images: str | os.PathLike[str] | None = None) -> tuple
         name: `KIND:PATH`, see `finelip_sdxl.data.open_dataset`. The shell leaves a `~` behind the colon as it is, so it
             is expanded here.
         images: a folder of images that goes with it.
+        prompts: take sets of prompts without images, too, see `finelip_sdxl.data.open_prompts`.
 
     Raises:
         FileNotFoundError: a file or folder is not there.
@@ -351,17 +354,22 @@ def data_place(name: str, images: str | os.PathLike[str] | None = None) -> tuple
         return kind, place
     if kind == "webdataset":
         raise ValueError(f"{name} is a stream for training only: pass a data set whose images can be counted.")
-    if kind not in DATA_FILES + DATA_FOLDERS:
-        kinds = ", ".join((*DATA_FILES, *DATA_FOLDERS))
-        raise ValueError(f"{name:.100} is no data set: pass miniature, or one of {kinds} as KIND:PATH.")
+    files: tuple[str, ...] = DATA_FILES
+    folders: tuple[str, ...] = DATA_FOLDERS
+    what = "data set"
+    if prompts:
+        files, folders, what = PROMPT_FILES + files, PROMPT_FOLDERS + folders, "set of prompts"
+    if kind not in folders + files:
+        kinds = ", ".join((*folders, *files))
+        raise ValueError(f"{name:.100} is no {what}: pass miniature, or one of {kinds} as KIND:PATH.")
     if not place.strip():
         raise ValueError(f"{name} names no path: pass {kind}:PATH.")
     path = Path(place).expanduser()
-    if kind in DATA_FILES and not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, or is no file: pass the file of the data set.")
-    if kind in DATA_FOLDERS and not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist, or is no folder: pass the folder of the data set.")
-    if images is not None and kind == "txt":
+    if kind in files and not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is no file: pass the file of the {what}.")
+    if kind in folders and not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist, or is no folder: pass the folder of the {what}.")
+    if images is not None and kind in ("txt", *PROMPT_FILES, *PROMPT_FOLDERS):
         raise ValueError(f"{path} holds texts only: pass no folder of images with it.")
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"{images} does not exist, or is no folder: pass the folder of the images.")

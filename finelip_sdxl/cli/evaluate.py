@@ -1,8 +1,9 @@
-"""The command `evaluate retrieval`: recall of images by their texts, and of texts by their images."""
+"""The command `evaluate`: recall of images by texts and of texts by images; `evaluate images` has a file of its own."""
 
 import argparse
 import json
 
+from finelip_sdxl.cli import evaluate_images
 from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, open_device
 from finelip_sdxl.cli.output import output_file
 from finelip_sdxl.console import COUNT, announce, number, quiet_transformers
@@ -17,7 +18,12 @@ NAMED = 5  # unreadable images that the screen names
 
 def add_parser(commands: Commands) -> None:
     group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
-    subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval")
+    subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval | images")
+    add_retrieval(subjects)
+    evaluate_images.add_parser(subjects)
+
+
+def add_retrieval(subjects: Commands) -> None:
     text = "measure how well texts find their images, and images their texts"
     command = add_command(subjects, "retrieval", evaluate_retrieval, text)
     command.add_argument(

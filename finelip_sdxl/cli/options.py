@@ -43,6 +43,7 @@ _OTHER_NAMES = {"num_images_per_prompt": "num_images", "num_inference_steps": "s
 # Flags that name an SDXL in a folder (a base may also be a single file), and all that name a model.
 _SDXLS = ("base", "config", "finelip_base", "refiner")
 _MODELS = (*_SDXLS, "finelip", "finelip_2", "conditioning_adapter", "vae", "model", "tokenizer")
+_JUDGES = ("features", "judge", "sentence_judge")
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "mlu", "musa", "privateuseone")
 _A_DEVICE = "use one such as cpu, cuda, cuda:1 or mps"
@@ -80,15 +81,15 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative-prompt", metavar="TEXT", help=text)
 
 
-def add_drawing(command: argparse.ArgumentParser) -> None:
-    """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
+def add_drawing(command: argparse.ArgumentParser, seed: int | None = None) -> None:
+    """Add flags for steps, guidance, seed (random by default, or `seed`) and size, and those of `add_pipeline`."""
     text = f"denoising steps (default: as the model recommends, or else {Recommended.steps})"
     command.add_argument("--steps", type=COUNT, metavar="N", help=text)
     text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else "
     text += f"{Recommended.guidance_scale:g})"
     command.add_argument("--guidance-scale", type=REAL, metavar="X", help=text)
-    text = "seed of the noise, plus one for each further image (default: random)"
-    command.add_argument("--seed", type=WHOLE, metavar="N", help=text)
+    text = f"seed of the noise, plus one for each further image (default: {'random' if seed is None else seed})"
+    command.add_argument("--seed", type=WHOLE, default=seed, metavar="N", help=text)
     text = "of the picture, a multiple of 8 (default: the model's own)"
     command.add_argument("--width", type=COUNT, metavar="PIXELS", help=f"width {text}")
     command.add_argument("--height", type=COUNT, metavar="PIXELS", help=f"height {text}")
@@ -255,9 +256,10 @@ def check_models(options: argparse.Namespace) -> None:
     """
     if getattr(options, "base", None) is not None:
         check_config(options.base, getattr(options, "config", None))
-    models = {name: getattr(options, name, None) for name in _MODELS}
-    if models["conditioning_adapter"] == "none":  # a word of this flag alone
-        del models["conditioning_adapter"]
+    models = {name: getattr(options, name, None) for name in (*_MODELS, *_JUDGES)}
+    for name in ("conditioning_adapter", *_JUDGES):  # "none" is a word of these flags alone
+        if models[name] == "none":
+            del models[name]
     names.check_models(models, sdxls=_SDXLS, folders=_SDXLS[1:])
 
 

@@ -205,6 +205,17 @@ class Comparison:
         side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
+    def text_encoders(self, column: str) -> list[TextEncoder]:
+        """The text encoders that draw a column; FineLIP-SDXL's column has the long ones.
+
+        Raises:
+            ValueError: the column is unknown.
+        """
+        (column,) = check_columns([column])
+        pipe = self.pipe if column == "finelip" else self._base.stock
+        encoders: list[TextEncoder | None] = [pipe.text_encoder, pipe.text_encoder_2]
+        return [encoder for encoder in encoders if encoder is not None]
+
     def plan(
         self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
     ) -> dict[str, EncoderPlan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,11 @@ MINIATURE_SCENES = {"train": 24_000, "test": 500}
 
 
 def open_dataset(
-    spec: str, split: str = "test", images: str | Path | None = None, skip_missing: bool = False
+    spec: str,
+    split: str = "test",
+    images: str | Path | None = None,
+    skip_missing: bool = False,
+    whole_captions: bool = False,
 ) -> CaptionDataset:
     """Opens a data set of images with captions.
 
@@ -59,6 +64,7 @@ def open_dataset(
             is the folder of the file.
         skip_missing: leave out images with missing files, for example ShareGPT4V's images that other sites publish.
             Every file is looked for. `left_out` of the result counts the missing ones.
+        whole_captions: take all lines of Urban1k's files for a caption, as FineLIP's pictures were drawn.
 
     Raises:
         FileNotFoundError: a file or folder is missing, or with `skip_missing` all images are.
@@ -72,7 +78,8 @@ def open_dataset(
     kind, path = data_place(spec, images)
     if kind == "miniature":
         return _miniature(path, split)
-    records = _READERS[kind](Path(path), split, None if images is None else Path(images))
+    reader = (_WHOLE_CAPTION_READERS if whole_captions else {}).get(kind, _READERS[kind])
+    records = reader(Path(path), split, None if images is None else Path(images))
     return LineDataset(records, spec) if kind == "txt" else FileDataset(records, spec, skip_missing)
 
 
@@ -104,7 +111,7 @@ def _docci(path: Path, split: str, images: Path | None) -> Iterator[Record]:
                 yield image_file(folder, entry["image_file"]), [entry["description"]]
 
 
-def _urban1k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
+def _urban1k(path: Path, split: str, images: Path | None, lines: int | None = 1) -> Iterator[Record]:
     _check_split("urban1k", split, ("test",))
     folder = existing_folder(images or path / "image")
     files = by_stem(folder.glob("[!.]*"))
@@ -115,7 +122,8 @@ def _urban1k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
             "each needs image/STEM.jpg and caption/STEM.txt."
         )
     for stem in sorted(files):
-        yield files[stem], [line for _, line in lines_of(read_text(captions[stem]))][:1]  # as in Long-CLIP
+        text = [line for _, line in lines_of(read_text(captions[stem]))][:lines]  # the first alone, as in Long-CLIP
+        yield files[stem], ["\n".join(text)]
 
 
 def _coco(path: Path, split: str, images: Path | None) -> Iterator[Record]:
@@ -182,6 +190,7 @@ _READERS: dict[str, Callable[[Path, str, Path | None], Iterator[Record]]] = {
     "jsonl": _jsonl,
     "txt": _txt,
 }
+_WHOLE_CAPTION_READERS = {"urban1k": partial(_urban1k, lines=None)}
 
 
 def _check_split(kind: str, split: str, known: Sequence[str]) -> None:

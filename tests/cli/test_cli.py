@@ -990,6 +990,10 @@ def test_help_names_every_kind_of_data(capsys) -> None:
             ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 30"),
         ),
         (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 30")),
+        (
+            ["evaluate", "images"],
+            ("--data", "--layout", "--sentence-judge", "dpg-bench:FOLDER", "else 30", "default: 0"),
+        ),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
     ],
 )

@@ -92,17 +92,32 @@ MISTAKES = {
     ("generate", "a fox", "--seed", "one"): "--seed: expected a whole number instead of one",
     ("generate", "a fox", "--guidance-scale", "much"): "--guidance-scale: expected a number instead of much",
     ("evaluate", "retrieval", "--split-name", "x"): "--split-name is no flag here: did you mean --split?",
+    ("evaluate", "images", "--data", "docci:gone"): "gone does not exist, or is no folder",
+    ("evaluate", "images", "--judge", "gone.pt"): "gone.pt does not exist",
+    ("evaluate", "images", "--features", "./gone"): "./gone does not exist",
+    ("evaluate", "images", "--sentence-judge", "gone.safetensors"): "gone.safetensors does not exist",
+    ("evaluate", "images", "--layout", "tiif", "--images-per-prompt", "4"): "--images-per-prompt is 4; expected 1 in",
+    ("evaluate", "images", "--layout", "dpg-bench", "--images-per-prompt", "4", "--width", "64"): "expected squares",
+    ("evaluate", "images", "--columns", "stock", "stock"): "--columns names 'stock' 2 times",
+    ("evaluate", "images", "--steps", "0"): "--steps",
+    ("evaluate", "images", "--output-dir", "{full}"): "holds notes.txt, but no generation.json of a run",
+    ("evaluate", "images", "--output-dir", "/proc/none"): "cannot be written to",
+    ("evaluate", "images", "--output-dir", "{run}", "--seed", "4"): "drawn with seed 3, and now it is 4: set it back",
 }
 
 
 def test_mistakes_are_refused_before_torch_is_imported(tmp_path) -> None:
     file = tmp_path / "file.safetensors"
     file.touch()
-    (tmp_path / "empty").mkdir()
+    for name, inside in (("empty", None), ("full", "notes.txt"), ("run", "generation.json")):
+        (tmp_path / name).mkdir()
+        if inside:
+            (tmp_path / name / inside).write_text('{"settings": {"negative_prompt": "", "seed": 3}, "columns": []}')
     conditioning = tmp_path / "conditioning.safetensors"
     width = torch.ones(1, 77, 8), torch.ones(1, 4)
     Conditioning(width[0], width[0], width[1], width[1], prompts=("a fox",)).save(conditioning)
-    names = {"empty": tmp_path / "empty", "file": file, "conditioning": conditioning, "home": Path("~").expanduser()}
+    names = {"file": file, "conditioning": conditioning, "home": Path("~").expanduser()}
+    names |= {name: tmp_path / name for name in ("empty", "full", "run")}
     commands = [[word.format(**names) for word in command] for command in MISTAKES]
     done = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path

@@ -90,6 +90,13 @@ def test_the_third_column_is_what_our_pipeline_draws(comparison, components) -> 
     assert difference(comparison.draw("finelip", SETTINGS).image, draw(pipe)) <= 1
 
 
+def test_the_text_encoders_of_a_column_are_those_that_draw_it(comparison) -> None:
+    positions = {column: [num_positions(one) for one in comparison.text_encoders(column)] for column in COLUMNS}
+    assert positions == {"stock": [77, 77], "compel": [77, 77], "finelip": [248, 248]}
+    with pytest.raises(ValueError, match="`column` must be one of"):
+        comparison.text_encoders("sd3")
+
+
 def test_columns_differ_after_77_tokens_alone(comparison) -> None:
     def images(prompt: str) -> list[Image.Image]:
         return [comparison.draw(column, Settings(prompt, steps=2)).image for column in COLUMNS]
