@@ -15,6 +15,8 @@ Nothing is downloaded. Tables:
 All ways of a table take turns, so that a machine that becomes slower does so for all; ratios are medians over turns.
 """
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
 import argparse
@@ -31,15 +33,37 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from finelip_sdxl.console import COUNT, Parser, number, quiet_diffusers
+from finelip_sdxl.report import command_line, report_header
+
+TABLES = ("operations", "encoding", "pictures", "loading")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = Parser(prog="sdxl.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = flags.add_argument
+    add("--device", choices=("cpu", "cuda"), help="device to measure (default: cuda if there is one)")
+    add("--only", choices=TABLES, nargs="+", default=list(TABLES), metavar="TABLE", help="tables (default: all)")
+    side = number(int, least=64, most=4096)
+    add("--resolution", type=side, metavar="PIXELS", help="side of pictures (default: 1024 on a GPU, else 512)")
+    steps = number(int, least=2, most=1000)  # the first is not measured
+    add("--steps", type=steps, metavar="N", help="steps of a picture (default: 30 on a GPU, else 2)")
+    add("--turns", type=COUNT, metavar="N", help="measured turns (default: 5 on a GPU, else 1)")
+    add("--compile", action="store_true", help="pictures with compiled blocks, too")
+    add("--offload", action="store_true", help="on a GPU: pictures with offloading, too")
+    return flags.parse_args(arguments)
+
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
+    parse()
+
 import torch
 from compel import CompelForSDXL
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finelip_sdxl import FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
-from finelip_sdxl.console import quiet_diffusers
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
-from finelip_sdxl.report import command_line, report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -47,7 +71,6 @@ from benchmarks import real_size
 from benchmarks.memory import most_memory
 
 LENGTHS = (77, 154, 248, 496)  # tokens, with start and end
-TABLES = ("operations", "encoding", "pictures", "loading")
 RESOLUTION = 1024  # of counted operations
 GIB = 2**30
 PART, WORDS_OF_A_PART = "a red star,", 4  # with commas: compel's parser takes minutes for words alone
@@ -324,43 +347,31 @@ def print_loading(turns: int) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = flags.add_argument
+    arguments = parse()
     has_cuda = torch.cuda.is_available()
-    add(
-        "--device", choices=("cpu", "cuda"), default="cuda" if has_cuda else "cpu", help="default: cuda if there is one"
-    )
-    add("--only", choices=TABLES, nargs="+", default=list(TABLES), metavar="TABLE", help="tables (default: all)")
-    add("--resolution", type=int, metavar="PIXELS", help="side of pictures (default: 1024 on a GPU, else 512)")
-    add("--steps", type=int, metavar="N", help="steps of a picture, from 2 (default: 30 on a GPU, else 2)")
-    add("--turns", type=int, metavar="N", help="measured turns (default: 5 on a GPU, else 1)")
-    add("--compile", action="store_true", help="pictures with compiled blocks, too")
-    add("--offload", action="store_true", help="on a GPU: pictures with offloading, too")
-    arguments = flags.parse_args()
-    on_gpu = arguments.device == "cuda"
+    device = arguments.device or ("cuda" if has_cuda else "cpu")
+    on_gpu = device == "cuda"
     if on_gpu and not has_cuda:
-        flags.error("--device cuda: this machine has no CUDA device, use --device cpu")
+        sys.exit("sdxl.py: error: --device cuda: this machine has no CUDA device, use --device cpu")
     if arguments.offload and not on_gpu:
-        flags.error("--offload measures the memory of a GPU: use --device cuda")
+        sys.exit("sdxl.py: error: --offload measures the memory of a GPU: use --device cuda")
     resolution = arguments.resolution or (1024 if on_gpu else 512)
     steps, turns = arguments.steps or (30 if on_gpu else 2), arguments.turns or (5 if on_gpu else 1)
-    if steps < 2 or turns < 1:
-        flags.error("--steps begins at 2, --turns at 1")
 
     quiet_diffusers()
     dtype = torch.float16 if on_gpu else torch.float32  # few CPUs compute in half precision
-    device = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     command = command_line("python benchmarks/sdxl.py", sys.argv[1:])
-    print(f"{report_header(device=device)}: `{command}`; {dtype}, pictures of {resolution} × {resolution} pixels and")
+    print(f"{report_header(device=machine)}: `{command}`; {dtype}, pictures of {resolution} × {resolution} pixels and")
     print(f"{steps} steps with guidance, {turns} measured turn{'s' if turns > 1 else ''}")
     if "operations" in arguments.only:
         print_operations()
     if {"encoding", "pictures"} & {*arguments.only}:
-        pipes = Pipelines(arguments.device, dtype)
+        pipes = Pipelines(device, dtype)
         if "encoding" in arguments.only:
             print_encoding(pipes, max(turns, 3))
         if "pictures" in arguments.only:
-            print_pictures(picture_ways(pipes, resolution, steps), turns, arguments.device, "pictures")
+            print_pictures(picture_ways(pipes, resolution, steps), turns, device, "pictures")
             if arguments.compile:
                 print_compiled(pipes, resolution, steps, turns)
         del pipes

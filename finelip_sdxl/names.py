@@ -360,7 +360,7 @@ def data_place(name: str, images: str | os.PathLike[str] | None = None, prompts:
     if prompts:
         files, folders, what = PROMPT_FILES + files, PROMPT_FOLDERS + folders, "set of prompts"
     if kind not in folders + files:
-        kinds = ", ".join((*folders, *files))
+        kinds = ", ".join((*files, *folders))
         raise ValueError(f"{name:.100} is no {what}: pass miniature, or one of {kinds} as KIND:PATH.")
     if not place.strip():
         raise ValueError(f"{name} names no path: pass {kind}:PATH.")

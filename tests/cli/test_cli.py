@@ -987,12 +987,12 @@ def test_help_names_every_kind_of_data(capsys) -> None:
     [
         (
             ["generate"],
-            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 30"),
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 50"),
         ),
-        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 30")),
+        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 50")),
         (
             ["evaluate", "images"],
-            ("--data", "--layout", "--sentence-judge", "dpg-bench:FOLDER", "else 30", "default: 0"),
+            ("--data", "--layout", "--sentence-judge", "dpg-bench:FOLDER", "else 50", "default: 0"),
         ),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
     ],
