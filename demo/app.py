@@ -17,7 +17,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from finelip_sdxl.cli.options import add_pipeline, add_refiner, check_models, device_and_dtype, loading_arguments
+from finelip_sdxl.cli.drawing import open_comparison
+from finelip_sdxl.cli.options import add_pipeline, add_refiner, check_models, device_and_dtype
 from finelip_sdxl.console import COUNT, Parser, announce, number, quiet_diffusers, with_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
@@ -50,16 +51,8 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
 
     from demo.page import build_page
     from demo.theme import SCRIPT, STYLE, THEME
-    from finelip_sdxl.comparison.comparison import Comparison
 
-    comparison = Comparison.load(
-        options.base,
-        refiner=options.refiner,
-        device=device,
-        offload=options.offload,
-        dtype=dtype,
-        **loading_arguments(options),
-    )
+    comparison = open_comparison(options, device, dtype)
     page = build_page(comparison, folder / "pictures", options.max_side, options.max_waiting)
     bypass_proxy(options.host)
     try:

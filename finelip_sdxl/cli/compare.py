@@ -2,7 +2,7 @@
 
 import argparse
 
-from finelip_sdxl.cli.drawing import add_parts, part_parameters, set_scheduler, vae_arguments
+from finelip_sdxl.cli.drawing import add_parts, open_comparison, part_parameters
 from finelip_sdxl.cli.options import (
     PICTURES,
     Commands,
@@ -14,7 +14,6 @@ from finelip_sdxl.cli.options import (
     check_models,
     chosen_prompt,
     device_and_dtype,
-    loading_arguments,
     settings_by_seed,
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
@@ -55,16 +54,7 @@ def compare(options: argparse.Namespace) -> None:
 
     columns = [column for column in COLUMNS if column in chosen]
     device, dtype = device_and_dtype(options)
-    opened = comparison.Comparison.load(
-        options.base,
-        refiner=options.refiner,
-        device=device,
-        offload=options.offload,
-        dtype=dtype,
-        **loading_arguments(options),
-        **vae_arguments(options, dtype),
-    )
-    set_scheduler(opened.pipe, options.scheduler)
+    opened = open_comparison(options, device, dtype)
     opened.plan(options.negative_prompt or "", columns)  # a text that compel cannot parse is refused before drawing
     plans = opened.plan(prompt, columns)
     for column, plan in plans.items():

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finelip_sdxl.cli.options import loading_arguments
 from finelip_sdxl.console import number
 from finelip_sdxl.foreign_files import one_line
 from finelip_sdxl.names import check_on_hub, resolve
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from finelip_sdxl.comparison.comparison import Comparison
     from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 
 MAX_UPSCALE = 16
@@ -168,13 +170,34 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
     messages.set_verbosity(before)
 
 
+def open_comparison(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Comparison:
+    """The comparison that the flags ask for, with the scheduler of `--scheduler` where there is such a flag.
+
+    Raises:
+        OSError, ValueError: as in `Comparison.load`, `vae_arguments` and `set_scheduler`.
+    """
+    from finelip_sdxl.comparison.comparison import Comparison
+
+    comparison = Comparison.load(
+        options.base,
+        refiner=options.refiner,
+        device=device,
+        offload=options.offload,
+        dtype=dtype,
+        **loading_arguments(options),
+        **vae_arguments(options, dtype),
+    )
+    set_scheduler(comparison.pipe, getattr(options, "scheduler", None))
+    return comparison
+
+
 def vae_arguments(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """The argument of a pipeline's loader for the VAE of `--vae`; none without the flag.
 
     Raises:
         ValueError: it is no VAE of SDXL.
     """
-    if options.vae is None:
+    if getattr(options, "vae", None) is None:
         return {}
     from diffusers import AutoencoderKL
 

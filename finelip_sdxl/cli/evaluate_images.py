@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finelip_sdxl.cli.drawing import add_parts, part_parameters, set_scheduler, vae_arguments
+from finelip_sdxl.cli.drawing import add_parts, open_comparison, part_parameters
 from finelip_sdxl.cli.options import (
     PICTURES,
     Commands,
@@ -17,7 +17,6 @@ from finelip_sdxl.cli.options import (
     add_refiner,
     check_models,
     device_and_dtype,
-    loading_arguments,
 )
 from finelip_sdxl.comparison.settings import Settings, check_columns
 from finelip_sdxl.console import COUNT, announce, number, quiet_diffusers
@@ -85,7 +84,6 @@ def evaluate_images(options: argparse.Namespace) -> None:
     announce(f"Opening {options.base}…")
 
     quiet_diffusers()
-    from finelip_sdxl.comparison.comparison import Comparison
     from finelip_sdxl.data import open_prompts
     from finelip_sdxl.picture_evaluation.generation import generate
     from finelip_sdxl.picture_evaluation.plan import PicturePlan
@@ -105,16 +103,7 @@ def evaluate_images(options: argparse.Namespace) -> None:
     if judges.features is not None:
         prompts.check_images()
 
-    comparison = Comparison.load(
-        options.base,
-        refiner=options.refiner,
-        device=device,
-        offload=options.offload,
-        dtype=dtype,
-        **loading_arguments(options),
-        **vae_arguments(options, dtype),
-    )
-    set_scheduler(comparison.pipe, options.scheduler)
+    comparison = open_comparison(options, device, dtype)
     generate(
         plan,
         comparison,

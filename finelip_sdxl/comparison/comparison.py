@@ -373,9 +373,8 @@ class _Stage:
         else:
             pipe.to(device)
         self.compel = open_compel(self.stock, str(device))
-        self._encoded: dict[
-            str, tuple[Any, dict[str, Any]]
-        ] = {}  # by column: what was encoded last, and its embeddings
+        # By column: the texts, options and encoders of the last picture, and its embeddings
+        self._encoded: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
         embeddings = self._encode_once(column, settings, arguments)
