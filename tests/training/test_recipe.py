@@ -328,6 +328,7 @@ def hold_until_killed(folder: Path) -> None:
         die()
 
 
+@pytest.mark.slow
 def test_a_folder_is_held_by_one_and_by_none_after_a_kill(tmp_path) -> None:
     with held(tmp_path / "run", "taken"):
         with pytest.raises(OSError, match=r"^taken$"), held(tmp_path / "run", "taken"):
