@@ -208,7 +208,7 @@ def fingerprint(models: Iterable[nn.Module | None]) -> str:
     loras = [_lora_state(module) for module in modules if isinstance(getattr(module, "scaling", None), dict)]
     digest = hashlib.sha256(repr([loras, [tuple(weight.shape) for weight in weights]]).encode())
     signs = torch.cat([weight.reshape(-1)[:_SAMPLE].float().signbit().cpu() for weight in weights])
-    digest.update(bytes(signs.to(torch.uint8).tolist()))
+    digest.update(signs.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -301,15 +301,19 @@ RECIPE_MISTAKES = {
 }
 
 
-def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
-    training = Path(__file__).parents[2] / "training"
-    commands = [[str(training / recipe), *flags] for recipe, *flags in RECIPE_MISTAKES]
+def run_scripts(commands: list[list[str]], folder: Path) -> tuple[list[list], list[str]]:
+    """Run scripts one after the other: the end and the heavy modules of each, and the lines of all errors."""
     done = subprocess.run(
-        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=folder
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    errors = iter(done.stderr.splitlines())
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr.splitlines()
+
+
+def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
+    training = Path(__file__).parents[2] / "training"
+    found, lines = run_scripts([[str(training / recipe), *flags] for recipe, *flags in RECIPE_MISTAKES], tmp_path)
+    errors = iter(lines)
     for mistake, (said, heavy) in zip(RECIPE_MISTAKES, found, strict=True):
         line = next(errors) if said == "2" else said  # argparse writes it itself
         assert line.startswith(f"{mistake[0]}: error: "), mistake
@@ -331,12 +335,7 @@ SCRIPT_MISTAKES = {
 
 def test_scripts_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
     repository = Path(__file__).parents[2]
-    commands = [[str(repository / script), *flags] for script, *flags in SCRIPT_MISTAKES]
-    done = subprocess.run(
-        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    for mistake, line, (said, heavy) in zip(SCRIPT_MISTAKES, done.stderr.splitlines(), found, strict=True):
+    found, errors = run_scripts([[str(repository / script), *flags] for script, *flags in SCRIPT_MISTAKES], tmp_path)
+    for mistake, line, (said, heavy) in zip(SCRIPT_MISTAKES, errors, found, strict=True):
         assert (said, heavy) == ("2", []), mistake
         assert SCRIPT_MISTAKES[mistake] in line

@@ -4,8 +4,6 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from finelip_sdxl.picture_evaluation.manifest import MANIFEST, read_manifest
 from finelip_sdxl.picture_evaluation.plan import PicturePlan
 from finelip_sdxl.picture_evaluation.processes import open_processes
 from finelip_sdxl.training.processes import held
+from tests.helpers.full_disk import files_of_at_most
 from tests.helpers.recipes import on_two_processes, processes
 
 PROMPTS = PromptSet("txt:foxes.txt", [Prompt("a red fox", "0"), Prompt("a blue square " * 30, "1")])
@@ -225,17 +224,6 @@ def test_a_killed_run_goes_on_without_a_half_picture(comparison, stock_folder, t
     assert {name: (run / name).stat().st_mtime_ns for name in found} == before
     assert pixels(run) == pixels(whole)
     assert json.loads((run / MANIFEST).read_text()) == json.loads((whole / MANIFEST).read_text())
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file grows further: what a full disk does, for root as well, with another number."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_files_alone(comparison, tmp_path) -> None:
