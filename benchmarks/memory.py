@@ -13,6 +13,8 @@ text encoders. Each row is measured in a process of its own: the growth of the p
 included, and the seconds of `swap_text_encoders`.
 """
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
 import argparse
@@ -20,26 +22,42 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from finelip_sdxl.console import Parser, number
 
-from finelip_sdxl import ConditioningAdapter, FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
-from finelip_sdxl.miniature.tokenizer import build_tokenizer
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = Parser(prog="memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", choices=("pipelines", "swaps"), help="table to print (default: both)")
+    text, side = "width and height of pictures (default: %(default)s)", number(int, least=64, most=4096)
+    flags.add_argument("--resolution", type=side, default=1024, metavar="PIXELS", help=text)
+    text = "device to measure (default: cuda if there is one)"
+    flags.add_argument("--device", choices=("cpu", "cuda"), help=text)
+    return flags.parse_args(arguments)
+
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
+    parse()
+
+import torch
+from torch import nn
+
+from finelip_sdxl import FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
 from finelip_sdxl.options import ENCODERS
 from finelip_sdxl.report import report_header
-from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET, VAE
+from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
+
+from benchmarks.real_size import build_pipeline, build_swapped, materialize
 
 GIB = 2**30
-ADAPTER: dict[str, Any] = {}  # its defaults are SDXL's widths
 
 PHASES = ("encoding", "denoising", "decoding")
 OFFLOADS = ("none", "model", "group, by blocks", "group, by layers", "sequential")
@@ -70,60 +88,6 @@ def contents() -> dict[str, Callable[[bool], FineLIPSDXLPipeline]]:
         'both replaced, `"long"`': partial(build_swapped, replaced=ENCODERS, short_prompt_encoder="long"),
         FULLEST: partial(build_swapped, replaced=ENCODERS, has_adapter=True),
     }
-
-
-def build_pipeline(filled: bool, short_prompt_encoder: str = "original") -> FineLIPSDXLPipeline:
-    """Stock SDXL's parts in our pipeline. The miniature's tokenizers suffice: SDXL's know more words."""
-    tokenizers = build_tokenizer(), build_tokenizer(pad_token="!")
-    special = {"bos_token_id": tokenizers[0].bos_token_id, "eos_token_id": tokenizers[0].eos_token_id}
-    with torch.device("meta"):
-        parts: dict[str, Any] = {
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L, **special)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G, **special)),
-            "unet": UNet2DConditionModel(**UNET),
-            "vae": AutoencoderKL(**VAE),
-        }
-    return FineLIPSDXLPipeline(
-        **{name: materialize(part, filled) for name, part in parts.items()},
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        short_prompt_encoder=short_prompt_encoder,
-    )
-
-
-def build_swapped(
-    filled: bool, replaced: Collection[str] = (), short_prompt_encoder: str = "original", has_adapter: bool = False
-) -> FineLIPSDXLPipeline:
-    """A pipeline with new encoders in place of the `replaced` ones, as FineLIPs would be, and the others stretched."""
-    pipe = build_pipeline(filled, short_prompt_encoder)
-    finelips = []
-    for name in ENCODERS:
-        stock = getattr(pipe, name)
-        with torch.device("meta"):
-            text_config = {**stock.config.to_dict(), "max_position_embeddings": 248}
-            has_projection = isinstance(stock, CLIPTextModelWithProjection)
-            dim = stock.config.projection_dim if has_projection else None
-            finelip = FineLIPModel(FineLIPConfig(text_config=text_config, projection_dim=dim))
-        finelips.append(materialize(finelip, filled) if name in replaced else None)
-    pipe.swap_text_encoders(*finelips)
-    if has_adapter:
-        with torch.device("meta"):
-            adapter = ConditioningAdapter(**ADAPTER)
-        pipe.register_modules(conditioning_adapter=materialize(adapter, filled))
-    return pipe
-
-
-def materialize(model: nn.Module, filled: bool) -> nn.Module:
-    """Give memory to a model on the meta device. Unless it is filled, no page of the memory is touched."""
-    nn.Module.to(model, torch.bfloat16).requires_grad_(False).eval().to_empty(device="cpu")
-    for module in model.modules():
-        if hasattr(module, "position_ids"):
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    if filled:
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
-    return model
 
 
 def offload(pipe: FineLIPSDXLPipeline, how: str, device: str) -> None:
@@ -214,12 +178,12 @@ def write_checkpoints(folder: Path) -> None:
 def measured_swap(folder: Path, replaced: Collection[str]) -> tuple[float, float]:
     """Growth of the process at its peak, in bytes, and seconds of a swap of these encoders."""
     pipe = build_pipeline(filled=False)
-    before, started = _most_memory(), time.perf_counter()
+    before, started = most_memory(), time.perf_counter()
     pipe.swap_text_encoders(*(folder / name if name in replaced else None for name in ENCODERS))
-    return _most_memory() - before, time.perf_counter() - started
+    return most_memory() - before, time.perf_counter() - started
 
 
-def _most_memory() -> int:
+def most_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
 
 
@@ -282,23 +246,11 @@ def print_pipelines(device: str, resolution: int) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--only", choices=("pipelines", "swaps"), help="table to print (default: both)")
-    flags.add_argument(
-        "--resolution",
-        type=int,
-        default=1024,
-        metavar="PIXELS",
-        help="width and height of pictures (default: %(default)s)",
-    )
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    text = "device to measure (default: cuda if there is one)"
-    flags.add_argument("--device", choices=("cpu", "cuda"), default=default, help=text)
-    arguments = flags.parse_args()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else None
-    print(f"{report_header(device=device)}; GiB")
+    arguments = parse()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{report_header(device=torch.cuda.get_device_name() if device == 'cuda' else None)}; GiB")
     if arguments.only != "swaps":
-        print_pipelines(arguments.device, arguments.resolution)
+        print_pipelines(device, arguments.resolution)
     if arguments.only != "pipelines":
         print_swaps()
 

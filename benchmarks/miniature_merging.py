@@ -34,6 +34,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 
 from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.console import COUNT
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -49,7 +50,6 @@ from benchmarks.miniature_pictures import (
     draw_samples,
     draw_with,
     judge,
-    positive,
     with_interval,
 )
 
@@ -120,12 +120,10 @@ def fine_tune_in(runs: Path, flags: str) -> Path:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument(
-        "--scenes", type=positive, default=100, metavar="N", help="number of scenes (default: %(default)s)"
-    )
+    flags.add_argument("--scenes", type=COUNT, default=100, metavar="N", help="number of scenes (default: %(default)s)")
     steps, guidance_scale = RECOMMENDED.steps, RECOMMENDED.guidance_scale
     text = "Euler steps (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--steps", type=positive, default=steps, metavar="N", help=text)
+    flags.add_argument("--steps", type=COUNT, default=steps, metavar="N", help=text)
     text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
     flags.add_argument("--guidance-scale", type=float, default=guidance_scale, metavar="X", help=text)
     text = "folder of the fine-tune (default: %(default)s)"

@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
+from finelip_sdxl.console import COUNT
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.foreign_files import read_json
 from finelip_sdxl.images import save_compact
@@ -326,9 +327,9 @@ def circumstances(results: Results, rows: list[Row]) -> str:
 
 def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
     text = "number of unseen scenes (default: %(default)s)"
-    flags.add_argument("--scenes", type=positive, default=scenes, metavar="N", help=text)
+    flags.add_argument("--scenes", type=COUNT, default=scenes, metavar="N", help=text)
     text = "Euler steps (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--steps", type=positive, default=RECOMMENDED.steps, metavar="N", help=text)
+    flags.add_argument("--steps", type=COUNT, default=RECOMMENDED.steps, metavar="N", help=text)
     text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
     flags.add_argument("--guidance-scale", type=float, default=RECOMMENDED.guidance_scale, metavar="X", help=text)
     text = "folder of the trained weights (default: %(default)s)"
@@ -338,12 +339,6 @@ def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) ->
     text = "file of results, written after each row; its rows are not drawn again (delete it after a change of code)"
     flags.add_argument("--json", type=writable, metavar="FILE", help=text)
     flags.add_argument("--plot", type=writable, metavar="PNG", help="file for the figure")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
 
 
 def writable(text: str) -> Path:

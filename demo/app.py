@@ -7,16 +7,19 @@ python demo/app.py --base stabilityai/stable-diffusion-xl-base-1.0 --variant fp1
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from finelip_sdxl.cli.options import add_pipeline, add_refiner, count, device_and_dtype, loading_arguments
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.cli.drawing import open_comparison
+from finelip_sdxl.cli.options import add_pipeline, add_refiner, check_models, device_and_dtype
+from finelip_sdxl.console import COUNT, Parser, announce, number, quiet_diffusers, with_flags
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -30,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             serve(options, Path(folder))
         except (ValueError, TypeError, OSError, MemoryError) as error:
-            print(f"app.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+            flags = {name: f"--{name.replace('_', '-')}" for name in vars(options)}
+            print(f"app.py: error: {with_flags(' '.join(str(error).split()), flags)}", file=sys.stderr)
             return 2
     return 0
 
 
 def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
     """Load the models and open the page. Files go to `folder`. With `wait` this returns after Ctrl+C."""
+    check_models(options)
+    announce(f"Opening {options.base}…")
     # Before Gradio is imported: it would send usage figures to its makers.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -45,34 +51,27 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
 
     from demo.page import build_page
     from demo.theme import SCRIPT, STYLE, THEME
-    from finelip_sdxl.comparison.comparison import Comparison
 
-    comparison = Comparison.load(
-        options.base,
-        refiner=options.refiner,
-        device=device,
-        offload=options.offload,
-        dtype=dtype,
-        **loading_arguments(options),
-    )
+    comparison = open_comparison(options, device, dtype)
     page = build_page(comparison, folder / "pictures", options.max_side, options.max_waiting)
     bypass_proxy(options.host)
     try:
-        # Closed: a request past the queue cannot be canceled.
-        page.queue(api_open=False).launch(
-            server_name=options.host,
-            server_port=options.port,
-            share=options.share,
-            prevent_thread_lock=True,
-            theme=THEME,
-            css=STYLE,
-            head=f"<script>{SCRIPT}</script>",
-            max_file_size=MAX_UPLOAD,
-            max_threads=THREADS + options.max_waiting,  # each run that waits has one
-            footer_links=["api", "settings"],
-            show_error=True,
-            quiet=True,  # its messages name its own arguments in place of flags
-        )
+        with redirect_stdout(io.StringIO()):  # also where it is quiet, Gradio prints pages about a public address
+            # Closed: a request past the queue cannot be canceled.
+            page.queue(api_open=False).launch(
+                server_name=options.host,
+                server_port=options.port,
+                share=options.share,
+                prevent_thread_lock=True,
+                theme=THEME,
+                css=STYLE,
+                head=f"<script>{SCRIPT}</script>",
+                max_file_size=MAX_UPLOAD,
+                max_threads=THREADS + options.max_waiting,  # each run that waits has one
+                footer_links=["api", "settings"],
+                show_error=True,
+                quiet=True,  # its messages name its own arguments in place of flags
+            )
     except OSError as error:
         if "empty port" in str(error):  # also said of an address that is another machine's
             port, can = ("No port from 7860 on", "can") if options.port is None else (f"Port {options.port}", "cannot")
@@ -90,7 +89,10 @@ def serve(options: argparse.Namespace, folder: Path, wait: bool = True) -> Any:
     if page.share_url:
         print(f"For a week everybody may see it at {page.share_url}.")
     elif options.share:
-        print("It has no public address: --share needs Gradio's servers, which were not reached.")
+        print(
+            "It has no public address: --share needs Gradio's servers, which were not reached. Try again when they can"
+            " be, or pass --host 0.0.0.0 to let machines of your own network in."
+        )
     if wait and page.is_running:
         page.block_thread()
     return page
@@ -106,28 +108,21 @@ def bypass_proxy(host: str) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pipeline(parser)
     add_refiner(parser)
     group = parser.add_argument_group("the page")
     add = group.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address of the page; 0.0.0.0 lets other machines in "
         "(default: %(default)s)")  # fmt: skip
-    add("--port", type=_port, metavar="N", help="port of the page (default: the first free one from 7860 on)")
+    port = number(int, least=1, most=2**16 - 1)
+    add("--port", type=port, metavar="N", help="port of the page (default: the first free one from 7860 on)")
     add("--share", action="store_true", help="open a public address, too, through Gradio's servers")
-    add("--max-side", type=count, default=1536, metavar="PIXELS", help="largest width and height of a picture "
+    add("--max-side", type=COUNT, default=1536, metavar="PIXELS", help="largest width and height of a picture "
         "(default: %(default)s)")  # fmt: skip
-    add("--max-waiting", type=count, default=20, metavar="N", help="number of runs that may wait for their turn "
+    add("--max-waiting", type=COUNT, default=20, metavar="N", help="number of runs that may wait for their turn "
         "(default: %(default)s)")  # fmt: skip
     return parser.parse_args(arguments)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to {2**16 - 1}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import random
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import BlockFunction
 from PIL import Image
 
 from demo import meter, scoring_view
@@ -52,6 +54,7 @@ FIELDS = (
     "weighting",
     "seed",
 )
+_ENDPOINTS = ("tokens", "compare")  # of the API
 # An event of the page alone. Gradio's own signs of progress would cover the page's.
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 # Drawing waits in the page's own line, which can say how long, and not in Gradio's queue.
@@ -70,6 +73,22 @@ def build_page(comparison: Comparison, folder: Path, max_side: int, max_waiting:
     return _Page(comparison, folder, max_side, max_waiting).build()
 
 
+class _Blocks(gr.Blocks):
+    """Gradio's page, with a sentence of our own for a call of the API with too few or too many values."""
+
+    def validate_inputs(self, block_fn: BlockFunction, inputs: list[Any]) -> None:
+        if block_fn.api_name in _ENDPOINTS and len(inputs) != len(block_fn.inputs):
+            names = [name for name in inspect.signature(block_fn.fn).parameters if name != "request"]
+            raise gr.Error(
+                f"/{block_fn.api_name} takes {len(names)} value{'s' * (len(names) > 1)} in this order: "
+                f"{', '.join(names)}; but it got {len(inputs)}. Pass each of them, with null for its default where"
+                " demo/README.md says that the default is the model's or the pipeline's.",
+                title="Not drawn",
+                print_exception=False,
+            )
+        super().validate_inputs(block_fn, inputs)
+
+
 class _Page:
     def __init__(self, comparison: Comparison, folder: Path, max_side: int, max_waiting: int) -> None:
         self.comparison, self.folder = comparison, folder
@@ -83,7 +102,7 @@ class _Page:
     # Layout
 
     def build(self) -> gr.Blocks:
-        with gr.Blocks(title="FineLIP-SDXL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        with _Blocks(title="FineLIP-SDXL", analytics_enabled=False, delete_cache=(600, 3600)) as page:
             gr.HTML(intro(self.comparison.is_miniature), elem_classes="intro")
             prompt = gr.Textbox(
                 self.defaults.prompt,
@@ -360,7 +379,7 @@ class _Page:
         """Note a run, and return the buttons of a visitor for whom something runs."""
         self.visitors.ask(_session(request))
         shutil.rmtree(self._folder_of(request), ignore_errors=True)  # of pictures that the page no longer shows
-        draw, stop = gr.update(interactive=False), gr.update(interactive=True)
+        draw, stop = gr.update(value="Drawing…", interactive=False), gr.update(interactive=True)
         return [draw, stop, draw, stop]
 
     def rest(self) -> list[Any]:

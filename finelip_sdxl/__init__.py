@@ -10,6 +10,7 @@ drop_torchvision_warnings()
 if TYPE_CHECKING:
     __version__: str
     from finelip_sdxl.checkpoints.load import load_finelip, save_openai_layout
+    from finelip_sdxl.conditioning import Conditioning
     from finelip_sdxl.conditioning_adapter import ConditioningAdapter
     from finelip_sdxl.interaction import late_interaction
     from finelip_sdxl.losses import contrastive_loss, triplet_margin_loss
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Public names and the modules that hold them, imported on first use: `import finelip_sdxl` alone stays cheap.
 _EXPORTS = {
+    "Conditioning": "finelip_sdxl.conditioning",
     "ConditioningAdapter": "finelip_sdxl.conditioning_adapter",
     "FineLIPConfig": "finelip_sdxl.model",
     "FineLIPModel": "finelip_sdxl.model",
@@ -58,6 +60,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "Conditioning",
     "ConditioningAdapter",
     "FineLIPConfig",
     "FineLIPModel",

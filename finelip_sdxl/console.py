@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import logging
+import operator
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # argparse calls it for commands, too
-        options, unknown = super().parse_known_args(args, namespace)
+        options, unknown = super().parse_known_args(self._with_home(sys.argv[1:] if args is None else args), namespace)
         if unknown:
             self.error(self._about(unknown))
         return options, unknown
@@ -54,12 +55,73 @@ class Parser(argparse.ArgumentParser):
         """Exit with one line, without the usage."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
+    @staticmethod
+    def _with_home(arguments: Sequence[str]) -> list[str]:
+        """The arguments with `--flag=~/file` expanded: shells expand a `~` at the beginning of a word alone."""
+        found = [re.fullmatch(r"(--[\w-]+=)(~/.*)", text, re.DOTALL) for text in arguments]
+        pairs = zip(found, arguments, strict=True)
+        return [match[1] + os.path.expanduser(match[2]) if match else text for match, text in pairs]
+
     def _about(self, unknown: list[str]) -> str:
         flag = next((text.partition("=")[0] for text in unknown if text.startswith("-")), None)
         if flag is None:
             return f"unrecognized arguments: {' '.join(unknown)[:100]} (a text of several words needs quotes)"
         near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.5)
         return f"{flag[:60]} is no flag here{f': did you mean {near[0]}?' if near else ''}"
+
+
+MAX_NUMBER = 10**9  # for flags without a smaller bound
+
+
+def number(
+    kind: type[int] | type[float],
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = MAX_NUMBER,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """The type of a flag: a number within bounds.
+
+    Args:
+        kind: int or float.
+        least: the lowest number that is allowed.
+        above: in place of `least`, the highest number that is too low.
+        most: the highest number that is allowed. Without any bound the number may also be infinite or none (NaN).
+        below: in place of `most`, the lowest number that is too high.
+
+    Example:
+        >>> number(int, above=0)("8")
+        8
+        >>> number(float, least=0, below=1)("1")
+        Traceback (most recent call last):
+        argparse.ArgumentTypeError: expected a number below 1 instead of 1
+    """
+    name = "a whole number" if kind is int else "a number"
+    bounds: tuple[tuple[str, float | None, Callable[[Any, Any], bool]], ...] = (
+        ("above", above, operator.gt),
+        ("of at least", least, operator.ge),
+        ("below", below, operator.lt),
+        ("of at most", most, operator.le),
+    )
+
+    def parse(text: str) -> Any:
+        given = f"instead of {text.strip()[:60] or 'nothing'}"
+        try:
+            value = None if "_" in text else kind(text)  # Python's 1_000 is nobody's
+        except ValueError:
+            value = None
+        for words, bound, holds in bounds:
+            if bound is not None and (value is None or not holds(value, bound)):
+                raise argparse.ArgumentTypeError(f"expected {name} {words} {bound:,} {given}")
+        if value is None:
+            raise argparse.ArgumentTypeError(f"expected {name} {given}")
+        return value
+
+    return parse
+
+
+COUNT = number(int, least=1)
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -80,6 +142,16 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
         return found[0] if flag is None else flag + (f" {value}" if value is not None else " " if following else "")
 
     return _ARGUMENT.sub(with_flag, message)
+
+
+def announce(text: str) -> None:
+    """Print a line in a terminal before seconds without a word. What only reads errors gets errors alone.
+
+    Example:
+        >>> announce("Opening miniature…")
+    """
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def quiet_imports() -> None:

@@ -93,6 +93,19 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
 
+def read_header(file: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, str]]:
+    """Shape and type of each tensor in a `.safetensors` file, and its metadata, without PyTorch.
+
+    Raises:
+        OSError: the file cannot be read, or is not whole.
+    """
+    _check_kind(file)
+    with _safetensors_errors(file), safe_open(file, "np") as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        shapes = {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in slices.items()}
+        return shapes, dict(opened.metadata() or {})
+
+
 def shard_names(index: Path) -> list[str]:
     """The names of files in an index of sharded weights.
 

@@ -1,9 +1,12 @@
 """Cross-modal late interaction (CLIM): texts and images compared token by token (FineLIP, section 3)."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 NEGATIVE_SLOPE = 0.1
 # Similarities between single tokens in memory at a time: 16 MiB in float32.
@@ -19,8 +22,8 @@ def late_interaction(
     image's tokens, of each token's similarity to its best text token. The similarity of two tokens is LeakyReLU₀.₁ of
     their cosine.
 
-    Images are compared block by block, and each block is computed again in the backward pass, so memory grows no faster
-    than inputs and result.
+    Images are compared block by block. For the backward pass each token of a pair keeps the place of its best one, in
+    one byte up to 128 tokens, or else in two; nothing is computed again there.
 
     Source: FineLIP (arXiv 2504.01916), section 3.
 
@@ -49,37 +52,120 @@ def late_interaction(
             f"image_tokens are {image_tokens.shape[-1]} wide and text_tokens {text_tokens.shape[-1]}; expected one dim."
         )
     images, texts = _normalize(image_tokens), _normalize(text_tokens)
+    if torch.is_grad_enabled() and (images.requires_grad or texts.requires_grad):
+        scores: Tensor = _LateInteraction.apply(images, texts, image_mask, text_mask)  # type: ignore[no-untyped-call]
+        return scores
+    blocks = _blocks(images, texts)
+    return torch.cat([_compare(images[rows], texts, _rows(image_mask, rows), text_mask) for rows in blocks])
+
+
+class _LateInteraction(torch.autograd.Function):
+    """`late_interaction` of normalized tokens, with gradients.
+
+    A pair's score depends on one similarity for each of its tokens, the largest. So the gradient of a block's
+    similarities is zero but at these places, and two matrix products take it to the tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        scores, places = [], []
+        for rows in _blocks(images, texts):
+            block, *found = _compare_and_find(images[rows], texts, _rows(image_mask, rows), text_mask)
+            scores.append(block)
+            places += found
+        ctx.save_for_backward(images, texts, image_mask, text_mask, *places)
+        device = images.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+        return torch.cat(scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        images, texts, image_mask, text_mask, *places = ctx.saved_tensors
+        needs_images, needs_texts = ctx.needs_input_grad[:2]
+        of_images, of_texts = torch.empty_like(images), torch.zeros_like(texts)
+        gradient, all_texts = gradient.to(ctx.dtype), texts.to(ctx.dtype).flatten(0, 1)
+        text_shares = _shares(texts, text_mask, ctx.dtype)
+        for rows, for_texts, for_images in zip(_blocks(images, texts), places[::2], places[1::2], strict=True):
+            block = images[rows].to(ctx.dtype)
+            image_shares = _shares(block, _rows(image_mask, rows), ctx.dtype)
+            of_pairs = gradient[rows, None, :, None]
+            similarity = gradient.new_zeros(*block.shape[:2], *texts.shape[:2])
+            _add_at(similarity, 1, for_texts, of_pairs * text_shares)
+            _add_at(similarity, 3, for_images, of_pairs * image_shares[:, :, None, None])
+            similarity = similarity.flatten(2).flatten(0, 1)  # (images · image tokens, texts · text tokens)
+            if needs_images:
+                of_images[rows] = (similarity @ all_texts).view_as(block)
+            if needs_texts:
+                of_texts += (similarity.T @ block.flatten(0, 1)).view_as(texts)
+        return of_images if needs_images else None, of_texts if needs_texts else None, None, None
+
+
+def _blocks(images: Tensor, texts: Tensor) -> Iterator[slice]:
+    """The rows of images that are compared at once."""
     rows = max(1, _BLOCK // (images.shape[1] * texts.shape[0] * texts.shape[1]))
-    blocks = []
-    for start in range(0, len(images), rows):
-        block = slice(start, start + rows)
-        mask = None if image_mask is None else image_mask[block]
-        if torch.is_grad_enabled() and (images.requires_grad or texts.requires_grad):
-            blocks.append(
-                checkpoint(
-                    _compare, images[block], texts, mask, text_mask, use_reentrant=False, preserve_rng_state=False
-                )
-            )
-        else:
-            blocks.append(_compare(images[block], texts, mask, text_mask))
-    return torch.cat(blocks)
+    return (slice(start, start + rows) for start in range(0, len(images), rows))
+
+
+def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[rows]
 
 
 def _compare(images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
     """`late_interaction` of normalized tokens, in one block."""
+    for_texts, for_images = _similarities(images, texts, image_mask, text_mask)
+    return _score(for_texts.amax(dim=1), for_images.amax(dim=3), image_mask, text_mask)
+
+
+def _compare_and_find(
+    images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_compare`; and the places of the maxima, (images, texts, text tokens) and (images, image tokens, texts)."""
+    for_texts, for_images = _similarities(images, texts, image_mask, text_mask)
+    of_texts, of_images = for_texts.max(dim=1), for_images.max(dim=3)
+    scores = _score(of_texts.values, of_images.values, image_mask, text_mask)
+    return scores, _packed(*of_texts, images.shape[1]), _packed(*of_images, texts.shape[1])
+
+
+def _similarities(
+    images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Similarities of single tokens, (images, image tokens, texts, text tokens): among which the best image token is
+    looked for, and the best text token."""
     similarity = torch.einsum("ivc,jtc->ivjt", images, texts)
-    for_texts, for_images = similarity, similarity
     # -2 is below every cosine, and far from an overflow in half precision.
-    if image_mask is not None:
-        for_texts = similarity.masked_fill(~image_mask[:, :, None, None], -2)
-    if text_mask is not None:
-        for_images = similarity.masked_fill(~text_mask[None, None], -2)
-    # LeakyReLU is increasing, so it commutes with the maximum, and has fewer numbers to transform after it.
-    of_texts = F.leaky_relu(for_texts.amax(dim=1), NEGATIVE_SLOPE)  # (images, texts, text tokens)
-    of_images = F.leaky_relu(for_images.amax(dim=3), NEGATIVE_SLOPE)  # (images, image tokens, texts)
-    return _mean(of_texts, None if text_mask is None else text_mask[None], dim=2) + _mean(
-        of_images, None if image_mask is None else image_mask[..., None], dim=1
+    return (
+        similarity if image_mask is None else similarity.masked_fill(~image_mask[:, :, None, None], -2),
+        similarity if text_mask is None else similarity.masked_fill(~text_mask[None, None], -2),
     )
+
+
+def _score(of_texts: Tensor, of_images: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
+    """The score of the maxima, (images, texts, text tokens) and (images, image tokens, texts)."""
+    # LeakyReLU is increasing, so it commutes with the maximum, and has fewer numbers to transform after it.
+    return _mean(F.leaky_relu(of_texts, NEGATIVE_SLOPE), None if text_mask is None else text_mask[None], dim=2) + _mean(
+        F.leaky_relu(of_images, NEGATIVE_SLOPE), None if image_mask is None else image_mask[..., None], dim=1
+    )
+
+
+def _packed(maxima: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Places of maxima in the smallest type; those of maxima up to 0, which count a tenth, are below 0."""
+    kind = next(kind for kind in (torch.int8, torch.int16, torch.int32) if tokens - 1 <= torch.iinfo(kind).max)
+    return torch.where(maxima > 0, places, ~places).to(kind)
+
+
+def _add_at(similarity: Tensor, dim: int, packed: Tensor, gradient: Tensor) -> None:
+    """Add gradients of maxima over a dimension to those of the similarities at their places."""
+    packed = packed.unsqueeze(dim)
+    is_positive = packed >= 0
+    slopes = torch.where(is_positive, gradient, gradient * NEGATIVE_SLOPE)
+    similarity.scatter_add_(dim, torch.where(is_positive, packed, ~packed).long(), slopes)
+
+
+def _shares(tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The share of each token in the mean of its row, (rows, tokens)."""
+    counted = torch.ones(tokens.shape[:2], dtype=dtype, device=tokens.device) if mask is None else mask.to(dtype)
+    return counted / counted.sum(dim=1, keepdim=True)
 
 
 def _mean(values: Tensor, mask: Tensor | None, dim: int) -> Tensor:

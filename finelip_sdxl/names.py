@@ -1,10 +1,13 @@
 """Names of models and their files: a file, a folder, a hub id, or the name of weights that ship with the package.
 
-All names of models go through `resolve`, so all errors about them have the same words.
+All names of models go through `resolve`, so all errors about them have the same words. Names of data sets are
+`KIND:PATH`, and go through `data_place`.
 """
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -12,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 # Bundled weights: they ship with the package and have names of their own.
 
@@ -110,6 +115,8 @@ def sdxl_path(name: str | os.PathLike[str]) -> str:
         >>> sdxl_path("stabilityai/stable-diffusion-xl-base-1.0")
         'stabilityai/stable-diffusion-xl-base-1.0'
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"{name!r:.60} is no name of a model: pass a path, a hub id or the name of one that ships.")
     bundled = bundled_sdxl(name)
     return os.fspath(name if bundled is None else bundled.folder)
 
@@ -252,5 +259,118 @@ def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub 
         return Location(os.fspath(name), path)
     is_file_name = path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
     if not isinstance(name, str) or is_file_name or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"{os.fspath(name).strip() or repr(name)} does not exist: pass {expected}.")
+        shown = os.fspath(name) if os.fspath(name).strip() == os.fspath(name) != "" else repr(os.fspath(name))
+        raise FileNotFoundError(f"{shown} does not exist: pass {expected}.")
+    if name in _MODELS:
+        raise FileNotFoundError(f"{name} is a CLIP that ships with the package: pass {expected}.")
+    if near := difflib.get_close_matches(name.lower(), [*_SDXLS, *_MODELS], n=1, cutoff=0.85):
+        raise FileNotFoundError(f"{name} is no path here, nor a model that ships: did you mean {near[0]}?")
     return Location(name, None, hub_arguments)
+
+
+def check_models(models: Mapping[str, str | None], sdxls: Collection[str] = (), folders: Collection[str] = ()) -> None:
+    """Check that models are there, before the imports that take seconds.
+
+    The hub is asked once for each model. If it does not answer, everything is read from its cache from now on, so that
+    no library waits for it.
+
+    Args:
+        models: the names of models by those of the arguments that they were passed as; None is none.
+        sdxls: the arguments that name an SDXL.
+        folders: of these, the ones that take no single file.
+
+    Raises:
+        OSError: a model is not there.
+        ValueError: a file was passed for a folder.
+
+    Example:
+        >>> check_models({"base": "miniature", "finelip": "gone.pt"}, sdxls=["base"])
+        Traceback (most recent call last):
+        FileNotFoundError: gone.pt does not exist: pass a directory, a file or a hub id.
+    """
+    for argument, name in models.items():
+        if name is None or (argument not in sdxls and bundled_model(name) is not None):
+            continue
+        kinds = "a directory or a hub id" if argument in folders else "a directory, a file or a hub id"
+        place = resolve(name, kinds)
+        if place.path is None:
+            check_on_hub(place)
+        elif argument in folders and place.path.is_file():
+            raise ValueError(f"`{argument}` {name} is a file; expected the directory or hub id of an SDXL.")
+        elif argument in sdxls and place.path.is_dir() and not (place.path / "model_index.json").is_file():
+            kinds = "the directory of an SDXL" + (", or a single file" if argument not in folders else "")
+            raise FileNotFoundError(f"{name} has no model_index.json: pass {kinds}.")
+
+
+def check_on_hub(place: Location) -> None:
+    """Check that a hub repository is there. If the hub does not answer, everything is read from its cache from now on.
+
+    Raises:
+        OSError: see `Location.check`.
+    """
+    from huggingface_hub import constants
+
+    if not place.check() and not constants.HF_HUB_OFFLINE:
+        constants.HF_HUB_OFFLINE = True
+        logger.warning("The hub cannot be reached: models are taken from its cache on this machine.")
+
+
+# Names of data sets
+
+DATA_FILES = ("sharegpt4v", "csv", "jsonl", "txt")
+DATA_FOLDERS = ("docci", "urban1k", "coco", "flickr30k")
+PROMPT_FILES = ("longbench-t2i", "detailmaster")  # of prompts without images
+PROMPT_FOLDERS = ("dpg-bench", "tiif")
+
+
+def data_place(name: str, images: str | os.PathLike[str] | None = None, prompts: bool = False) -> tuple[str, str]:
+    """The kind of a data set and its place: a path, or for the miniature's scenes their number, which may be empty.
+
+    Nothing is read: this is for checks before the imports that take seconds, too.
+
+    Args:
+        name: `KIND:PATH`, see `finelip_sdxl.data.open_dataset`. The shell leaves a `~` behind the colon as it is, so it
+            is expanded here.
+        images: a folder of images that goes with it.
+        prompts: take sets of prompts without images, too, see `finelip_sdxl.data.open_prompts`.
+
+    Raises:
+        FileNotFoundError: a file or folder is not there.
+        ValueError: the kind is unknown, a path or a number is missing, or the data takes no folder of images.
+
+    Example:
+        >>> data_place("miniature:500")
+        ('miniature', '500')
+        >>> data_place("csv:gone.csv")
+        Traceback (most recent call last):
+        FileNotFoundError: gone.csv does not exist, or is no file: pass the file of the data set.
+    """
+    kind, _, place = name.partition(":")
+    if kind == "miniature":
+        if images is not None:
+            raise ValueError(f"The scenes of {name} are drawn: pass no folder of images with it.")
+        if place and (not place.isdecimal() or int(place) < 1):
+            raise ValueError(f"{name:.60} names no number of scenes: pass one, such as miniature:500.")
+        return kind, place
+    if kind == "webdataset":
+        raise ValueError(f"{name} is a stream for training only: pass a data set whose images can be counted.")
+    files: tuple[str, ...] = DATA_FILES
+    folders: tuple[str, ...] = DATA_FOLDERS
+    what = "data set"
+    if prompts:
+        files, folders, what = PROMPT_FILES + files, PROMPT_FOLDERS + folders, "set of prompts"
+    if kind not in folders + files:
+        kinds = ", ".join((*files, *folders))
+        raise ValueError(f"{name:.100} is no {what}: pass miniature, or one of {kinds} as KIND:PATH.")
+    if not place.strip():
+        raise ValueError(f"{name} names no path: pass {kind}:PATH.")
+    path = Path(place).expanduser()
+    if kind in files and not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is no file: pass the file of the {what}.")
+    if kind in folders and not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist, or is no folder: pass the folder of the {what}.")
+    if images is not None and kind in ("txt", *PROMPT_FILES, *PROMPT_FOLDERS):
+        raise ValueError(f"{path} holds texts only: pass no folder of images with it.")
+    if images is not None and not Path(images).is_dir():
+        raise FileNotFoundError(f"{images} does not exist, or is no folder: pass the folder of the images.")
+    return kind, str(path)

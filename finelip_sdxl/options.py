@@ -51,6 +51,14 @@ DATA_KINDS = (
     "scenes"
 )
 
+PROMPT_KINDS = (
+    f"{DATA_KINDS}; or prompts without images: dpg-bench:FOLDER, tiif:FOLDER, longbench-t2i:FILE, detailmaster:FILE or "
+    "txt:FILE"
+)
+
+# Folders of pictures as published scorers read them; plain is ours.
+LAYOUTS = ("plain", "dpg-bench", "tiif", "longbench-t2i", "detailmaster", "t2i-compbench")
+
 # Columns of a comparison by their keys, with their titles.
 COLUMNS = {"stock": "Stock SDXL", "compel": "compel", "finelip": "FineLIP-SDXL"}
 

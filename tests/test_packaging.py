@@ -31,6 +31,7 @@ def imported_from(folder: Path, **environment: str) -> list[str]:
     return run.stdout.split()
 
 
+@pytest.mark.slow
 def test_an_editable_install_finds_the_pipelines(tmp_path) -> None:
     origins = [json.loads(found.read_text("direct_url.json") or "{}") for found in distributions(name="finelip-sdxl")]
     if not any(origin.get("dir_info", {}).get("editable") for origin in origins):
@@ -83,6 +84,7 @@ logger.warning("Another warning.")
 """
 
 
+@pytest.mark.slow
 def test_import_and_loading_print_no_warnings() -> None:
     done = run(NEWCOMER)
     assert done.stdout == ""

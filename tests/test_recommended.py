@@ -1,5 +1,6 @@
 """A model's recommended steps and guidance scale: every door uses them, and saved folders keep them."""
 
+import inspect
 import logging
 
 import pytest
@@ -15,6 +16,7 @@ from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import stock_pipeline
 from finelip_sdxl.recommended import Recommended, recommended_of, record_recommended
+from tests.helpers.single_file import save_single_file
 
 OWN = Recommended(steps=3, guidance_scale=1.5)
 
@@ -50,6 +52,9 @@ def test_a_model_without_has_those_of_diffusers(stock_folder) -> None:
     pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
     assert recommended_of(pipe.config) is None
     assert drawn_with(pipe, "a fox", num_inference_steps=1) == (1, 5.0)
+    parameters = inspect.signature(StableDiffusionXLPipeline.__call__).parameters
+    own = Recommended(parameters["num_inference_steps"].default, parameters["guidance_scale"].default)
+    assert Recommended() == Comparison(pipe).recommended == own
 
 
 def test_saved_and_converted_pipelines_keep_them(pipe, folder) -> None:
@@ -57,6 +62,13 @@ def test_saved_and_converted_pipelines_keep_them(pipe, folder) -> None:
     assert recommended_of(FineLIPSDXLPipeline.from_pretrained(folder).config) == OWN
     assert recommended_of(FineLIPSDXLImg2ImgPipeline.from_pipe(pipe).config) == OWN
     assert recommended_of(stock_pipeline(pipe).config) == OWN
+
+
+def test_a_single_file_has_those_of_its_config(session_components, folder, tmp_path) -> None:
+    stock = StableDiffusionXLPipeline(**session_components)
+    save_single_file(stock, tmp_path / "fine_tune.safetensors")
+    pipe = FineLIPSDXLPipeline.from_single_file(tmp_path / "fine_tune.safetensors", config=folder)
+    assert recommended_of(pipe.config) == OWN
 
 
 @pytest.mark.parametrize("opens", [DiffusionPipeline, StableDiffusionXLPipeline, AutoPipelineForText2Image])
@@ -90,7 +102,7 @@ def test_a_comparison_uses_them_for_settings_without(pipe) -> None:
 
 def test_settings_without_them_get_defaults_where_a_model_has_none() -> None:
     filled = Settings("a fox").filled(Recommended())
-    assert (filled.steps, filled.guidance_scale) == (30, 5.0)
+    assert (filled.steps, filled.guidance_scale) == (50, 5.0)
 
 
 @pytest.mark.parametrize("command", ["generate", "compare"])

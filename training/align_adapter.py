@@ -32,13 +32,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from finelip_sdxl.console import quiet_diffusers, quiet_imports
+from finelip_sdxl.console import announce, quiet_diffusers, quiet_imports
 from finelip_sdxl.training.command_line import run_recipe
 from finelip_sdxl.training.flags import align_adapter as flags
 
 if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
     run_recipe("align_adapter.py", flags.check, partial(flags.parse, description=__doc__), None)
+    announce("The flags are in order; opening the models…")
 
 
 import numpy as np
@@ -515,8 +516,6 @@ def num_long(arguments: argparse.Namespace) -> int:
 def validation_prompts(arguments: argparse.Namespace, data: CaptionDataset) -> list[str]:
     if arguments.validation_prompts is None:
         return [data.captions(index)[0] for index in range(min(4, len(data)))]
-    if not arguments.validation_prompts.is_file():
-        raise FileNotFoundError(f"--validation-prompts {arguments.validation_prompts} does not exist, or is no file.")
     prompts = [line.strip() for _, line in lines_of(read_text(arguments.validation_prompts))]
     if not prompts:
         raise ValueError(f"--validation-prompts {arguments.validation_prompts} holds no text: write a prompt a line.")

@@ -9,20 +9,40 @@ are computed twice (--gradient-checkpointing). Models that a stage does not need
 off the accelerator.
 """
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
 import argparse
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports that would print warnings
-    from finelip_sdxl.console import quiet_imports
+from finelip_sdxl.console import COUNT, Parser, number, quiet_imports
+from finelip_sdxl.training.command_line import read_preset
+from finelip_sdxl.training.flags.align_adapter import SDXL
 
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    flags = Parser(prog="measure_memory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, captions, both = flags.add_argument, read_preset(SDXL)["batch_size"], "to measure (default: both)"
+    add("--stages", nargs="+", choices=("text", "image"), default=("text", "image"), help=f"stages {both}")
+    add("--methods", nargs="+", choices=("adapter", "lora"), default=("adapter", "lora"), help=f"methods {both}")
+    text = f"numbers of captions in a step (default: {captions})"
+    add("--batch-sizes", nargs="+", type=COUNT, default=(captions,), metavar="N", help=text)
+    text = "width and height of images (default: %(default)s)"
+    add("--resolution", type=number(int, least=64, most=4096), default=512, metavar="PIXELS", help=text)
+    add("--device", choices=("cpu", "cuda"), help="device to measure (default: cuda if there is one)")
+    return flags.parse_args(arguments)
+
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
+    parse()
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -37,11 +57,10 @@ from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
 from finelip_sdxl.report import report_header
 from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
-from finelip_sdxl.training.command_line import read_preset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from training.align_adapter import SDXL, Adapter, Lora, num_long, save_memory
+from training.align_adapter import Adapter, Lora, num_long, save_memory
 
 GIB = 2**30
 
@@ -154,25 +173,16 @@ def memory(device: str) -> float:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, captions, both = flags.add_argument, read_preset(SDXL)["batch_size"], "to measure (default: both)"
-    add("--stages", nargs="+", choices=("text", "image"), default=("text", "image"), help=f"stages {both}")
-    add("--methods", nargs="+", choices=("adapter", "lora"), default=("adapter", "lora"), help=f"methods {both}")
-    text = f"numbers of captions in a step (default: {captions})"
-    add("--batch-sizes", nargs="+", type=int, default=(captions,), metavar="N", help=text)
-    text = "width and height of images (default: %(default)s)"
-    add("--resolution", type=int, default=512, metavar="PIXELS", help=text)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=("cpu", "cuda"), default=device, help="device to measure (default: cuda if there is one)")
-    arguments = flags.parse_args()
-    print(report_header(device=torch.cuda.get_device_name() if arguments.device == "cuda" else None), end="\n\n")
+    arguments = parse()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print(report_header(device=torch.cuda.get_device_name() if device == "cuda" else None), end="\n\n")
     print("| stage | method | captions a step | resolution | GiB | s |\n|---|---|---|---|---|---|")
     for stage in arguments.stages:
         for method in arguments.methods:
             for batch_size in arguments.batch_sizes:
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     size = arguments.resolution
-                    gib, seconds = process.submit(measure, stage, method, batch_size, size, arguments.device).result()
+                    gib, seconds = process.submit(measure, stage, method, batch_size, size, device).result()
                 shown = size if stage == "image" else "–"
                 print(f"| {stage} | {method} | {batch_size} | {shown} | {gib:.1f} | {seconds:.0f} |", flush=True)
 

@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from finelip_sdxl.console import quiet_imports, quiet_transformers
+from finelip_sdxl.console import announce, quiet_imports, quiet_transformers
 from finelip_sdxl.training.command_line import run_recipe
 from finelip_sdxl.training.flags import train_finelip as flags
 
 if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds and would print warnings
     quiet_imports()
     run_recipe("train_finelip.py", flags.check, partial(flags.parse, description=__doc__), None)
+    announce("The flags are in order; opening the models…")
 
 
 import torch
@@ -107,8 +108,6 @@ def build_loader(
     }
     regions_wanted = f"--region-weight is {arguments.region_weight:g}, but {arguments.data} has no regions: pass 0."
     if arguments.data.startswith("webdataset:"):
-        if arguments.epoch_size is None:
-            raise ValueError("Shards do not tell their number of pairs: pass --epoch-size.")
         if arguments.region_weight:
             raise ValueError(regions_wanted)
         shards = TrainingShards(

@@ -1,11 +1,10 @@
 """The command `compare`: a prompt drawn in several ways, to one PNG file with labels."""
 
 import argparse
-from functools import partial
 
-from finelip_sdxl.cli.drawing import add_parts, part_parameters, set_scheduler, vae_arguments
+from finelip_sdxl.cli.drawing import add_parts, open_comparison, part_parameters
 from finelip_sdxl.cli.options import (
-    MAX_PICTURES,
+    PICTURES,
     Commands,
     add_command,
     add_drawing,
@@ -14,14 +13,12 @@ from finelip_sdxl.cli.options import (
     add_refiner,
     check_models,
     chosen_prompt,
-    count,
     device_and_dtype,
-    loading_arguments,
     settings_by_seed,
 )
 from finelip_sdxl.cli.output import image_files, picture_parameters, print_notice
 from finelip_sdxl.comparison.settings import check_columns
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.console import announce, quiet_diffusers
 from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
@@ -34,8 +31,7 @@ def add_parser(commands: Commands) -> None:
     text = "columns to draw, each once (default: all)"
     command.add_argument("--columns", nargs="+", choices=tuple(COLUMNS), default=tuple(COLUMNS), help=text)
     text = "number of seeds, a row each (default: %(default)s)"
-    pictures = partial(count, most=MAX_PICTURES)
-    command.add_argument("--seeds", type=pictures, default=1, metavar="N", help=text)
+    command.add_argument("--seeds", type=PICTURES, default=1, metavar="N", help=text)
     add_drawing(command)
     add_refiner(command)
     add_parts(command)
@@ -48,6 +44,7 @@ def compare(options: argparse.Namespace) -> None:
     chosen = check_columns(options.columns)
     rows = settings_by_seed(options, prompt, options.seeds)
     check_models(options)
+    announce(f"Opening {options.base}…")
 
     quiet_diffusers()
     from finelip_sdxl.comparison import comparison
@@ -57,16 +54,7 @@ def compare(options: argparse.Namespace) -> None:
 
     columns = [column for column in COLUMNS if column in chosen]
     device, dtype = device_and_dtype(options)
-    opened = comparison.Comparison.load(
-        options.base,
-        refiner=options.refiner,
-        device=device,
-        offload=options.offload,
-        dtype=dtype,
-        **loading_arguments(options),
-        **vae_arguments(options, dtype),
-    )
-    set_scheduler(opened.pipe, options.scheduler)
+    opened = open_comparison(options, device, dtype)
     opened.plan(options.negative_prompt or "", columns)  # a text that compel cannot parse is refused before drawing
     plans = opened.plan(prompt, columns)
     for column, plan in plans.items():

@@ -16,7 +16,7 @@ from finelip_sdxl.cli.options import (
     loading_arguments,
 )
 from finelip_sdxl.cli.output import free_folder, parts
-from finelip_sdxl.console import quiet_diffusers
+from finelip_sdxl.console import announce, quiet_diffusers
 from finelip_sdxl.files import written_folder
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def convert(options: argparse.Namespace) -> None:
 def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> LongPromptMixin:
     """Open a base as this package's pipeline of its kind, with text encoders of 248 positions."""
     described = config_source(options)
+    announce(f"Opening {options.base}…")
     quiet_diffusers()
     import torch
     from diffusers import DiffusionPipeline

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finelip_sdxl.cli.options import count
+from finelip_sdxl.cli.options import loading_arguments
+from finelip_sdxl.console import number
 from finelip_sdxl.foreign_files import one_line
-from finelip_sdxl.names import resolve
+from finelip_sdxl.names import check_on_hub, resolve
 from finelip_sdxl.picture_sizes import check_side, side_factor
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from finelip_sdxl.comparison.comparison import Comparison
     from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 
-MAX_LORA_SCALE = 10.0
 MAX_UPSCALE = 16
+MAX_UPSCALED_SIDE = 16_384
 
 # Usual names of schedulers, with Diffusers' classes and settings. Every class is also known by its own name.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +44,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+
+
+_LORA_SCALE = number(float, least=-10, most=10)
 
 
 class Lora(NamedTuple):
@@ -71,13 +73,13 @@ def add_everyday(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lora", type=lora, action="append", default=[], metavar="FILE[:SCALE]", help=text)
     add_parts(command)
     text = "number of the text encoders' layers to skip, besides the last, which SDXL skips always (default: 0)"
-    command.add_argument("--clip-skip", type=partial(whole, most=100), metavar="N", help=text)
+    command.add_argument("--clip-skip", type=number(int, least=0, most=100), metavar="N", help=text)
     text = "picture to begin with, scaled and cut to the size of the result (default: the picture's own size)"
     command.add_argument("--init-image", metavar="FILE", help=text)
     text = "share of the denoising with --init-image, above 0 to 1: 1 leaves little of the picture (default: 0.3)"
-    command.add_argument("--strength", type=strength, metavar="X", help=text)
+    command.add_argument("--strength", type=number(float, above=0, most=1), metavar="X", help=text)
     text = "factor to enlarge small pictures by, for looking at; it adds no detail (default: 1)"
-    command.add_argument("--upscale", type=partial(count, most=MAX_UPSCALE), default=1, metavar="N", help=text)
+    command.add_argument("--upscale", type=number(int, least=1, most=MAX_UPSCALE), default=1, metavar="N", help=text)
 
 
 def scheduler(text: str) -> str:
@@ -93,30 +95,12 @@ def lora(text: str) -> Lora:
     name, colon, scale = text.rpartition(":")
     if not colon or os.path.exists(text) or scale.startswith(("/", "\\")):
         return Lora(text, 1.0)
-    number = math.nan
-    with suppress(ValueError):
-        number = float(scale)
-    if not -MAX_LORA_SCALE <= number <= MAX_LORA_SCALE:
+    try:
+        return Lora(name, _LORA_SCALE(scale))
+    except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(
-            f"{text!r:.80} has the scale {scale!r:.20}; expected a number from {-MAX_LORA_SCALE:g} to"
-            f" {MAX_LORA_SCALE:g}, as in style.safetensors:0.8"
-        )
-    return Lora(name, number)
-
-
-def strength(text: str) -> float:
-    """The type of `--strength`: a number above 0, and at most 1."""
-    number = math.nan
-    with suppress(ValueError):
-        number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number above 0 and at most 1")
-    return number
-
-
-def whole(text: str, most: int) -> int:
-    """The type of a flag: a whole number of at least 0."""
-    return 0 if text == "0" else count(text, most)
+            f"{text!r:.80} has a wrong scale behind its colon: {error}; write it as in style.safetensors:0.8"
+        ) from error
 
 
 def check_everyday(options: argparse.Namespace) -> None:
@@ -129,9 +113,15 @@ def check_everyday(options: argparse.Namespace) -> None:
     for name, _ in options.lora:
         place = resolve(name, "a .safetensors file, a directory or a hub id")
         if place.path is None:
-            place.check()
+            check_on_hub(place)
         elif place.path.is_file() and place.path.suffix != ".safetensors":
             raise ValueError(f"--lora {name} is no .safetensors file: convert it, or pass another one.")
+    side = options.upscale * max(options.width or 0, options.height or 0)
+    if side > MAX_UPSCALED_SIDE:
+        raise ValueError(
+            f"--upscale {options.upscale} makes a picture of {side:,} pixels; expected at most {MAX_UPSCALED_SIDE:,}:"
+            " pass a smaller factor."
+        )
     if options.strength is not None and options.init_image is None:
         raise ValueError(f"--strength {options.strength:g} goes with --init-image: pass a picture, or leave it out.")
     if options.init_image is not None and not Path(options.init_image).is_file():
@@ -181,13 +171,34 @@ def set_scheduler(pipe: Any, name: str | None) -> None:
     messages.set_verbosity(before)
 
 
+def open_comparison(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Comparison:
+    """The comparison that the flags ask for, with the scheduler of `--scheduler` where there is such a flag.
+
+    Raises:
+        OSError, ValueError: as in `Comparison.load`, `vae_arguments` and `set_scheduler`.
+    """
+    from finelip_sdxl.comparison.comparison import Comparison
+
+    comparison = Comparison.load(
+        options.base,
+        refiner=options.refiner,
+        device=device,
+        offload=options.offload,
+        dtype=dtype,
+        **loading_arguments(options),
+        **vae_arguments(options, dtype),
+    )
+    set_scheduler(comparison.pipe, getattr(options, "scheduler", None))
+    return comparison
+
+
 def vae_arguments(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """The argument of a pipeline's loader for the VAE of `--vae`; none without the flag.
 
     Raises:
         ValueError: it is no VAE of SDXL.
     """
-    if options.vae is None:
+    if getattr(options, "vae", None) is None:
         return {}
     from diffusers import AutoencoderKL
 
@@ -214,23 +225,23 @@ def load_loras(pipe: FineLIPSDXLPipeline, loras: list[Lora]) -> None:
     Raises:
         ValueError: one does not fit this SDXL, or holds no weights for it.
     """
-    for number, (name, _) in enumerate(loras):
+    for index, (name, _) in enumerate(loras):
         path = resolve(name).path
         place = {"weight_name": path.name} if path is not None and path.is_file() else {}
         source = name if path is None else str(path.parent if place else path)
         try:
-            pipe.load_lora_weights(source, adapter_name=f"lora_{number}", use_safetensors=True, **place)
+            pipe.load_lora_weights(source, adapter_name=f"lora_{index}", use_safetensors=True, **place)
         except Exception as error:
             raise ValueError(
                 f"--lora {name} cannot be loaded into this SDXL ({one_line(error)}): pass a LoRA that was trained from"
                 " an SDXL."
             ) from error
-        if not any(f"lora_{number}" in adapters for adapters in pipe.get_list_adapters().values()):
+        if not any(f"lora_{index}" in adapters for adapters in pipe.get_list_adapters().values()):
             raise ValueError(
                 f"--lora {name} holds no weights for this SDXL: pass a LoRA that was trained from an SDXL."
             )
     if loras:
-        pipe.set_adapters([f"lora_{number}" for number in range(len(loras))], [scale for _, scale in loras])
+        pipe.set_adapters([f"lora_{index}" for index in range(len(loras))], [scale for _, scale in loras])
 
 
 def image_to_image(

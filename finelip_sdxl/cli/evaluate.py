@@ -1,13 +1,14 @@
-"""The command `evaluate retrieval`: recall of images by their texts, and of texts by their images."""
+"""The command `evaluate`: recall of images by texts and of texts by images; `evaluate images` has a file of its own."""
 
 import argparse
 import json
-from functools import partial
 
-from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, count, open_device
+from finelip_sdxl.cli import evaluate_images
+from finelip_sdxl.cli.options import DTYPES, Commands, add_command, add_device, check_models, open_device
 from finelip_sdxl.cli.output import output_file
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import COUNT, announce, number, quiet_transformers
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.names import data_place
 from finelip_sdxl.options import DATA_KINDS
 from finelip_sdxl.report import report_entries
 
@@ -17,7 +18,12 @@ NAMED = 5  # unreadable images that the screen names
 
 def add_parser(commands: Commands) -> None:
     group = commands.add_parser("evaluate", help="measure a model", description="Measure a model.")
-    subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval")
+    subjects = group.add_subparsers(dest="subject", required=True, metavar="retrieval | images")
+    add_retrieval(subjects)
+    evaluate_images.add_parser(subjects)
+
+
+def add_retrieval(subjects: Commands) -> None:
     text = "measure how well texts find their images, and images their texts"
     command = add_command(subjects, "retrieval", evaluate_retrieval, text)
     command.add_argument(
@@ -46,11 +52,11 @@ def add_parser(commands: Commands) -> None:
         help="keep a CLIP's 77 positions, and cut texts there (default: stretch to 248)",
     )
     text = "length at which texts are cut, start and end token included (default: the model's positions)"
-    command.add_argument("--max-tokens", type=count, metavar="N", help=text)
+    command.add_argument("--max-tokens", type=COUNT, metavar="N", help=text)
     text = "fuse also by weights of 0.0, 0.1, … 1.0 for the global similarity (default: by 0.8 alone)"
     command.add_argument("--fusion-sweep", action="store_true", help=text)
     text = "number of images or texts encoded at a time (default: %(default)s)"
-    command.add_argument("--batch-size", type=partial(count, most=MAX_BATCH), default=64, metavar="N", help=text)
+    command.add_argument("--batch-size", type=number(int, least=1, most=MAX_BATCH), default=64, metavar="N", help=text)
     add_device(command)
     command.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="type of all weights (default: %(default)s)"
@@ -62,6 +68,8 @@ def evaluate_retrieval(options: argparse.Namespace) -> None:
     """Print recall in both directions as a table, and write it to the JSON file of `--json`."""
     json_file = None if options.json is None else output_file("--json", options.json)
     check_models(options)
+    data_place(options.data, options.images)
+    announce(f"Opening {options.model}…")
 
     quiet_transformers()
     import torch

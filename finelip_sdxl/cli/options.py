@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import stat
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from finelip_sdxl import names
 from finelip_sdxl.comparison.settings import Settings
-from finelip_sdxl.names import bundled_model, resolve, sdxl_path
+from finelip_sdxl.console import COUNT, number
+from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import (
     ENCODING,
     FINELIP_MERGE,
@@ -27,12 +29,13 @@ from finelip_sdxl.options import (
     check_config,
 )
 from finelip_sdxl.picture_sizes import SDXL_FACTOR, read_side_factor
+from finelip_sdxl.recommended import Recommended
 
 if TYPE_CHECKING:
     import torch
 
-MAX_COUNT = 10**9  # the limit of flags without a smaller one
-MAX_PICTURES = 100  # of one command
+PICTURES = number(int, least=1, most=100)  # of one command
+WHOLE, REAL = number(int, most=None), number(float, most=None)  # `Settings` knows the bounds of these flags
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # to which commands are added
 
 # Arguments of the library whose flags have other names.
@@ -41,7 +44,10 @@ _OTHER_NAMES = {"num_images_per_prompt": "num_images", "num_inference_steps": "s
 # Flags that name an SDXL in a folder (a base may also be a single file), and all that name a model.
 _SDXLS = ("base", "config", "finelip_base", "refiner")
 _MODELS = (*_SDXLS, "finelip", "finelip_2", "conditioning_adapter", "vae", "model", "tokenizer")
+_JUDGES = ("features", "judge", "sentence_judge")
 
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "mlu", "musa", "privateuseone")
+_A_DEVICE = "use one such as cpu, cuda, cuda:1 or mps"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -76,20 +82,21 @@ def add_prompt(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative-prompt", metavar="TEXT", help=text)
 
 
-def add_drawing(command: argparse.ArgumentParser) -> None:
-    """Add flags for steps, guidance, seed and size, and those of `add_pipeline`."""
-    text = "denoising steps (default: as the model recommends, or else 30)"
-    command.add_argument("--steps", type=count, metavar="N", help=text)
-    text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else 5)"
-    command.add_argument("--guidance-scale", type=float, metavar="X", help=text)
-    text = "seed of the noise, plus one for each further image (default: random)"
-    command.add_argument("--seed", type=int, metavar="N", help=text)
+def add_drawing(command: argparse.ArgumentParser, seed: int | None = None) -> None:
+    """Add flags for steps, guidance, seed (random by default, or `seed`) and size, and those of `add_pipeline`."""
+    text = f"denoising steps (default: as the model recommends, or else {Recommended.steps})"
+    command.add_argument("--steps", type=COUNT, metavar="N", help=text)
+    text = "classifier-free guidance, off up to 1 (default: as the model recommends, or else "
+    text += f"{Recommended.guidance_scale:g})"
+    command.add_argument("--guidance-scale", type=REAL, metavar="X", help=text)
+    text = f"seed of the noise, plus one for each further image (default: {'random' if seed is None else seed})"
+    command.add_argument("--seed", type=WHOLE, default=seed, metavar="N", help=text)
     text = "of the picture, a multiple of 8, or of 16 with the miniature (default: the model's own)"
-    command.add_argument("--width", type=count, metavar="PIXELS", help=f"width {text}")
-    command.add_argument("--height", type=count, metavar="PIXELS", help=f"height {text}")
+    command.add_argument("--width", type=COUNT, metavar="PIXELS", help=f"width {text}")
+    command.add_argument("--height", type=COUNT, metavar="PIXELS", help=f"height {text}")
     add_pipeline(command)
     text = "share of the conditioning adapter that counts, from 0 to 1 (default: %(default)s)"
-    command.add_argument("--conditioning-adapter-scale", type=float, default=1.0, metavar="X", help=text)
+    command.add_argument("--conditioning-adapter-scale", type=REAL, default=1.0, metavar="X", help=text)
 
 
 def add_encoding(command: argparse.ArgumentParser, hidden_states: bool = True) -> None:
@@ -121,7 +128,7 @@ def add_pipeline(command: argparse.ArgumentParser) -> None:
 
 def add_device(command: argparse.ArgumentParser) -> None:
     text = "device to run on, such as cpu, cuda:1 or mps (default: an accelerator, or else the CPU)"
-    command.add_argument("--device", metavar="NAME", help=text)
+    command.add_argument("--device", type=device, metavar="NAME", help=text)
 
 
 def add_base(command: argparse.ArgumentParser) -> None:
@@ -170,21 +177,17 @@ def add_refiner(command: argparse.ArgumentParser) -> None:
     command.add_argument("--refiner", metavar="SDXL", help=text)
 
 
-def count(text: str, most: int = MAX_COUNT) -> int:
-    if not (text.isdecimal() and len(text) <= 10 and 1 <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least 1 and at most {most:,}")
-    return int(text)
-
-
 def loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `open_pipeline` that were given. A saved folder, or the default, decides the others.
-
-    Raises:
-        ValueError: a config is given for a base that is no single file.
-    """
-    check_config(options.base, getattr(options, "config", None))
+    """Arguments of `open_pipeline` that were given. A saved folder, or the default, decides the others."""
     given = {name: value for name, value in vars(options).items() if name in LOADED + ENCODING and value is not None}
     return {name: None if value == "none" else value for name, value in given.items()}
+
+
+def device(text: str) -> str:
+    """The type of `--device`: a word that may be a device of torch, which is not imported for it."""
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no device: {_A_DEVICE}")
+    return text
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -209,7 +212,7 @@ def open_device(name: str | None) -> torch.device:
     except (RuntimeError, ValueError, TypeError):
         device = None
     if device is None or str(device) != name:  # torch takes cuda:256 for cuda:0
-        raise ValueError(f"--device {name!r:.60} is no device: use one such as cpu, cuda, cuda:1 or mps.")
+        raise ValueError(f"--device {name!r:.60} is no device: {_A_DEVICE}.")
     there = [torch.device("cpu"), torch.device("cpu:0")]
     if accelerator is not None:
         numbers = range(torch.accelerator.device_count())
@@ -246,10 +249,7 @@ def config_source(options: argparse.Namespace) -> str | None:
 
 
 def check_models(options: argparse.Namespace) -> None:
-    """Check that the models of all flags are there, before the imports that take seconds.
-
-    The hub is asked once for each model. If it does not answer, everything is read from its cache from now on, so that
-    no library waits for it.
+    """Check that the models of all flags are there; see `names.check_models`.
 
     Raises:
         OSError: a model is not there.
@@ -257,28 +257,11 @@ def check_models(options: argparse.Namespace) -> None:
     """
     if getattr(options, "base", None) is not None:
         check_config(options.base, getattr(options, "config", None))
-    for option in _MODELS:
-        name = getattr(options, option, None)
-        if name is None or name == "none" or bundled_model(name) is not None:
-            continue
-        may_be_file = option not in _SDXLS or option == "base"
-        place = resolve(name, "a directory, a file or a hub id" if may_be_file else "a directory or a hub id")
-        if place.path is None:
-            if not place.check():
-                _go_offline()
-        elif option in _SDXLS and place.path.is_file():
-            if not may_be_file:
-                raise ValueError(f"`{option}` {name} is a file; expected the directory or hub id of an SDXL.")
-        elif option in _SDXLS and not (place.path / "model_index.json").is_file():
-            raise FileNotFoundError(f"{name} has no model_index.json: pass the directory of an SDXL, or a single file.")
-
-
-def _go_offline() -> None:
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE:
-        constants.HF_HUB_OFFLINE = True
-        print("The hub cannot be reached: models are taken from its cache on this machine.", file=sys.stderr)
+    models = {name: getattr(options, name, None) for name in (*_MODELS, *_JUDGES)}
+    for name in ("conditioning_adapter", *_JUDGES):  # "none" is a word of these flags alone
+        if models[name] == "none":
+            del models[name]
+    names.check_models(models, sdxls=_SDXLS, folders=_SDXLS[1:])
 
 
 def _read_prompt(name: str) -> str:

@@ -45,6 +45,9 @@ from finelip_sdxl.text_encoders import TextEncoder, num_positions, unstretch_tex
 # Where a refiner takes over, as a share of the denoising; SDXL's authors trained theirs on the last fifth.
 HAND_OVER, MIN_REFINED_STEPS = 0.8, 5
 
+# Arguments of a picture that its embeddings depend on
+_ENCODED_WITH = ("hidden_states", "conditioning_adapter_scale")
+
 Pipe = FineLIPSDXLPipeline | FineLIPSDXLImg2ImgPipeline
 
 # Called after each step with its number and the number of all steps. An error that it raises ends the drawing.
@@ -203,6 +206,17 @@ class Comparison:
         side: int = self.pipe.default_sample_size * self.pipe.vae_scale_factor
         return side, side
 
+    def text_encoders(self, column: str) -> list[TextEncoder]:
+        """The text encoders that draw a column; FineLIP-SDXL's column has the long ones.
+
+        Raises:
+            ValueError: the column is unknown.
+        """
+        (column,) = check_columns([column])
+        pipe = self.pipe if column == "finelip" else self._base.stock
+        encoders: list[TextEncoder | None] = [pipe.text_encoder, pipe.text_encoder_2]
+        return [encoder for encoder in encoders if encoder is not None]
+
     def plan(
         self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
     ) -> dict[str, EncoderPlan]:
@@ -347,6 +361,7 @@ class _Stage:
     def __init__(self, pipe: Pipe, device: str | torch.device, offload: bool) -> None:
         self.pipe = pipe
         pipe.set_progress_bar_config(disable=True)
+        pipe.enable_text_projection_cache()
         encoders = {name: _stock_encoder(pipe, name) for name in ("text_encoder", "text_encoder_2")}
         # As components they are moved and offloaded with the others.
         pipe.register_modules(**{f"stock_{name}": encoder for name, encoder in encoders.items()})
@@ -361,39 +376,81 @@ class _Stage:
         else:
             pipe.to(device)
         self.compel = open_compel(self.stock, str(device))
+        # By column: the texts, options and encoders of the last picture, and its embeddings
+        self._encoded: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
-        inputs = {"stock": self._encode_by_stock, "compel": self._encode_by_compel, "finelip": self._texts}[column]
-        weighting = _pick_weighting(settings.weighting, self.pipe.weighting)
-        return self.pipe(**inputs(settings), weighting=weighting, **arguments).images
+        embeddings = self._encode_once(column, settings, arguments)
+        return self.pipe(**embeddings, **arguments).images
 
     def free(self) -> None:
         """With offloading, take the model that ran last off the device."""
         self.pipe.maybe_free_model_hooks()
 
-    # Each column's inputs of the pipeline: texts, or embeddings.
+    # Each column's embeddings
 
-    def _texts(self, settings: Settings) -> dict[str, Any]:
-        return {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt or None}
+    def _encode_once(self, column: str, settings: Settings, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The embeddings of a column; those of the last picture if they are from the same texts, options and encoders,
+        as for pictures that differ in their seeds."""
+        options: dict[str, Any] = {"weighting": _pick_weighting(settings.weighting, self.pipe.weighting)}
+        options |= {name: arguments[name] for name in _ENCODED_WITH if name in arguments}
+        own = [getattr(self.pipe, name) for name in ("short_prompt_encoder", "hidden_states", "overflow")]
+        encoders = self.pipe._fingerprint()
+        key = (
+            settings.prompt,
+            settings.negative_prompt,
+            _is_guided(settings),
+            options,
+            own,
+            self.pipe.length_buckets,
+            encoders,
+        )
+        last_key, embeddings = self._encoded.get(column, (None, {}))
+        if not encoders or key != last_key:
+            self._encoded.pop(column, None)
+            ours = partial(self._encode_by_us, **options)
+            ways: dict[str, Callable[[Settings], dict[str, Any]]] = {
+                "stock": self._encode_by_stock,
+                "compel": self._encode_by_compel,
+                "finelip": ours,
+            }
+            embeddings = ways[column](settings)
+            self.free()
+            self._encoded[column] = key, embeddings
+        return embeddings
+
+    def _encode_by_us(self, settings: Settings, **options: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            return _embeddings(
+                *self.pipe.encode_prompt(
+                    settings.prompt,
+                    do_classifier_free_guidance=_is_guided(settings),
+                    negative_prompt=settings.negative_prompt or None,
+                    **options,
+                )
+            )
 
     def _encode_by_stock(self, settings: Settings) -> dict[str, Any]:
         with torch.no_grad(), _unwarned():
-            embeds, negative, pooled, negative_pooled = self.stock.encode_prompt(
-                settings.prompt,
-                device=self.pipe._execution_device,
-                do_classifier_free_guidance=(settings.guidance_scale or 0) > 1,
-                negative_prompt=settings.negative_prompt or None,
+            return _embeddings(
+                *self.stock.encode_prompt(
+                    settings.prompt,
+                    device=self.pipe._execution_device,
+                    do_classifier_free_guidance=_is_guided(settings),
+                    negative_prompt=settings.negative_prompt or None,
+                )
             )
-        self.free()
-        return _embeddings(embeds, negative, pooled, negative_pooled)
 
     def _encode_by_compel(self, settings: Settings) -> dict[str, Any]:
         # Where SDXL takes zeros for an absent negative prompt, compel needs none.
         negative = settings.negative_prompt or (None if self.pipe.config["force_zeros_for_empty_prompt"] else "")
         with torch.no_grad(), parsing(settings.prompt, negative or ""):
             found = self.compel(settings.prompt, negative)
-        self.free()
         return _embeddings(found.embeds, found.negative_embeds, found.pooled_embeds, found.negative_pooled_embeds)
+
+
+def _is_guided(settings: Settings) -> bool:
+    return (settings.guidance_scale or 0) > 1
 
 
 def _stock_encoder(pipe: Pipe, name: str) -> TextEncoder | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from finelip_sdxl.names import data_place
 from finelip_sdxl.texts import lines_of, read_text
 
 from .caption_dataset import CaptionDataset
@@ -31,7 +33,11 @@ MINIATURE_SCENES = {"train": 24_000, "test": 500}
 
 
 def open_dataset(
-    spec: str, split: str = "test", images: str | Path | None = None, skip_missing: bool = False
+    spec: str,
+    split: str = "test",
+    images: str | Path | None = None,
+    skip_missing: bool = False,
+    whole_captions: bool = False,
 ) -> CaptionDataset:
     """Opens a data set of images with captions.
 
@@ -58,6 +64,7 @@ def open_dataset(
             is the folder of the file.
         skip_missing: leave out images with missing files, for example ShareGPT4V's images that other sites publish.
             Every file is looked for. `left_out` of the result counts the missing ones.
+        whole_captions: take all lines of Urban1k's files for a caption, as FineLIP's pictures were drawn.
 
     Raises:
         FileNotFoundError: a file or folder is missing, or with `skip_missing` all images are.
@@ -68,29 +75,18 @@ def open_dataset(
         >>> len(scenes), scenes.image(3).size
         (10, (192, 192))
     """
-    kind, _, path = spec.partition(":")
+    kind, path = data_place(spec, images)
     if kind == "miniature":
-        if images is not None:
-            raise ValueError(f"The scenes of {spec} are drawn: pass no folder of images with it.")
         return _miniature(path, split)
-    if kind == "webdataset":
-        raise ValueError(f"{spec} is a stream for training only: pass a data set whose images can be counted.")
-    if kind not in _READERS:
-        raise ValueError(f"{spec} is no data set: pass miniature, or one of {', '.join(_READERS)} as KIND:PATH.")
-    if not path:
-        raise ValueError(f"{spec} names no path: pass {kind}:PATH.")
-    records = _READERS[kind](Path(path), split, None if images is None else Path(images))
+    reader = (_WHOLE_CAPTION_READERS if whole_captions else {}).get(kind, _READERS[kind])
+    records = reader(Path(path), split, None if images is None else Path(images))
     return LineDataset(records, spec) if kind == "txt" else FileDataset(records, spec, skip_missing)
 
 
 def _miniature(count: str, split: str) -> CaptionDataset:
     from finelip_sdxl.miniature.dataset import MiniatureScenes  # here, since that module imports this package
 
-    if not count:
-        count = str(MINIATURE_SCENES["train" if split == "train" else "test"])
-    if not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"miniature:{count} names no number of scenes: pass one, such as miniature:500.")
-    return MiniatureScenes(split, int(count))
+    return MiniatureScenes(split, int(count or MINIATURE_SCENES["train" if split == "train" else "test"]))
 
 
 # One function for each layout, from path, split and folder of images to records
@@ -115,7 +111,7 @@ def _docci(path: Path, split: str, images: Path | None) -> Iterator[Record]:
                 yield image_file(folder, entry["image_file"]), [entry["description"]]
 
 
-def _urban1k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
+def _urban1k(path: Path, split: str, images: Path | None, lines: int | None = 1) -> Iterator[Record]:
     _check_split("urban1k", split, ("test",))
     folder = existing_folder(images or path / "image")
     files = by_stem(folder.glob("[!.]*"))
@@ -126,7 +122,8 @@ def _urban1k(path: Path, split: str, images: Path | None) -> Iterator[Record]:
             "each needs image/STEM.jpg and caption/STEM.txt."
         )
     for stem in sorted(files):
-        yield files[stem], [line for _, line in lines_of(read_text(captions[stem]))][:1]  # as in Long-CLIP
+        text = [line for _, line in lines_of(read_text(captions[stem]))][:lines]  # the first alone, as in Long-CLIP
+        yield files[stem], ["\n".join(text)]
 
 
 def _coco(path: Path, split: str, images: Path | None) -> Iterator[Record]:
@@ -176,8 +173,6 @@ def _jsonl(path: Path, split: str, images: Path | None) -> Iterator[Record]:
 
 
 def _txt(path: Path, split: str, images: Path | None) -> Iterator[Record]:
-    if images is not None:
-        raise ValueError(f"{path} holds texts only: pass no folder of images with it.")
     lines = lines_of(read_text(path))
     if not lines:
         raise ValueError(f"{path} holds no text: write a caption in each line.")
@@ -195,6 +190,7 @@ _READERS: dict[str, Callable[[Path, str, Path | None], Iterator[Record]]] = {
     "jsonl": _jsonl,
     "txt": _txt,
 }
+_WHOLE_CAPTION_READERS = {"urban1k": partial(_urban1k, lines=None)}
 
 
 def _check_split(kind: str, split: str, known: Sequence[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import SequenceMatcher
 from functools import partial, wraps
+from numbers import Integral, Real
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from finelip_sdxl.options import (
@@ -73,6 +75,29 @@ def option_in_force(pipe: object, name: str, own: Any) -> Any:
     pipeline's."""
     calling, options = _call.get()
     return options.get(name, own) if calling is pipe else own
+
+
+def check_numbers(given: Mapping[str, Any]) -> None:
+    """Check the numbers of a call by name, which Diffusers takes as they are: -1 step draws noise, and NaN nothing.
+
+    Raises:
+        ValueError: steps or a side of the picture are no whole number in range, or a guidance scale is no number.
+
+    Example:
+        >>> check_numbers({"prompt": "a fox", "num_inference_steps": -1})
+        Traceback (most recent call last):
+        ValueError: `num_inference_steps` is -1; expected a whole number from 1 to 10,000.
+    """
+    for name, least, most in (("num_inference_steps", 1, 10_000), ("width", 0, 2**16), ("height", 0, 2**16)):
+        value = given.get(name)
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (is_whole and least <= value <= most):
+            raise ValueError(f"`{name}` is {value!r:.60}; expected a whole number from {least} to {most:,}.")
+    for name in ("guidance_scale", "guidance_rescale"):
+        value = given.get(name)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if value is not None and not (is_number and math.isfinite(value)):
+            raise ValueError(f"`{name}` is {value!r:.60}; expected a number, such as 5.")
 
 
 def argument_names(cls: type, method: str) -> set[str]:

@@ -190,7 +190,7 @@ def single_file_errors(file: Any, config: Any) -> Iterator[None]:
 
 def write_configs(
     file: str | os.PathLike[str], config: str | os.PathLike[str], folder: Path, **hub_arguments: Any
-) -> None:
+) -> dict[str, Any]:
     """Copy the configs of an SDXL, to load a single file with them.
 
     The configs of a pipeline of this package differ from stock's: they describe text encoders of 248 positions, and
@@ -202,6 +202,9 @@ def write_configs(
         config: a directory or hub id of an SDXL.
         folder: the folder of the copy; it must not exist yet.
         **hub_arguments: see `finelip_sdxl.names.resolve`.
+
+    Returns:
+        The content of the copied `model_index.json`.
 
     Raises:
         OSError, ValueError: a file cannot be read.
@@ -233,6 +236,7 @@ def write_configs(
             rows = next((shapes[table][0] for table in tables if shapes.get(table)), STOCK_POSITIONS)
             kept = {key: value for key, value in read_json(given).items() if key in known}
             (folder / part / "config.json").write_text(json.dumps({**kept, "max_position_embeddings": rows}))
+    return index
 
 
 def _place(source: str | os.PathLike[str], error: BaseException) -> str:

@@ -237,7 +237,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
             conditioning_adapter (keyword): a `ConditioningAdapter`, or the hub id or directory of one.
             config (keyword): a hub id or a directory of an SDXL, for its configs and tokenizers: any saved pipeline,
                 of this package or not, or `"miniature"`. The number of positions is read from a file on this machine,
-                and taken to be 77 for a file on the hub. The default is the config that Diffusers finds on the hub.
+                and taken to be 77 for a file on the hub. Steps and guidance that it recommends hold for the file.
+                The default is the config that Diffusers finds on the hub.
             **kwargs: the options of this class and all arguments of Diffusers' `from_single_file`. `dtype` is the
                 dtype of every component, float32 by default.
 
@@ -275,15 +276,17 @@ class EncoderSwapMixin(PromptEncodingMixin):
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
             adapter = _open_adapter(adapter, kwargs["dtype"], hub_arguments)
+        index: dict[str, Any] = {}
         with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
             if config is not None:
                 copied = Path(folder, Path(config).name or "config")
-                write_configs(file, config, copied, **hub_arguments)
+                index = write_configs(file, config, copied, **hub_arguments)
                 kwargs["config"] = str(copied)
             pipe: Self = super().from_single_file(file, **kwargs)
         pipe.register_modules(conditioning_adapter=adapter)
         _check_parts(pipe, os.fspath(file))
         record_base(pipe, public_name(file))
+        record_recommended(pipe, recommended_of(index))
         pipe._swap_text_encoders(weights, weights_2, merge_base)
         return pipe
 
@@ -298,8 +301,8 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 Diffusers casts the shared components to float32.)
 
         Returns:
-            The pipeline, with the adapter scale of the other. Encoders of 77 positions stay; `swap_text_encoders`
-            makes them 248.
+            The pipeline, with the adapter scale and the text projection cache of the other. Encoders of 77 positions
+            stay; `swap_text_encoders` makes them 248.
 
         Raises:
             TypeError: an argument has an unknown name.
@@ -312,10 +315,15 @@ class EncoderSwapMixin(PromptEncodingMixin):
             True
         """
         cls._check_names("from_pipe", kwargs)
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(
+                f"from_pipe takes a pipeline, but got {pipeline!r:.60}: pass a pipeline, or a name to from_pretrained."
+            )
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         pipe = super().from_pipe(pipeline, **kwargs)
         pipe.set_conditioning_adapter_scale(getattr(pipeline, "conditioning_adapter_scale", 1.0))
+        pipe._caches_text_projections = getattr(pipeline, "_caches_text_projections", False)
         return pipe
 
     @classmethod
@@ -479,6 +487,13 @@ def _prepared(
     # Without a dtype every library falls back on its own, and half-precision repositories end in two.
     torch_dtype = kwargs.pop("torch_dtype", None)
     kwargs = {**kwargs, "dtype": kwargs.get("dtype") or torch_dtype or torch.float32}
+    if not isinstance(kwargs["dtype"], torch.dtype | dict):  # Diffusers takes float32 for it, and only logs so
+        raise TypeError(f"`dtype` is {kwargs['dtype']!r:.60}; expected one of torch, such as torch.float16.")
+    adapter = kwargs.get(ADAPTER)
+    if not isinstance(adapter, ConditioningAdapter | str | os.PathLike | None):
+        raise TypeError(
+            f"`{ADAPTER}` is {adapter!r:.60}; expected a ConditioningAdapter, the directory or hub id of one, or None."
+        )
     for name, source in (("text_encoder", finelip), ("text_encoder_2", finelip_2)):
         if source is not None and kwargs.get(name) is not None:
             raise ValueError(f"Both a FineLIP and `{name}` were passed for the same text encoder; pass one of them.")

@@ -20,6 +20,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from diffusers.utils.torch_utils import get_module_execution_device
 from transformers import CLIPTokenizer
 
+from finelip_sdxl.conditioning import Conditioning, fingerprint
 from finelip_sdxl.options import (
     AS_SET,
     ENCODERS,
@@ -254,12 +255,119 @@ class PromptEncodingMixin(_Parent):
                 `overflow="error"` or embeddings passed beside it fix the length; weights that `parse_weights` refuses;
                 a `clip_skip` beyond an encoder's layers; fewer than one image; or embeddings of other shapes.
         """
+        embeddings, _ = self._encode_prompt(
+            prompt,
+            prompt_2,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            lora_scale,
+            clip_skip,
+        )
+        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = embeddings
+        # By name, as in stock: Diffusers' own tests take the names of the results from this line.
+        return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
+
+    @takes_options
+    @one_at_a_time
+    @torch.no_grad()
+    def encode(
+        self,
+        prompt: str | list[str],
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        *,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+        short_prompt_encoder: ShortPromptEncoder = AS_SET,
+        hidden_states: HiddenStates = AS_SET,
+        overflow: Overflow = AS_SET,
+        length_buckets: Sequence[int] | None = AS_SET,
+        weighting: Weighting | None = AS_SET,
+        conditioning_adapter_scale: float = AS_SET,
+    ) -> Conditioning:
+        """Encode prompts, to keep in a file or to draw from several times: `pipe(**pipe.encode(prompt))`.
+
+        With model offloading, the text encoders leave the device afterwards. They may also be set to None.
+
+        Args:
+            prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip: as in a call of the pipeline.
+            lora_scale: as in `encode_prompt`.
+            short_prompt_encoder, hidden_states, overflow, length_buckets, weighting, conditioning_adapter_scale: as in
+                a call of the pipeline.
+
+        Returns:
+            The conditioning of pictures with and without guidance, with the report of `describe_prompt`.
+
+        Raises:
+            TypeError, ValueError: as in `encode_prompt`; or the pipeline has no text encoders.
+        """
+        if not self._encoders():
+            raise ValueError("This pipeline has no text encoders to encode a prompt: load one with text encoders.")
+        embeddings, plan = self._encode_prompt(
+            prompt,
+            prompt_2,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
+        self.maybe_free_model_hooks()
+        if plan is None:  # encoders of 77 positions: the parent has encoded
+            plan = self.describe_prompt(prompt, prompt_2, negative_prompt, negative_prompt_2)
+        return Conditioning(
+            **dict(zip(EMBEDDINGS, embeddings, strict=True)),
+            prompts=tuple(check_texts("prompt", prompt)),
+            negative_prompts=() if negative_prompt is None else tuple(check_texts("negative_prompt", negative_prompt)),
+            report=str(plan),
+            encoder_fingerprint=self._fingerprint(),
+        )
+
+    def _fingerprint(self) -> str:
+        """The fingerprint of all that encodes a prompt; empty without text encoders."""
+        encoders = [getattr(self, name) for name, _ in self._encoders()]
+        return fingerprint([*encoders, self.conditioning_adapter]) if encoders else ""
+
+    def _check_fingerprint(self, given: str | None) -> None:
+        own = self._fingerprint() if given else ""
+        if own and own != given:
+            raise ValueError(
+                f"These embeddings are from text encoders with the fingerprint {given!s:.60}, but this pipeline's have"
+                f" {own}: encode the prompt with this pipeline, load the other encoders, or set `text_encoder` and"
+                " `text_encoder_2` to None."
+            )
+
+    def _encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        prompt_2: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[tuple[Any, Any, Any, Any], PromptPlan | None]:
+        """The results of `encode_prompt`, and the plan; None if the parent encoded, or there were no texts."""
         self._check_embeddings(
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
         )
+        plan = None
         images = num_images_per_prompt
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
             raise ValueError(f"`num_images_per_prompt` is {images!r:.60}; expected a whole number of at least 1.")
@@ -299,25 +407,22 @@ class PromptEncodingMixin(_Parent):
                 prompt = prompt_2 = lora_scale = None
 
         # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77 itself.
-        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
-            super().encode_prompt(
-                prompt,
-                prompt_2,
-                device,
-                num_images_per_prompt,
-                do_classifier_free_guidance,
-                negative_prompt,
-                negative_prompt_2,
-                prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
-                pooled_prompt_embeds=pooled_prompt_embeds,
-                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-                lora_scale=lora_scale,
-                clip_skip=clip_skip,
-            )
+        embeddings = super().encode_prompt(
+            prompt,
+            prompt_2,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
         )
-        # By name, as in stock: Diffusers' own tests take the names of the results from this line.
-        return prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
+        return embeddings, plan
 
     def _encoders(self) -> list[tuple[str, CLIPTokenizer]]:
         """Name and tokenizer of each text encoder, in stock's pairs: without a first tokenizer or encoder (the refiner

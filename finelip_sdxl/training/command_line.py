@@ -7,9 +7,7 @@ Nothing heavy is imported before training, so that wrong flags are refused at on
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
-import math
 import os
 import shutil
 import sys
@@ -20,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finelip_sdxl.console import with_flags
+from finelip_sdxl.console import COUNT as COUNT  # for the scripts of the miniature
+from finelip_sdxl.console import number, with_flags
 from finelip_sdxl.files import check_writable, stopped_by_signals
-from finelip_sdxl.names import bundled_model, resolve
 from finelip_sdxl.texts import read_text
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 MODELS = ("best", "last", "after-text")  # names of the recipes' models, beside checkpoints/
 PRESETS = Path(__file__).parent / "presets"
-MOST = 10**9  # the highest number for flags without another bound
 MOST_STEPS = 9_999_999  # names of checkpoints have seven digits
 # Errors of the library name its arguments; a recipe's user has flags.
 FLAG_OF_ARGUMENT = {"skip_missing": "--skip-missing-images"}
@@ -53,50 +50,6 @@ FlagGroup = argparse.ArgumentParser | argparse._ArgumentGroup
 # Types of flags
 
 
-def number(
-    kind: type[int] | type[float],
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float = MOST,
-    below: float | None = None,
-) -> Callable[[str], float]:
-    """Returns a flag's type: a number within bounds.
-
-    Args:
-        kind: int or float.
-        least: the lowest number that is allowed.
-        above: in place of `least`, the highest number that is too low.
-        most: the highest number that is allowed.
-        below: in place of `most`, the lowest number that is too high.
-
-    Example:
-        >>> number(int, above=0)("8")
-        8
-        >>> number(float, least=0, below=1)("1")
-        Traceback (most recent call last):
-        argparse.ArgumentTypeError: expected a number below 1 instead of 1
-    """
-    name = "whole number" if kind is int else "number"
-
-    def parse(text: str) -> float:
-        value = math.nan
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-        bounds = {
-            f"above {above}": above is None or value > above,
-            f"of at least {least}": least is None or value >= least,
-            f"below {below}": below is None or value < below,
-            f"of at most {most:,}": value <= most,
-        }
-        for bound, is_met in bounds.items():
-            if not is_met:
-                raise argparse.ArgumentTypeError(f"expected a {name} {bound} instead of {text:.60}")
-        return value
-
-    return parse
-
-
 def path(text: str) -> Path:
     """A flag's type: a file or folder. An empty text is refused: it would stand for the current folder."""
     if not text.strip():
@@ -104,7 +57,7 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-COUNT, AMOUNT, SHARE = number(int, above=0), number(float, least=0), number(float, least=0, most=1)
+AMOUNT, SHARE = number(float, least=0), number(float, least=0, most=1)
 BATCH = number(int, above=0, most=65_536)
 STEPS, STEPS_OR_NONE = number(int, above=0, most=MOST_STEPS), number(int, least=0, most=MOST_STEPS)
 SEED = number(int, least=0, most=2**32 - 1)  # NumPy takes no other
@@ -288,17 +241,6 @@ def check_run(arguments: argparse.Namespace) -> None:
         if os.path.lexists(place) and (not place.is_dir() or (place.is_symlink() and place.name in MODELS)):
             raise ValueError(f"{place} is no folder, but a run saves one there: move it, or pass another --output-dir.")
     check_writable(folder)
-
-
-def check_models(*names: str | None) -> None:
-    """Checks that models are there, before the imports that take seconds. The hub is asked once for each.
-
-    Raises:
-        OSError: a model is not there.
-    """
-    for name in names:
-        if name is not None and bundled_model(name) is None:
-            resolve(name, "a directory, a checkpoint file or a hub id").check()
 
 
 def uses_cpu(arguments: argparse.Namespace) -> bool:

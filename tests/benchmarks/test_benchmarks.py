@@ -32,7 +32,8 @@ from finelip_sdxl.miniature.marking import RIGHT, WRONG
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "clim.py"
-COLUMNS = ["batch", "loop, s", "ours, s", "times faster", "loop, MiB", "ours, MiB", "times smaller"]
+COLUMNS = ["batch", "loop, s", "twice, s", "ours, s", "loop / ours", "twice / ours"]
+COLUMNS += ["loop, MiB", "twice, MiB", "ours, MiB", "loop / ours, MiB"]
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -64,8 +65,10 @@ def run_with(monkeypatch, results: dict[tuple[str, int], Measured | None], *flag
 def test_prints_ratios_and_what_does_not_fit(monkeypatch, capsys) -> None:
     results = {
         ("loop", 16): Measured(3, 600, loss=7, gradient=2),
+        ("twice", 16): Measured(0.5, 130, loss=7.0001, gradient=2),
         ("ours", 16): Measured(0.25, 120, loss=7.0001, gradient=2),
         ("loop", 32): None,
+        ("twice", 32): Measured(1, 250, loss=9, gradient=3),
         ("ours", 32): Measured(0.5, 240, loss=9, gradient=3),
         ("ours", 64): None,
     }
@@ -73,8 +76,8 @@ def test_prints_ratios_and_what_does_not_fit(monkeypatch, capsys) -> None:
     assert tables(capsys.readouterr().out) == [
         [
             COLUMNS,
-            ["16", "3", "0.25", "12.0", "600", "120", "5.0"],
-            ["32", "does not fit", "0.5", "–", "–", "240", "–"],
+            ["16", "3", "0.5", "0.25", "12.0", "2.0", "600", "130", "120", "5.0"],
+            ["32", "does not fit", "1", "0.5", "–", "2.0", "–", "250", "240", "–"],
         ],
         [
             ["batch", "ours, s", "ours, MiB", "KiB a pair"],
@@ -93,8 +96,16 @@ def test_prints_ratios_and_what_does_not_fit(monkeypatch, capsys) -> None:
     ],
 )
 def test_a_difference_from_the_loop_is_an_error(ours, message, monkeypatch) -> None:
-    results = {("loop", 16): Measured(9, 9, loss=7, gradient=3), ("ours", 16): ours}
+    equal = Measured(9, 9, loss=7, gradient=3)
+    results = {("loop", 16): equal, ("twice", 16): equal, ("ours", 16): ours}
     with pytest.raises(SystemExit, match=message):  # a text as exit status is printed, and the status 1
+        run_with(monkeypatch, results, "--batch-sizes", "16")
+
+
+def test_a_difference_from_the_way_of_before_is_an_error(monkeypatch) -> None:
+    one, other = Measured(9, 9, loss=7, gradient=3), Measured(9, 9, loss=8, gradient=3)
+    results = {("loop", 16): one, ("twice", 16): other, ("ours", 16): one}
+    with pytest.raises(SystemExit, match="The loss of the way of before is 8 and ours 7"):
         run_with(monkeypatch, results, "--batch-sizes", "16")
 
 
@@ -287,7 +298,7 @@ def test_a_row_is_drawn_again_when_its_weights_are_newer_or_others(tmp_path) -> 
     ("flags", "message"),
     [
         (("--only", "trained"), "invalid choice: 'trained' (choose from 'truth')"),
-        (("--scenes", "0"), "0 is not a whole number of at least 1"),
+        (("--scenes", "0"), "expected a whole number of at least 1 instead of 0"),
         (("--plot", "no/such/plot.png"), "no/such/plot.png is not the name of a file in a folder that exists"),
         (("--json", "."), ". is not the name of a file"),
     ],

@@ -10,8 +10,9 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.hooks.group_offloading import ModuleGroup
 
-from benchmarks import memory
+from benchmarks import memory, real_size
 from tests.helpers import tiny_sdxl
+from tests.helpers.tiny_benchmarks import make_tiny
 
 
 class Ledger:
@@ -67,15 +68,14 @@ class Ledger:
 
 @pytest.fixture
 def tiny(monkeypatch) -> None:
-    for name in ("CLIP_L", "BIG_G", "UNET"):
+    make_tiny(monkeypatch)
+    for name in ("CLIP_L", "BIG_G"):
         monkeypatch.setattr(memory, name, getattr(tiny_sdxl, name))
-    monkeypatch.setattr(memory, "ADAPTER", {"state_dims": (16, 24), "pooled_dim": 24, "hidden_dim": 8})
-    monkeypatch.setattr(memory, "VAE", {**memory.VAE, "block_out_channels": (32,) * 4, "sample_size": 64})
 
 
 def test_the_parts_are_those_of_sdxl() -> None:
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**memory.UNET), AutoencoderKL(**memory.VAE)
+        unet, vae = UNet2DConditionModel(**real_size.UNET), AutoencoderKL(**real_size.VAE)
     assert sum(weight.numel() for weight in unet.parameters()) == 2_567_463_684
     assert sum(weight.numel() for weight in vae.parameters()) == 83_653_863
 
@@ -85,7 +85,7 @@ def test_what_a_pipeline_holds(tiny) -> None:
     stock, stretched, *replaced, fullest = sizes.values()
     rows = 248 - 77
     assert stretched == stock + rows * (16 + 24) * 2  # bfloat16
-    pipe = memory.build_pipeline(False)
+    pipe = real_size.build_pipeline(False)
     one, two = (sum(2 * weight.numel() for weight in getattr(pipe, name).parameters()) for name in memory.ENCODERS)
     assert replaced == [stretched + one, stretched, stretched + one + two, stretched]
     assert fullest > replaced[2]

@@ -95,6 +95,43 @@ def test_generate_takes_an_adapter_and_its_scale(stock_folder, picture, tmp_path
     assert "--conditioning-adapter-scale is 2.0" in capsys.readouterr().err
 
 
+def test_generate_draws_again_from_an_encoded_prompt(stock_folder, picture, tmp_path, capsys) -> None:
+    file = str(tmp_path / "fox.safetensors")
+    arguments = ["--base", stock_folder, "--steps", "1", "--seed", "0", "--device", "cpu", "--out", picture]
+    assert main(["generate", LONG, "--negative-prompt", "small", "--clip-skip", "1", *arguments]) == 0
+    expected, printed = Image.open(picture).tobytes(), capsys.readouterr().out
+    more = ["--save-conditioning", file]
+    assert main(["generate", LONG, "--negative-prompt", "small", "--clip-skip", "1", *arguments, *more]) == 0
+    assert Image.open(picture).tobytes() == expected
+    assert f"\n{file}\n" in capsys.readouterr().out
+    assert main(["generate", "--conditioning", file, *arguments]) == 0
+    assert Image.open(picture).tobytes() == expected
+    assert capsys.readouterr().out == printed
+    found = parameters(picture)
+    assert (found["prompt"], found["negative_prompt"]) == (LONG, "small")
+    assert found["conditioning"] == "fox.safetensors"
+    assert not {"clip_skip", "overflow", "hidden_states", "conditioning_adapter_scale"} & found.keys()
+
+
+def test_generate_refuses_the_encoded_prompt_of_another_model(stock_folder, picture, tmp_path, capsys) -> None:
+    arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", picture]
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    several, other, wide = (str(tmp_path / f"{name}.safetensors") for name in ("several", "other", "wide"))
+    pipe.encode(["a fox", "a hare"]).save(several)
+    encoded = pipe.encode("a fox")
+    replace(encoded, encoder_fingerprint="0123456789abcdef").save(other)
+    widths = {name: encoded[name].repeat_interleave(2, dim=-1) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    replace(encoded, **widths).save(wide)
+    for file, message in (
+        (several, "holds 2 prompts; expected one"),
+        (other, "fingerprint 0123456789abcdef, but this pipeline's have"),
+        (wide, "are 160 wide, but this SDXL takes 80"),
+    ):
+        assert main(["generate", "--conditioning", file, *arguments]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not Path(picture).exists()
+
+
 def test_a_null_byte_does_not_end_the_prompt_in_the_picture(stock_folder, picture) -> None:
     arguments = ["--base", stock_folder, "--steps", "1", "--device", "cpu", "--out", picture]
     assert main(["generate", "a\0fox", *arguments]) == 0
@@ -580,7 +617,6 @@ def test_evaluate_retrieval_names_the_images_that_it_leaves_out(tmp_path, capsys
         (["--json", "{empty}"], "is a directory"),
         (["--json", "a" * 256], "cannot be written to (File name too long)"),
         (["--json", ""], "is a directory"),
-        (["--device", "nowhere"], "is no device"),
     ],
 )
 def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, arguments, message) -> None:
@@ -606,7 +642,6 @@ def test_mistakes_in_an_evaluation_are_one_line_on_stderr(tmp_path, capsys, argu
         (["tokens", "fox{signs}", "--base", "{stock}", "--weighting", "compel"], "has weight 2.24539e+41"),
         (["tokens", "a", "--config", "miniature"], "config miniature goes with a single file"),
         (["generate", "a", "--out", "picture.jpg"], "must be the name of a PNG file"),
-        (["generate", "a", "--base", "{stock}", "--device", "nowhere"], "is no device"),
         (["generate", "a", "--base", "{stock}", "--device", "cpu", "--offload"], "the device is the CPU"),
         (
             ["generate", "a", "--base", "{stock}", "--device", "cpu", "--width", "100", "--out", "{png}"],
@@ -919,15 +954,17 @@ def make_odd(name: str, stock_folder: str, tmp_path) -> str:
         (["evaluate", "retrieval", "--batch-size", "0"], "whole number of at least 1"),
         (["generate", "a", "--short-prompt-encoder", "stretched"], "invalid choice"),
         (["compare", "a", "--columns", "midjourney"], "invalid choice: 'midjourney'"),
-        (["generate", "a", "--num-images", "100000000000"], "and at most 100"),
-        (["generate", "a", "--num-images", "101"], "and at most 100"),
-        (["compare", "a", "--seeds", "1000000000"], "and at most 100"),
-        (["generate", "a", "--width", "9" * 5000], "is not a whole number of at least 1"),
+        (["generate", "a", "--num-images", "100000000000"], "of at most 100"),
+        (["generate", "a", "--num-images", "101"], "of at most 100"),
+        (["compare", "a", "--seeds", "1000000000"], "of at most 100"),
+        (["generate", "a", "--width", "9" * 5000], "expected a whole number of at least 1 instead of 9"),
         (["generate", "a", "--steps", "-1"], "whole number of at least 1"),
         (["generate", "a", "--steps", ""], "whole number of at least 1"),
-        (["evaluate", "retrieval", "--batch-size", "1000000"], "and at most 4,096"),
+        (["evaluate", "retrieval", "--batch-size", "1000000"], "of at most 4,096"),
         (["evaluate", "retrieval", "--max-tokens", "1e3"], "whole number of at least 1"),
         (["compare", "a", "--seeds", "0"], "whole number of at least 1"),
+        (["generate", "a", "--device", "nowhere"], "'nowhere' is no device"),
+        (["evaluate", "retrieval", "--device", ""], "'' is no device"),
     ],
 )
 def test_unknown_arguments_are_one_line_on_stderr(capsys, arguments, message) -> None:
@@ -950,9 +987,13 @@ def test_help_names_every_kind_of_data(capsys) -> None:
     [
         (
             ["generate"],
-            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 30"),
+            ("--negative-prompt", "--guidance-scale", "--finelip-2", "--overflow", "PIXELS", "else 50"),
         ),
-        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 30")),
+        (["compare"], ("--columns", "--seeds", "--refiner", "--offload", "else 50")),
+        (
+            ["evaluate", "images"],
+            ("--data", "--layout", "--sentence-judge", "dpg-bench:FOLDER", "else 50", "default: 0"),
+        ),
         (["evaluate", "retrieval"], ("--data", "--fusion-sweep", "--no-stretch", "--max-tokens", "--json", "urban1k")),
     ],
 )

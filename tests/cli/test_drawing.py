@@ -16,6 +16,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.cli import drawing
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.images import read_parameters
+from tests.helpers.single_file import vae_tensors
 from tests.pipelines.test_ecosystem import make_lora
 
 
@@ -76,6 +77,21 @@ def test_a_vae_takes_the_place_of_the_models_own(draw, stock_folder, tmp_path) -
     assert draw("--vae", str(tmp_path / "my-vae"))[0].tobytes() != plain.tobytes()
 
 
+@pytest.mark.parametrize("layout", ["original", "original, in an SDXL", "diffusers"])
+def test_a_vae_in_a_single_file_takes_the_place_of_the_models_own(draw, stock_folder, tmp_path, layout) -> None:
+    vae = AutoencoderKL.from_pretrained(stock_folder, subfolder="vae")
+    for parameter in vae.decoder.parameters():
+        parameter.data += 0.05
+    vae.save_pretrained(tmp_path / "folder")
+    file = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    if layout != "diffusers":
+        file, prefix = tmp_path / "vae.safetensors", "first_stage_model." * ("SDXL" in layout)
+        save_file({f"{prefix}{key}": weight.contiguous() for key, weight in vae_tensors(vae).items()}, file)
+    picture, found = draw("--vae", str(file))
+    assert picture.tobytes() == draw("--vae", str(tmp_path / "folder"))[0].tobytes() != draw()[0].tobytes()
+    assert found["vae"] == file.name
+
+
 def test_clip_skip_reaches_the_text_encoders(draw, stock_folder, tmp_path, capsys) -> None:
     plain, _ = draw()
     assert draw("--clip-skip", "0")[0].tobytes() == plain.tobytes()
@@ -109,10 +125,13 @@ def test_a_small_picture_is_enlarged(draw) -> None:
         (["--lora", "gone.safetensors"], "gone.safetensors does not exist: pass a .safetensors file"),
         (["--lora", "gone.safetensors:0.5"], "gone.safetensors does not exist"),
         (["--lora", "{pickle}:0.5"], "is no .safetensors file"),
-        (["--lora", "a.safetensors:nan"], "has the scale 'nan'; expected a number from -10 to 10"),
-        (["--lora", "a.safetensors:inf"], "has the scale 'inf'"),
-        (["--lora", "a.safetensors:"], "has the scale ''"),
-        (["--lora", "a.safetensors:strong"], "has the scale 'strong'"),
+        (
+            ["--lora", "a.safetensors:nan"],
+            "has a wrong scale behind its colon: expected a number of at least -10 instead of nan",
+        ),
+        (["--lora", "a.safetensors:inf"], "of at most 10 instead of inf"),
+        (["--lora", "a.safetensors:"], "instead of nothing; write it as in style.safetensors:0.8"),
+        (["--lora", "a.safetensors:strong"], "instead of strong"),
         (["--scheduler", "eular"], "'eular' is no scheduler; expected ddim, "),
         (["--scheduler", "AutoencoderKL"], "is no scheduler"),
         (["--vae", "./gone"], "./gone does not exist"),
@@ -120,12 +139,16 @@ def test_a_small_picture_is_enlarged(draw) -> None:
         (["--clip-skip", "1", "--hidden-states", "last"], "--clip-skip 1 counts from penultimate states"),
         (["--init-image", "gone.png"], "--init-image gone.png does not exist"),
         (["--strength", "0.5"], "--strength 0.5 goes with --init-image"),
-        (["--init-image", "{pickle}", "--strength", "0"], "is not a number above 0 and at most 1"),
-        (["--init-image", "{pickle}", "--strength", "nan"], "is not a number above 0 and at most 1"),
+        (["--init-image", "{pickle}", "--strength", "0"], "expected a number above 0 instead of 0"),
+        (["--init-image", "{pickle}", "--strength", "nan"], "expected a number above 0 instead of nan"),
         (["--init-image", "{pickle}", "--steps", "2", "--strength", "0.1"], "leave no step to draw"),
         (["--upscale", "0"], "whole number of at least 1"),
         (["--upscale", "17"], "at most 16"),
         (["--upscale", "1.5"], "whole number"),
+        (
+            ["--upscale", "16", "--width", "2048"],
+            "--upscale 16 makes a picture of 32,768 pixels; expected at most 16,384",
+        ),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, flags, message) -> None:

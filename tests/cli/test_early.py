@@ -8,10 +8,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
+from finelip_sdxl import Conditioning
 from finelip_sdxl.cli.main import main
 from finelip_sdxl.cli.options import check_models
-from finelip_sdxl.console import Parser, quiet_diffusers, with_flags
+from finelip_sdxl.console import Parser, announce, quiet_diffusers, with_flags
 
 # Runs commands one after the other, and prints the code, the errors and the heavy modules of each.
 CHILD = """
@@ -61,6 +63,13 @@ MISTAKES = {
         "cats",
     ): "--negativ-promt is no flag here: did you mean --negative-prompt?",
     ("generate", "a fox", "--zzz=1"): "--zzz is no flag here (see --help)",
+    ("generate", "--conditioning", "gone.safetensors"): "gone.safetensors is no file",
+    ("generate", "--conditioning", "gone.png"): "gone.png is no name for a conditioning",
+    ("generate", "--conditioning", "{conditioning}", "--clip-skip", "1"): "leave --clip-skip out.",
+    ("generate", "--conditioning", "{conditioning}", "a fox"): "holds an encoded prompt: leave PROMPT out.",
+    ("generate", "--conditioning", "{conditioning}", "--steps", "900"): "--steps is 900",
+    ("generate", "a fox", "--save-conditioning", "fox.png"): "fox.png is no name for a conditioning",
+    ("generate", "a fox", "--save-conditioning", "/proc/none/a.safetensors"): "cannot be written to",
     ("generate", "a", "fox"): "unrecognized arguments: fox (a text of several words needs quotes)",
     ("compare", "a fox", "--refiner", "{file}"): "--refiner {file} is a file; expected the directory",
     ("compare", "a fox", "--columns", "stock", "stock"): "--columns names 'stock' 2 times",
@@ -72,15 +81,52 @@ MISTAKES = {
     ("export", "miniature", "{empty}/new", "--formt", "comfyui"): "did you mean --format?",
     ("tokens", "a fox", "--base", "./gone"): "./gone does not exist",
     ("evaluate", "retrieval", "--model", "gone.pt"): "gone.pt does not exist",
+    ("generate", "a fox", "--base", "Miniature"): "Miniature is no path here, nor a model that ships: did you mean min",
+    ("generate", "a fox", "--base", "miniature-clip-1"): "miniature-clip-1 is a CLIP that ships with the package: pass",
+    ("evaluate", "retrieval", "--model", "miniature-finlip-1"): "did you mean miniature-finelip-1?",
+    ("generate", "a fox", "--base", "miniature "): "'miniature ' does not exist",
+    ("generate", "a fox", "--base=~/gone/here"): "{home}/gone/here does not exist",
+    ("evaluate", "retrieval", "--data", "csv:~/gone.csv"): "{home}/gone.csv does not exist",
+    ("evaluate", "retrieval", "--data", "pictures:here"): "pictures:here is no data set: pass miniature, or one of",
+    ("evaluate", "retrieval", "--data", "captions.json"): "captions.json is no data set",
+    ("evaluate", "retrieval", "--data", "docci:gone"): "gone does not exist, or is no folder",
+    ("evaluate", "retrieval", "--data", "csv:{empty}"): "does not exist, or is no file: pass the file of the data set",
+    ("evaluate", "retrieval", "--data", "csv:"): "csv: names no path: pass csv:PATH",
+    ("evaluate", "retrieval", "--data", "csv:{file}", "--images", "gone"): "gone does not exist, or is no folder",
+    ("evaluate", "retrieval", "--data", "miniature:many"): "miniature:many names no number of scenes",
+    ("evaluate", "retrieval", "--data", "webdataset:a.tar"): "is a stream for training only",
+    ("evaluate", "retrieval", "--device", "gpu"): "--device: 'gpu' is no device: use one such as cpu, cuda",
+    ("generate", "a fox", "--device", "cuda:"): "'cuda:' is no device",
+    ("compare", "a fox", "--device", "cuda0"): "'cuda0' is no device",
+    ("generate", "a fox", "--seed", "one"): "--seed: expected a whole number instead of one",
+    ("generate", "a fox", "--guidance-scale", "much"): "--guidance-scale: expected a number instead of much",
     ("evaluate", "retrieval", "--split-name", "x"): "--split-name is no flag here: did you mean --split?",
+    ("evaluate", "images", "--data", "docci:gone"): "gone does not exist, or is no folder",
+    ("evaluate", "images", "--judge", "gone.pt"): "gone.pt does not exist",
+    ("evaluate", "images", "--features", "./gone"): "./gone does not exist",
+    ("evaluate", "images", "--sentence-judge", "gone.safetensors"): "gone.safetensors does not exist",
+    ("evaluate", "images", "--layout", "tiif", "--images-per-prompt", "4"): "--images-per-prompt is 4; expected 1 in",
+    ("evaluate", "images", "--layout", "dpg-bench", "--images-per-prompt", "4", "--width", "64"): "expected squares",
+    ("evaluate", "images", "--columns", "stock", "stock"): "--columns names 'stock' 2 times",
+    ("evaluate", "images", "--steps", "0"): "--steps",
+    ("evaluate", "images", "--output-dir", "{full}"): "holds notes.txt, but no generation.json of a run",
+    ("evaluate", "images", "--output-dir", "/proc/none"): "cannot be written to",
+    ("evaluate", "images", "--output-dir", "{run}", "--seed", "4"): "drawn with seed 3, and now it is 4: set it back",
 }
 
 
 def test_mistakes_are_refused_before_torch_is_imported(tmp_path) -> None:
     file = tmp_path / "file.safetensors"
     file.touch()
-    (tmp_path / "empty").mkdir()
-    names = {"empty": tmp_path / "empty", "file": file}
+    for name, inside in (("empty", None), ("full", "notes.txt"), ("run", "generation.json")):
+        (tmp_path / name).mkdir()
+        if inside:
+            (tmp_path / name / inside).write_text('{"settings": {"negative_prompt": "", "seed": 3}, "columns": []}')
+    conditioning = tmp_path / "conditioning.safetensors"
+    width = torch.ones(1, 77, 8), torch.ones(1, 4)
+    Conditioning(width[0], width[0], width[1], width[1], prompts=("a fox",)).save(conditioning)
+    names = {"file": file, "conditioning": conditioning, "home": Path("~").expanduser()}
+    names |= {name: tmp_path / name for name in ("empty", "full", "run")}
     commands = [[word.format(**names) for word in command] for command in MISTAKES]
     done = subprocess.run(
         [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
@@ -119,6 +165,10 @@ def no_hub(monkeypatch, tmp_path) -> list[str]:
         ["generate", "a fox", "--base", "some/sdxl"],
         ["generate", "a fox", "--finelip", "some/sdxl"],
         ["compare", "a fox", "--refiner", "some/sdxl"],
+        ["generate", "a fox", "--lora", "some/sdxl"],
+        ["generate", "a fox", "--lora", "some/sdxl:0.5"],
+        ["generate", "a fox", "--vae", "some/sdxl"],
+        ["generate", "a fox", "--vae", "none"],
         ["convert", "some/sdxl", "new"],
         ["export", "some/sdxl", "new"],
         ["export", "some/sdxl", "new", "--format", "comfyui"],
@@ -132,11 +182,12 @@ def test_an_unreachable_hub_is_asked_once_and_said_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "some/sdxl is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
-    assert sum("some/sdxl" in address for address in no_hub) == 1
+    name = "none" if "none" in command else "some/sdxl"
+    assert f"{name} is no path here, and the hub cannot be reached to look for it: pass a path, or connect." in line
+    assert sum(address.endswith(f"/{name}") for address in no_hub) == 1
 
 
-def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, capsys) -> None:
+def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp_path, caplog) -> None:
     repository = tmp_path / "models--some--sdxl"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -144,11 +195,19 @@ def test_models_in_the_cache_are_used_when_the_hub_cannot_be_reached(no_hub, tmp
     options = Parser()
     options.add_argument("--base")
     check_models(options.parse_args(["--base", "some/sdxl"]))
-    assert "The hub cannot be reached: models are taken from its cache" in capsys.readouterr().err
+    assert "The hub cannot be reached: models are taken from its cache" in caplog.text
     assert huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 # Messages
+
+
+def test_a_terminal_is_told_before_seconds_without_a_word(monkeypatch, capsys) -> None:
+    announce("Opening miniature…")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    announce("Opening miniature…")
+    assert capsys.readouterr().err == "Opening miniature…\n"
 
 
 @pytest.mark.slow
@@ -219,9 +278,9 @@ def test_errors_of_the_library_name_flags(stock_folder, tmp_path, capsys, argume
 # The recipes
 
 RECIPE = """
-import json, runpy, sys
+import json, os, runpy, sys
 for command in json.load(sys.stdin):
-    sys.argv = command
+    sys.argv, sys.path[0] = command, os.path.dirname(command[0])
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as stopped:
@@ -240,20 +299,52 @@ RECIPE_MISTAKES = {
     ("train_finelip.py", "--batchsize", "8"): "--batchsize is no flag here: did you mean --batch-size?",
     ("train_finelip.py", "--epochs", "many"): "--epochs: expected a number above 0 instead of many",
     ("train_finelip.py", "--output-dir", "/proc/none"): "cannot be written to",
+    ("train_finelip.py", "--data", "cvs:a.csv"): "cvs:a.csv is no data set",
+    ("train_finelip.py", "--data", "coco:gone"): "gone does not exist, or is no folder",
+    ("train_finelip.py", "--data", "webdataset:a.tar"): "pass --epoch-size",
+    ("train_finelip.py", "--eval-data", "jsonl:gone.jsonl"): "gone.jsonl does not exist, or is no file",
+    ("train_finelip.py", "--images", "gone"): "are drawn: pass no folder of images",
+    ("align_adapter.py", "--captions", "miniature:0"): "miniature:0 names no number of scenes",
+    ("align_adapter.py", "--captions", "sharegpt4v:gone.json"): "gone.json does not exist, or is no file",
+    ("align_adapter.py", "--validation-prompts", "gone.txt"): "--validation-prompts gone.txt does not exist",
 }
+
+
+def run_scripts(commands: list[list[str]], folder: Path) -> tuple[list[list], list[str]]:
+    """Run scripts one after the other: the end and the heavy modules of each, and the lines of all errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr.splitlines()
 
 
 def test_recipes_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
     training = Path(__file__).parents[2] / "training"
-    commands = [[str(training / recipe), *flags] for recipe, *flags in RECIPE_MISTAKES]
-    done = subprocess.run(
-        [sys.executable, "-c", RECIPE], input=json.dumps(commands), capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    errors = iter(done.stderr.splitlines())
+    found, lines = run_scripts([[str(training / recipe), *flags] for recipe, *flags in RECIPE_MISTAKES], tmp_path)
+    errors = iter(lines)
     for mistake, (said, heavy) in zip(RECIPE_MISTAKES, found, strict=True):
         line = next(errors) if said == "2" else said  # argparse writes it itself
         assert line.startswith(f"{mistake[0]}: error: "), mistake
         assert RECIPE_MISTAKES[mistake] in line
         assert heavy == [], mistake
+
+
+SCRIPT_MISTAKES = {
+    ("training/measure_memory.py", "--batch-sizes", "0"): "--batch-sizes: expected a whole number of at least 1",
+    ("training/measure_memory.py", "--resolutoin", "512"): "did you mean --resolution?",
+    ("training/measure_memory.py", "--device", "gpu"): "invalid choice: 'gpu'",
+    ("benchmarks/memory.py", "--resolution", "big"): "--resolution: expected a whole number of at least 64",
+    ("benchmarks/memory.py", "--onyl", "swaps"): "did you mean --only?",
+    ("training/miniature/assemble.py", "--runs", "gone"): "--runs gone has no clip_1: train it first",
+    ("training/miniature/assemble_adapter.py", "--output", "new"): "--runs runs/miniature has no adapter/last",
+    ("training/miniature/assemble_finelip.py", "--rums", "new"): "did you mean --runs?",
+}
+
+
+def test_scripts_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
+    repository = Path(__file__).parents[2]
+    found, errors = run_scripts([[str(repository / script), *flags] for script, *flags in SCRIPT_MISTAKES], tmp_path)
+    for mistake, line, (said, heavy) in zip(SCRIPT_MISTAKES, errors, found, strict=True):
+        assert (said, heavy) == ("2", []), mistake
+        assert SCRIPT_MISTAKES[mistake] in line

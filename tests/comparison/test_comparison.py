@@ -3,6 +3,7 @@
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_the_third_column_is_what_our_pipeline_draws(comparison, components) -> 
     pipe = FineLIPSDXLPipeline(**components)
     pipe.swap_text_encoders()
     assert difference(comparison.draw("finelip", SETTINGS).image, draw(pipe)) <= 1
+
+
+def test_the_text_encoders_of_a_column_are_those_that_draw_it(comparison) -> None:
+    positions = {column: [num_positions(one) for one in comparison.text_encoders(column)] for column in COLUMNS}
+    assert positions == {"stock": [77, 77], "compel": [77, 77], "finelip": [248, 248]}
+    with pytest.raises(ValueError, match="`column` must be one of"):
+        comparison.text_encoders("sd3")
 
 
 def test_columns_differ_after_77_tokens_alone(comparison) -> None:
@@ -417,6 +425,28 @@ def test_the_refiner_reads_with_the_options_of_the_base(stock_folder, refiner, t
     assert spied == ["penultimate"]
 
 
+def test_weights_of_the_prompt_are_read_by_base_and_refiner(components, refiner) -> None:
+    comparison = make_comparison(components, make_refiner(refiner))
+    pipes, encoded = (comparison._base.pipe, comparison._refiner.pipe), []
+    for pipe in pipes:
+
+        def encode(*texts, pipe=pipe, by=pipe.encode_prompt, **given) -> tuple:
+            found = by(*texts, **given)
+            if given.get("prompt_embeds") is None:  # a picture is drawn from embeddings
+                encoded.append((given.get("weighting", pipe.weighting), found[0]))
+            return found
+
+        pipe.encode_prompt = encode
+    comparison.draw("finelip", Settings("a (fox:1.4) sleeps", steps=5, weighting="a1111"))
+    comparison.draw("finelip", Settings("a fox sleeps", steps=5, weighting="a1111"))
+    assert [weighting for weighting, _ in encoded] == ["a1111"] * 4
+    weighted, plain = encoded[:2], encoded[2:]
+    for (_, heavy), (_, light) in zip(weighted, plain, strict=True):
+        assert heavy.shape == light.shape
+        assert not torch.allclose(heavy, light)
+    assert [pipe.weighting for pipe in pipes] == [None, None]
+
+
 def test_a_finelip_is_added_to_the_refiner_s_encoder_as_to_the_base_s(stock_folder, refiner, tmp_path) -> None:
     with torch.no_grad():
         refiner["text_encoder_2"].text_projection.weight += 1
@@ -627,3 +657,79 @@ def test_any_saved_sdxl_is_compared(stock_folder) -> None:
 def test_a_base_that_is_not_there_is_named() -> None:
     with pytest.raises(OSError, match="no-such-folder"):
         Comparison.load("./no-such-folder")
+
+
+def test_keys_and_values_of_the_text_are_computed_once_a_picture(comparison, monkeypatch) -> None:
+    layer = comparison.pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    linear, ran = torch.nn.functional.linear, []
+
+    def counting(input, weight, bias=None) -> torch.Tensor:
+        ran.append(weight is layer.weight)
+        return linear(input, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    for column in COLUMNS:
+        ran.clear()
+        comparison.draw(column, SETTINGS)
+        assert sum(ran) == 1
+
+
+def encodings(comparison) -> list[int]:
+    """Grows at each run of a text encoder."""
+    ran: list[int] = []
+    for name in ("text_encoder", "text_encoder_2", "stock_text_encoder", "stock_text_encoder_2"):
+        encoder = getattr(comparison.pipe, name)
+        encoder.register_forward_pre_hook(
+            lambda _, given, named: ran.append(len((*given, *named.values())[0])), with_kwargs=True
+        )
+    return ran
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_seeds_of_one_prompt_are_encoded_once(components, column) -> None:
+    settings = replace(SETTINGS, negative_prompt="small").over_seeds(3)
+    expected = [make_comparison(copy.deepcopy(components)).draw(column, one).image for one in settings]
+    comparison = make_comparison(components)
+    ran = encodings(comparison)
+    comparison.draw(column, settings[0])
+    once = len(ran)
+    assert once >= 2
+    drawn = [comparison.draw(column, one).image for one in settings]
+    assert len(ran) == once
+    for one, other in zip(drawn, expected, strict=True):
+        assert difference(one, other) <= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": SENTENCE},
+        {"negative_prompt": "a hare"},
+        {"guidance_scale": 1.0},
+        {"hidden_states": "last"},
+        {"weighting": "compel"},
+        {"conditioning_adapter_scale": 0.5},
+    ],
+    ids=str,
+)
+def test_other_settings_are_encoded_anew(comparison, change) -> None:
+    ran = encodings(comparison)
+    comparison.draw("finelip", SETTINGS)
+    once = len(ran)
+    comparison.draw("finelip", replace(SETTINGS, **change))
+    assert len(ran) > once
+
+
+def test_changed_options_and_encoders_encode_anew(comparison) -> None:
+    ran, pipe = encodings(comparison), comparison.pipe
+
+    def turned() -> None:
+        with torch.no_grad():
+            pipe.text_encoder_2.get_input_embeddings().weight.neg_()
+
+    comparison.draw("finelip", SETTINGS)
+    for change in (lambda: setattr(pipe, "overflow", "truncate"), lambda: setattr(pipe, "length_buckets", ()), turned):
+        before = len(ran)
+        change()
+        comparison.draw("finelip", SETTINGS)
+        assert len(ran) > before

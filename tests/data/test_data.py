@@ -26,6 +26,7 @@ from finelip_sdxl.data import (
     TrainingShards,
     UnreadableImageError,
     collate,
+    formats,
     load_image_processor,
     load_tokenizer,
     open_dataset,
@@ -34,6 +35,7 @@ from finelip_sdxl.data import (
 from finelip_sdxl.data.file_dataset import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.miniature.drawing import draw_batch
+from finelip_sdxl.names import DATA_FILES, DATA_FOLDERS
 from finelip_sdxl.texts import lines_of
 
 # Layouts, each built as its authors publish it; image k is a plain picture of gray level k.
@@ -198,6 +200,10 @@ def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
     assert sizes == [500, 24_000, 7]
 
 
+def test_each_kind_of_data_has_a_reader() -> None:
+    assert {*DATA_FILES, *DATA_FOLDERS} == formats._READERS.keys()
+
+
 @pytest.mark.parametrize(
     ("spec", "split", "message"),
     [
@@ -206,13 +212,13 @@ def test_the_miniature_has_its_usual_sizes_or_any_other() -> None:
         ("miniature:none", "test", "miniature:none names no number of scenes"),
         ("miniature:0", "test", "miniature:0 names no number"),
         ("webdataset:X", "test", "webdataset:X is a stream for training only"),
-        ("urban1k:X", "train", "urban1k has no split train: pass test"),
-        ("docci:X", "dev", "docci has no split dev: pass train or test or qual_dev or qual_test"),
+        ("urban1k:{}", "train", "urban1k has no split train: pass test"),
+        ("docci:{}", "dev", "docci has no split dev: pass train or test or qual_dev or qual_test"),
     ],
 )
-def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message) -> None:
+def test_a_spec_that_cannot_be_opened_is_refused(spec, split, message, tmp_path) -> None:
     with pytest.raises(ValueError, match=message):
-        open_dataset(spec, split)
+        open_dataset(spec.format(tmp_path), split)
 
 
 def test_a_split_that_the_annotations_do_not_have_is_refused(tmp_path) -> None:

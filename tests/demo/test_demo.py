@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 import urllib.error
@@ -325,6 +326,21 @@ def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch
         assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("tokens", [], "/tokens takes 1 value in this order: prompt; but it got 0. Pass"),
+        ("tokens", ["a star", "a fox"], "/tokens takes 1 value in this order: prompt; but it got 2"),
+        ("compare", ["a star"], "/compare takes 11 values in this order: prompt, columns, negative_prompt, "),
+        ("compare", ["a star"] * 12, "seed, weighting; but it got 12. Pass each of them"),
+    ],
+)
+def test_too_few_and_too_many_values_are_refused_in_a_sentence(demo, capsys, name, values, message) -> None:
+    said = json.loads(post(demo, name, json.dumps({"data": values})).split("event: error\ndata: ")[1])["error"]
+    assert message in said
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_null_is_named_where_it_stands_for_nothing(demo, monkeypatch, capsys) -> None:
     monkeypatch.setattr(demo.comparison, "draw", lambda *job: pytest.fail("it was drawn"))
     for name in ("prompt", "negative_prompt", "columns", "width", "conditioning_adapter_scale", "seed"):
@@ -478,7 +494,7 @@ def events_until_error(run) -> tuple[list, Exception]:
 def test_a_run_says_which_step_it_is_at_and_frees_its_buttons(demo, monkeypatch) -> None:
     monkeypatch.setattr(demo.comparison, "draw", fail_at("none", ValueError()))
     draw, stop, *_ = demo.page.ask(Visitor())
-    assert (draw["interactive"], stop["interactive"]) == (False, True)
+    assert (draw["value"], draw["interactive"], stop["interactive"]) == ("Drawing…", False, True)
     texts = [shown[-2] for shown in demo.page.draw_columns(Visitor(), *VALUES, ["stock", "finelip"])]
     texts = [text["value"] for text in texts if "value" in text]
     assert texts == ["Drawing…", *(f"Drawing… step 1 of 2, picture {number} of 2" for number in (1, 2))]
@@ -810,6 +826,42 @@ def test_a_port_that_is_taken_is_told_by_its_flag(demo, monkeypatch, capsys) -> 
     assert f"Port {port} cannot be opened at 127.0.0.1" in line
     assert "--port" in line
     assert "server_port" not in line
+
+
+def test_where_no_public_address_can_be_had_one_sentence_says_so(demo, monkeypatch, tmp_path, capsys) -> None:
+    def setup_tunnel(**arguments) -> None:
+        raise RuntimeError("Could not get share link from Gradio API Server.")
+
+    monkeypatch.setattr(Comparison, "load", lambda *args, **options: demo.comparison)
+    monkeypatch.setattr(gr.networking, "setup_tunnel", setup_tunnel)
+    for name in ("no_proxy", "NO_PROXY", "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # what is set is undone
+    page = app.serve(app.parse(["--share"]), tmp_path, wait=False)
+    opened, public = capsys.readouterr().out.strip().splitlines()
+    page.close()
+    assert opened.startswith("The page is open at http://127.0.0.1:")
+    assert public.startswith("It has no public address: --share needs Gradio's servers, which were not reached. Try")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--base", "./gone"], "./gone does not exist"),
+        (["--refiner", "gone.safetensors"], "gone.safetensors does not exist"),
+        (["--config", "miniature"], "The config miniature goes with a single file"),
+        (["--device", "gpu"], "'gpu' is no device"),
+        (["--port", "70000"], "--port: expected a whole number of at most 65,535 instead of 70000"),
+        (["--prot", "7860"], "--prot is no flag here: did you mean --port?"),
+        (["--finelip-base", "miniature"], "--finelip-base miniature goes with --finelip-merge delta"),
+    ],
+)
+def test_the_launcher_refuses_mistakes_in_a_line(monkeypatch, capsys, flags, message) -> None:
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(app.main(flags))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("error", [Exception("code 502"), ValueError("When localhost is not accessible, share")])

@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.clim import refined_similarity
-from benchmarks.naive_clim import compare_with_caption, late_interaction_loop, refined_similarity_loop
+from benchmarks.naive_clim import (
+    compare_with_caption,
+    late_interaction_loop,
+    late_interaction_twice,
+    refined_similarity_loop,
+)
 from finelip_sdxl import interaction, late_interaction
 from tests.helpers.reference import reference_tensors
 from tests.method.test_token_refinement import published_refinement, ragged_mask
@@ -190,6 +195,63 @@ def test_makes_nothing_larger_than_a_block_in_either_pass(monkeypatch) -> None:
         late_interaction(images, texts).sum().backward()
     assert images.grad is not None
     assert largest.elements == block
+
+
+class Products(TorchDispatchMode):
+    """How many multiplications matrix products make meanwhile."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.count += made.numel() * args[0].shape[-1]
+        return made
+
+
+@pytest.mark.parametrize("block", [2 * 24 * 30 * 30, interaction._BLOCK])
+def test_the_backward_pass_compares_nothing_again(block, monkeypatch) -> None:
+    monkeypatch.setattr(interaction, "_BLOCK", block)
+    images, texts = random_tokens(20, 30, 8).requires_grad_(), random_tokens(24, 30, 8, seed=1).requires_grad_()
+    all_pairs = 20 * 30 * 24 * 30 * 8
+    with Products() as products:
+        scores = late_interaction(images, texts)
+        assert products.count == all_pairs
+        scores.sum().backward()
+        assert products.count == 3 * all_pairs  # one for the images' gradients, one for the texts'
+        late_interaction(images.detach(), texts).sum().backward()
+        assert products.count == 5 * all_pairs
+
+
+@pytest.mark.parametrize("tokens", [127, 128, 129, 300])
+def test_places_of_many_tokens_are_kept_whole(tokens) -> None:
+    images = random_tokens(2, tokens, 4, dtype=torch.float64).requires_grad_()
+    texts = random_tokens(3, tokens + 1, 4, seed=1, dtype=torch.float64).requires_grad_()
+    found = torch.autograd.grad(late_interaction(images, texts).sum(), (images, texts))
+    expected = torch.autograd.grad(pair_by_pair(images, texts).sum(), (images, texts))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def test_the_benchmark_s_way_of_before_is_the_same() -> None:
+    images, texts, _, mask = case_of(None, [2, 9, 5, 1], dtype=torch.float64)
+    learned = images.requires_grad_(), texts.requires_grad_()
+    ours, before = (way(images, texts, text_mask=mask) for way in (late_interaction, late_interaction_twice))
+    assert torch.equal(ours, before)
+    for one, other in zip(
+        torch.autograd.grad(ours.sum(), learned), torch.autograd.grad(before.sum(), learned), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def test_one_side_alone_may_learn() -> None:
+    images, texts, *masks = case_of([2, 6, 1], [7, 1, 3, 2], dtype=torch.float64)
+    both = [tokens.clone().requires_grad_() for tokens in (images, texts)]
+    expected = torch.autograd.grad(late_interaction(*both, *masks).sum(), both)
+    for side in (0, 1):
+        pair = [images, texts]
+        pair[side] = pair[side].clone().requires_grad_()
+        assert torch.equal(torch.autograd.grad(late_interaction(*pair, *masks).sum(), pair[side])[0], expected[side])
 
 
 def test_learns_under_autocast() -> None:

@@ -1,6 +1,7 @@
 """Arguments by name: unknown ones are refused, options of a call hold for that call, and `help` shows all of them."""
 
 import inspect
+import math
 import re
 import threading
 
@@ -15,6 +16,7 @@ import finelip_sdxl.pipelines
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines import LongPromptMixin
 from finelip_sdxl.pipelines.encoder_swap import LOADING_ARGUMENTS, SAVING_ARGUMENTS
+from finelip_sdxl.recommended import Recommended, record_recommended
 from tests.helpers.drawing import draw, embeddings
 from tests.helpers.prompts import ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder
@@ -235,12 +237,13 @@ def test_signature_and_docstring_hold_every_argument(ours) -> None:
     parent = inspect.signature(ours._stock_class().__call__).parameters
     shown = inspect.signature(ours.__call__).parameters
     theirs = [name for name, parameter in parent.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    assert [*shown] == [*theirs, *OPTIONS]
+    own = [*OPTIONS, "encoder_fingerprint"]
+    assert [*shown] == [*theirs, *own]
     assert all(shown[name] == parent[name] for name in theirs)
-    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in OPTIONS)
+    assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
     doc = ours.__call__.__doc__
     documented = re.findall(r"^    (\w+) \(.*:$", doc, re.MULTILINE)
-    assert documented[-len(OPTIONS) :] == [*OPTIONS]
+    assert documented[-len(own) :] == own
     assert "prompt" in documented
     assert doc.index("\nArgs:\n") < doc.index("conditioning_adapter_scale (`float`") < doc.index("\nReturns:\n")
     assert ">>>" not in doc, "Diffusers' example is one of its own class, and needs a hub"
@@ -301,3 +304,46 @@ def test_names_that_diffusers_takes_are_known(methods, ours) -> None:
         name for method in methods for name in re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', inspect.getsource(method))
     }
     assert taken - {"load_safety_checker", "scaling_factor", "original_config_file"} == {*ours}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("num_inference_steps", [0, -1, 2.5, "3", True, math.nan, 10**9], "expected a whole number from 1 to 10,000"),
+        ("guidance_scale", ["x", math.nan, math.inf, True], "expected a number, such as 5"),
+        ("width", ["64", -8, 64.0, 10**7], "expected a whole number from 0 to 65,536"),
+        ("height", [math.nan, [64]], "expected a whole number from 0 to 65,536"),
+    ],
+)
+def test_numbers_of_a_call_are_checked(stock_folder, name, values, message) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    for value in values:
+        with pytest.raises(ValueError, match=rf"`{name}` is .*; {message}"):
+            pipe("a fox", **{name: value})
+    with pytest.raises(ValueError, match="`num_inference_steps` is -1"):
+        pipe("a fox", None, 64, 64, -1)  # by position
+
+
+def test_none_stands_for_the_default_steps_and_guidance(stock_folder) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained(stock_folder)
+    record_recommended(pipe, Recommended(steps=2, guidance_scale=1.5))
+    pipe("a fox", num_inference_steps=None, guidance_scale=None, output_type="latent")
+    assert (pipe.num_timesteps, pipe.guidance_scale) == (2, 1.5)
+
+
+@pytest.mark.parametrize("value", [None, 3, [], b"miniature"])
+def test_what_is_no_name_is_refused_in_a_sentence(value) -> None:
+    with pytest.raises(TypeError, match="is no name of a model: pass a path, a hub id"):
+        FineLIPSDXLPipeline.from_pretrained(value)
+
+
+@pytest.mark.parametrize("value", [None, "miniature"])
+def test_from_pipe_takes_pipelines_alone(value) -> None:
+    with pytest.raises(TypeError, match=r"from_pipe takes a pipeline, but got .*: pass a pipeline, or a name to"):
+        FineLIPSDXLPipeline.from_pipe(value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", "float32"), ("torch_dtype", 16), ("conditioning_adapter", 3)])
+def test_arguments_of_another_type_are_named_before_anything_is_loaded(stock_folder, name, value) -> None:
+    with pytest.raises(TypeError, match=rf"`{name.removeprefix('torch_')}` is .*; expected"):
+        FineLIPSDXLPipeline.from_pretrained(stock_folder, **{name: value})

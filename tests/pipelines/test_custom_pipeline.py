@@ -1,6 +1,7 @@
 """`DiffusionPipeline.from_pretrained(base, custom_pipeline=<directory>)`: only `__init__` of ours is called there."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,20 @@ def test_options_and_a_finelip_are_arguments_of_construction(stock_folder) -> No
     assert num_positions(pipe.stock_text_encoder) == 77
     assert pipe.overflow == "error"
     assert pipe.length_buckets == (100,)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("fineclip", "did you mean `finelip`?"), ("overfow", "`overflow`?"), ("banana", "lists its argum")],
+)
+def test_an_unknown_argument_is_refused_with_the_nearest_name(stock_folder, name, near) -> None:
+    with pytest.raises(TypeError, match=rf"`{name}` is no argument of .*{re.escape(near)}"):
+        load(stock_folder, **{name: "x"})
+
+
+def test_diffusers_own_arguments_are_taken(stock_folder) -> None:
+    diffusers_own = {"dtype": torch.float32, "variant": None, "use_safetensors": True, "low_cpu_mem_usage": False}
+    assert load(stock_folder, **diffusers_own, unet=None).unet is None
 
 
 def test_it_saves_and_reopens_like_ours(stock_folder, tmp_path) -> None:

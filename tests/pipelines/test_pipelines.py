@@ -827,3 +827,13 @@ def test_report_is_what_is_encoded(components) -> None:
     assert report.positions == embeddings(pipe, prompt=["a fox", MIDDLE])[0].shape[1] == 154
     assert not any(plan.as_stock for plan in report.plans)
     assert "as stock SDXL encodes it" in str(pipe.describe_prompt(SHORT))
+
+
+@pytest.mark.parametrize("prompt", [SHORT, LONG, ENDLESS], ids=["short", "long", "endless"])
+def test_layers_are_skipped_for_prompts_alone(components, prompt) -> None:
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    with torch.no_grad():
+        skipped, plain = (pipe.encode_prompt(prompt, negative_prompt="small", clip_skip=skip) for skip in (1, None))
+    assert not torch.equal(skipped[0], plain[0])
+    torch.testing.assert_close(skipped[1], plain[1])

@@ -1025,6 +1025,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(base, tmp_path, monkeypatch, u
     assert checkpoints(tmp_path / "stopped") == ["step-0000004", "step-0000006"]
 
 
+@pytest.mark.slow
 def test_a_stop_between_a_stages_checkpoint_and_its_result_loses_none(base, tmp_path, monkeypatch, undisturbed) -> None:
     def stop(self: RunFolder, name: str, *parts: Any, **subfolders: Any) -> None:
         raise Stop

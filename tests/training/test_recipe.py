@@ -5,13 +5,11 @@ import doctest
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from finelip_sdxl.data import load_tokenizer
 from finelip_sdxl.training import command_line, health, manifest, schedule
 from finelip_sdxl.training.processes import held, only_run, together
 from finelip_sdxl.training.run_folder import RunFolder
+from tests.helpers.full_disk import files_of_at_most
 from tests.helpers.recipes import die, forget_accelerator, on_two_processes, processes
 
 
@@ -272,17 +271,6 @@ def test_a_model_that_changed_or_is_gone_is_not_held(tmp_path) -> None:
 # A full disk
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """No file grows further: what a full disk does, for root as well, with another number."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 # Bytes that hold nothing, the weights, and the optimizer; random states have some 14,000.
 @pytest.mark.parametrize("size", [0, 500, 1000, 2000, 4000])
 def test_a_disk_that_is_full_costs_nothing_that_was_saved(tmp_path, size) -> None:
@@ -328,6 +316,7 @@ def hold_until_killed(folder: Path) -> None:
         die()
 
 
+@pytest.mark.slow
 def test_a_folder_is_held_by_one_and_by_none_after_a_kill(tmp_path) -> None:
     with held(tmp_path / "run", "taken"):
         with pytest.raises(OSError, match=r"^taken$"), held(tmp_path / "run", "taken"):

@@ -696,6 +696,7 @@ def work_on_half(process: int, folder: Path) -> None:
         torch.save(result, folder / f"{way}-{number}-{process}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch(tmp_path) -> None:
     on_two_processes(work_on_half, tmp_path)
     for number, (loss_weights, hardest) in enumerate(CASES):
@@ -873,6 +874,7 @@ def test_refuses_a_file_as_folder(tmp_path, capsys) -> None:
     )
 
 
+@pytest.mark.slow
 def test_refuses_to_go_on_with_other_settings_or_another_model(base, tmp_path, capsys) -> None:
     flags = f"--data miniature:20 --batch-size 5 --cpu --output-dir {tmp_path / 'run'} --max-steps 1".split()
     train_finelip.main(["--base", str(base), *flags])

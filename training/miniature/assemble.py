@@ -3,12 +3,24 @@
 The folder opens in `StableDiffusionXLPipeline.from_pretrained`, with and without `dtype=`.
 """
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from pathlib import Path
+from functools import partial
+
+from assembling import parse as parse_flags
+
+from finelip_sdxl.miniature import miniature_path
+
+parse = partial(
+    parse_flags, __doc__, ("clip_1", "clip_2", "vae", "unet"), miniature_path(), "folder of the pipeline; replaced"
+)
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
+    parse()
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -17,7 +29,6 @@ from train_unet import NOISE_SCHEDULE
 from transformers import CLIPModel
 
 from finelip_sdxl.files import written_folder
-from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.recommended import Recommended, record_recommended
 from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder
@@ -31,10 +42,7 @@ def text_encoder(clip: CLIPModel, projection: bool) -> TextEncoder:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
-    flags.add_argument("--output-dir", type=Path, default=miniature_path(), help="folder of the pipeline; replaced")
-    arguments = flags.parse_args()
+    arguments = parse()
 
     clips = [CLIPModel.from_pretrained(arguments.runs / f"clip_{pair}").half() for pair in (1, 2)]
     pipe = StableDiffusionXLPipeline(

@@ -1,21 +1,30 @@
 """Puts the trained conditioning adapter into the package, in half precision."""
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from pathlib import Path
+from functools import partial
 
-from finelip_sdxl import ConditioningAdapter, miniature_path
+from assembling import parse as parse_flags
+
+from finelip_sdxl.miniature import miniature_path
+
+parse = partial(
+    parse_flags, __doc__, ("adapter/last",), miniature_path().parent, "folder that gets conditioning_adapter"
+)
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
+    parse()
+
+from finelip_sdxl import ConditioningAdapter
 from finelip_sdxl.files import written_folder
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
-    flags.add_argument("--output-dir", type=Path, default=miniature_path().parent, help="folder that gets it")
-    arguments = flags.parse_args()
+    arguments = parse()
     folder = arguments.output_dir / "conditioning_adapter"
     with written_folder(folder, replaced=os.listdir) as new:
         ConditioningAdapter.from_pretrained(arguments.runs / "adapter" / "last").half().save_pretrained(new)

@@ -1,23 +1,34 @@
 """Puts the two trained FineLIPs into the package, in half precision."""
 
+# ruff: noqa: E402  (flags are parsed before the imports that take seconds)
+
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from pathlib import Path
+from functools import partial
 
-from finelip_sdxl import load_finelip, miniature_path
+from assembling import parse as parse_flags
+
+from finelip_sdxl.miniature import miniature_path
+
+parse = partial(
+    parse_flags,
+    __doc__,
+    ("finelip_1/last", "finelip_2/last"),
+    miniature_path().parent,
+    "folder that gets finelip_1 and finelip_2",
+)
+
+if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
+    parse()
+
+from finelip_sdxl import load_finelip
 from finelip_sdxl.files import written_folder
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--runs", type=Path, default=Path("runs/miniature"), help="folder of the trained parts")
-    flags.add_argument(
-        "--output-dir", type=Path, default=miniature_path().parent, help="folder that gets finelip_1 and _2"
-    )
-    arguments = flags.parse_args()
+    arguments = parse()
     for pair in (1, 2):
         folder = arguments.output_dir / f"finelip_{pair}"
         with written_folder(folder, replaced=os.listdir) as new:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from finelip_sdxl.console import Parser
+from finelip_sdxl.console import Parser, number
+from finelip_sdxl.names import check_models, data_place
 from finelip_sdxl.options import DATA_KINDS
 from finelip_sdxl.picture_sizes import check_side, read_side_factor
 from finelip_sdxl.training.command_line import (
@@ -21,9 +22,7 @@ from finelip_sdxl.training.command_line import (
     add_config_flag,
     add_preset_flag,
     add_run_flags,
-    check_models,
     check_run,
-    number,
     parse_flags,
     path,
     preset_path,
@@ -134,4 +133,10 @@ def check(arguments: argparse.Namespace) -> None:
             f"--variant {arguments.variant} goes with a directory or hub id, but --base {arguments.base} is a single"
             " file: leave it out."
         )
-    check_models(arguments.base, arguments.base_config, arguments.finelip, arguments.finelip_2)
+    models = {name: getattr(arguments, name) for name in ("base", "base_config", "finelip", "finelip_2")}
+    check_models(models, sdxls=("base", "base_config"), folders=("base_config",))
+    data_place(arguments.captions, arguments.images)
+    if arguments.validation_prompts is not None and not arguments.validation_prompts.is_file():
+        raise FileNotFoundError(
+            f"--validation-prompts {arguments.validation_prompts} does not exist, or is no file: pass a text file."
+        )

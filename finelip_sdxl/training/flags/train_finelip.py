@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from finelip_sdxl.console import Parser
+from finelip_sdxl.console import COUNT, Parser, number
+from finelip_sdxl.names import check_models, data_place
 from finelip_sdxl.options import DATA_KINDS, LOSSES, MARGIN
 from finelip_sdxl.training.command_line import (
     AMOUNT,
     BATCH,
-    COUNT,
     SEED,
     SHARE,
     STEPS,
@@ -21,9 +21,7 @@ from finelip_sdxl.training.command_line import (
     add_config_flag,
     add_preset_flag,
     add_run_flags,
-    check_models,
     check_run,
-    number,
     parse_flags,
     path,
     preset_path,
@@ -123,4 +121,10 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.eval_images is not None and arguments.eval_data == "none":
         raise ValueError(f"--eval-images {arguments.eval_images} goes with --eval-data, which is none: leave it out.")
     check_run(arguments)
-    check_models(arguments.base, arguments.tokenizer)
+    check_models({"base": arguments.base, "tokenizer": arguments.tokenizer})
+    if not is_stream:
+        data_place(arguments.data, arguments.images)
+    elif arguments.epoch_size is None:
+        raise ValueError("Shards do not tell their number of pairs: pass --epoch-size.")
+    if arguments.eval_data != "none":
+        data_place(arguments.eval_data, arguments.eval_images)

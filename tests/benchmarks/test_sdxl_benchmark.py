@@ -1,0 +1,70 @@
+"""The benchmark of speed at real size: operations are counted exactly, and its tables are printed, at tiny size."""
+
+import pytest
+import torch
+
+from benchmarks import sdxl
+from finelip_sdxl import FineLIPSDXLPipeline
+from tests.helpers.tiny_benchmarks import make_tiny
+
+
+@pytest.mark.parametrize("length", sdxl.LENGTHS)
+def test_a_text_fills_its_positions(length) -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
+    embeddings = pipe.encode_prompt(sdxl.text_of(pipe.tokenizer, length))[0]
+    assert embeddings.shape[1] == length
+
+
+@pytest.mark.slow
+def test_operations_at_real_size() -> None:
+    stock = sdxl.operations(77, has_cache=False)
+    assert stock == pytest.approx(13.52e12, rel=1e-3)  # design: counted before
+    assert sdxl.operations(248, has_cache=False) / stock == pytest.approx(1.0278, abs=1e-4)
+    # Keys, and values, are 83,200 channels from 2,048 each: what a longer text costs then is attention to it.
+    saved = sdxl.operations(248, has_cache=False) - sdxl.operations(248, has_cache=True)
+    assert saved == 2 * (2 * 2 * 248 * 2048 * 83_200)  # both halves of guidance; a product is two operations
+
+
+@pytest.mark.slow
+def test_the_tables_are_printed(monkeypatch, capsys) -> None:
+    make_tiny(monkeypatch)
+    arguments = ["--device", "cpu", "--resolution", "64", "--only", "encoding", "pictures"]
+    monkeypatch.setattr("sys.argv", ["sdxl.py", *arguments])
+    sdxl.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[0].startswith("| encoding |")
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [f"| {length} positions" for length in sdxl.LENGTHS]
+    stock = next(line for line in lines if line.startswith("| stock, 77"))
+    assert stock.split(" | ")[2] == stock.split(" | ")[4] == "1.000"
+    assert len(lines) == 6 + 2 + 1 + 3 * len(sdxl.LENGTHS) - 1
+
+
+def test_loading_is_measured(monkeypatch, tmp_path) -> None:
+    make_tiny(monkeypatch)
+    sdxl.write_models(tmp_path)
+    for has_finelip in (False, True):
+        seconds, grown = sdxl.loaded(tmp_path, has_finelip)
+        assert seconds > 0 <= grown
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--turns", "0"], ["--resolution", "1"], ["--only", "all"]])
+def test_flags_out_of_range_are_refused(capsys, arguments) -> None:
+    with pytest.raises(SystemExit):
+        sdxl.parse(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_offloading_is_measured_on_a_gpu_alone(monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sdxl.py", "--device", "cpu", "--offload"])
+    with pytest.raises(SystemExit, match="use --device cuda"):
+        sdxl.main()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_measured(monkeypatch, capsys) -> None:
+    make_tiny(monkeypatch)
+    arguments = ["--device", "cuda", "--resolution", "64", "--steps", "2", "--compile", "--offload"]
+    monkeypatch.setattr("sys.argv", ["sdxl.py", *arguments, "--only", "pictures"])
+    sdxl.main()
+    assert "UNet compiled by blocks" in capsys.readouterr().out
