@@ -11,22 +11,11 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from parts import load_clips, stock_pipeline
 from safetensors.torch import save_file
-from train_unet import NOISE_SCHEDULE
-from transformers import CLIPModel
 
 from finelip_sdxl.files import written_folder
 from finelip_sdxl.miniature import miniature_path
-from finelip_sdxl.miniature.tokenizer import build_tokenizer
-from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder
-
-
-def text_encoder(clip: CLIPModel, projection: bool) -> TextEncoder:
-    """The text tower of a CLIP as SDXL has it: the second one keeps its projection."""
-    keys = ("text_model.", "text_projection.") if projection else ("text_model.",)
-    tensors = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith(keys)}
-    return build_text_encoder(clip.config.text_config, tensors)
 
 
 def main() -> None:
@@ -35,17 +24,8 @@ def main() -> None:
     flags.add_argument("--output-dir", type=Path, default=miniature_path(), help="folder of the pipeline; replaced")
     arguments = flags.parse_args()
 
-    clips = [CLIPModel.from_pretrained(arguments.runs / f"clip_{pair}").half() for pair in (1, 2)]
-    pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(arguments.runs / "vae").half(),
-        text_encoder=text_encoder(clips[0], projection=False),
-        text_encoder_2=text_encoder(clips[1], projection=True),
-        tokenizer=build_tokenizer(),
-        tokenizer_2=build_tokenizer(pad_token="!"),
-        unet=UNet2DConditionModel.from_pretrained(arguments.runs / "unet").half(),
-        scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
-        add_watermarker=False,
-    )
+    clips = [clip.half() for clip in load_clips(arguments.runs)]
+    pipe = stock_pipeline(arguments.runs).to(dtype=torch.float16)
     with written_folder(arguments.output_dir, replaced=os.listdir) as new:
         pipe.save_pretrained(new)
         # Without dtype= a text encoder takes its dtype from its config, and everything else loads as float32.
