@@ -23,38 +23,18 @@ if __name__ == "__main__":  # wrong flags are refused before the imports that ta
     parse()
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from parts import load_clips, stock_pipeline
 from safetensors.torch import save_file
-from train_unet import NOISE_SCHEDULE
-from transformers import CLIPModel
 
 from finelip_sdxl.files import written_folder
-from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.recommended import Recommended, record_recommended
-from finelip_sdxl.text_encoders import TextEncoder, build_text_encoder
-
-
-def text_encoder(clip: CLIPModel, projection: bool) -> TextEncoder:
-    """The text tower of a CLIP as SDXL has it: the second one keeps its projection."""
-    keys = ("text_model.", "text_projection.") if projection else ("text_model.",)
-    tensors = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith(keys)}
-    return build_text_encoder(clip.config.text_config, tensors)
 
 
 def main() -> None:
     arguments = parse()
 
-    clips = [CLIPModel.from_pretrained(arguments.runs / f"clip_{pair}").half() for pair in (1, 2)]
-    pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(arguments.runs / "vae").half(),
-        text_encoder=text_encoder(clips[0], projection=False),
-        text_encoder_2=text_encoder(clips[1], projection=True),
-        tokenizer=build_tokenizer(),
-        tokenizer_2=build_tokenizer(pad_token="!"),
-        unet=UNet2DConditionModel.from_pretrained(arguments.runs / "unet").half(),
-        scheduler=EulerDiscreteScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
-        add_watermarker=False,
-    )
+    clips = [clip.half() for clip in load_clips(arguments.runs)]
+    pipe = stock_pipeline(arguments.runs).to(dtype=torch.float16)
     record_recommended(pipe, Recommended(steps=20, guidance_scale=3.0))
     with written_folder(arguments.output_dir, replaced=os.listdir) as new:
         pipe.save_pretrained(new)

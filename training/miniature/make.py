@@ -14,6 +14,7 @@ STAGES = (
     "train_clip.py --pair 2 --runs {runs}",
     "train_vae.py --runs {runs}",
     "train_unet.py --runs {runs}",
+    "train_decoder.py --runs {runs}",
     "assemble.py --runs {runs}",
     "../train_finelip.py --base miniature-clip-1 --mixed-precision bf16 --output-dir {runs}/finelip_1",
     "../train_finelip.py --base miniature-clip-2 --mixed-precision bf16 --output-dir {runs}/finelip_2",

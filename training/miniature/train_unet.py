@@ -121,7 +121,7 @@ def encoded_captions(clips: list[CLIPModel], path: Path, scenes: int) -> tuple[T
 
 
 def main() -> None:
-    flags = parser(__doc__, steps=14_000, batch_size=32, learning_rate=1e-3)
+    flags = parser(__doc__, steps=9000, batch_size=32, learning_rate=1e-3)
     flags.add_argument("--scenes", type=int, default=SCENES, help="training pictures; a multiple of 100")
     text = "folder of a trained UNet to begin with: all of its weights that fit, such as all but the first and last"
     flags.add_argument("--unet", type=Path, help=text)

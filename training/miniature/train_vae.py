@@ -7,7 +7,8 @@ latents with an order.
 
 The decoder sees latents as a UNet makes them: with noise, too strong or too weak, and mixed with another scene's. It
 learns to draw the nearest whole object in place of a blend, and the encoder learns to keep objects far apart. Then
-the decoder is trained on alone: a UNet can begin with the latents meanwhile.
+the decoder is trained on alone: a UNet can begin with the latents meanwhile. `train_decoder.py` ends its training, with
+latents that the UNet made.
 """
 
 from __future__ import annotations
@@ -68,9 +69,19 @@ def edges(images: Tensor) -> Tensor:
     return torch.cat([images.diff(dim=-1).flatten(), images.diff(dim=-2).flatten()])
 
 
+def picture_loss(vae: AutoencoderKL, latents: Tensor, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The loss of the images that the decoder draws from these latents, and its parts."""
+    decoded = vae.decode(latents).sample
+    squared = F.mse_loss(decoded, images)
+    absolute = F.l1_loss(decoded, images)
+    edge = F.l1_loss(edges(decoded), edges(images))
+    loss = squared + ABSOLUTE_WEIGHT * absolute + EDGE_WEIGHT * edge
+    return loss, {"mse": squared.item(), "l1": absolute.item(), "edge": edge.item()}
+
+
 def main() -> None:
     flags = parser(__doc__, steps=2400, batch_size=4, learning_rate=1e-3)
-    flags.add_argument("--decoder-steps", type=STEPS, default=8000, help="further optimizer steps of the decoder alone")
+    flags.add_argument("--decoder-steps", type=STEPS, default=5000, help="further optimizer steps of the decoder alone")
     arguments = flags.parse_args()
     device = arguments.device
     torch.manual_seed(0)
@@ -78,19 +89,11 @@ def main() -> None:
     heads = nn.ModuleDict({name: nn.Linear(LATENT_CHANNELS * 4 * 4, len(ATTRIBUTES[name])) for name in HEADS})
     heads.to(device)
 
-    def picture_loss(latents: Tensor, images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        decoded = vae.decode(disturbed(latents)).sample
-        squared = F.mse_loss(decoded, images)
-        absolute = F.l1_loss(decoded, images)
-        edge = F.l1_loss(edges(decoded), edges(images))
-        loss = squared + ABSOLUTE_WEIGHT * absolute + EDGE_WEIGHT * edge
-        return loss, {"mse": squared.item(), "l1": absolute.item(), "edge": edge.item()}
-
     def step_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         scenes = training_scenes(step, arguments.batch_size)
         images = draw_batch(scenes).to(device)
         latents = vae.encode(images).latent_dist.mode()
-        loss, figures = picture_loss(latents, images)
+        loss, figures = picture_loss(vae, disturbed(latents), images)
 
         # (scenes, 8, 12, 12) → one row of 8 × 4 × 4 latents for each of the scenes' nine cells.
         cells = latents.unflatten(2, (3, 4)).unflatten(4, (3, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
@@ -114,7 +117,7 @@ def main() -> None:
         images = draw_batch(training_scenes(arguments.steps + step, arguments.batch_size)).to(device)
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mode()
-        return picture_loss(latents, images)
+        return picture_loss(vae, disturbed(latents), images)
 
     with torch.no_grad():
         scenes = [make_scene(f"train-{k}") for k in range(256)]
