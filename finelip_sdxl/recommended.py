@@ -38,7 +38,7 @@ def recommended_of(config: Mapping[str, Any]) -> Recommended | None:
         >>> from finelip_sdxl.foreign_files import read_json
         >>> from finelip_sdxl.miniature import miniature_path
         >>> recommended_of(read_json(miniature_path() / "model_index.json"))
-        Recommended(steps=20, guidance_scale=3.0)
+        Recommended(steps=20, guidance_scale=5.0)
     """
     entry = config.get(_KEY)
     if entry is None:

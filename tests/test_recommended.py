@@ -58,7 +58,7 @@ def test_a_model_without_has_those_of_diffusers(stock_folder) -> None:
 
 
 def test_saved_and_converted_pipelines_keep_them(pipe, folder) -> None:
-    assert recommended_of(read_json(miniature_path() / "model_index.json")) == Recommended(20, 3.0)
+    assert recommended_of(read_json(miniature_path() / "model_index.json")) == Recommended(20, 5.0)
     assert recommended_of(FineLIPSDXLPipeline.from_pretrained(folder).config) == OWN
     assert recommended_of(FineLIPSDXLImg2ImgPipeline.from_pipe(pipe).config) == OWN
     assert recommended_of(stock_pipeline(pipe).config) == OWN

@@ -35,7 +35,7 @@ def main() -> None:
 
     clips = [clip.half() for clip in load_clips(arguments.runs)]
     pipe = stock_pipeline(arguments.runs).to(dtype=torch.float16)
-    record_recommended(pipe, Recommended(steps=20, guidance_scale=3.0))
+    record_recommended(pipe, Recommended(steps=20, guidance_scale=5.0))
     with written_folder(arguments.output_dir, replaced=os.listdir) as new:
         pipe.save_pretrained(new)
         # Without dtype= a text encoder takes its dtype from its config, and everything else loads as float32.
