@@ -143,8 +143,8 @@ def test_retrieval_trains_its_rows_once_and_prints_them_beside_stock(monkeypatch
 # The threshold of a clean object
 
 
-@pytest.mark.parametrize(("trips", "smeared", "threshold"), [(0.3, 0.55, 0.3), (0.9, 0.55, 0.55), (0.309, 0.55, 0.3)])
-def test_a_clean_object_is_as_most_round_trips_and_never_smeared(trips, smeared, threshold) -> None:
+@pytest.mark.parametrize(("trips", "smeared", "threshold"), [(0.3, 0.55, 0.3), (0.9, 0.559, 0.55), (0.301, 0.55, 0.31)])
+def test_a_clean_object_is_as_any_round_trip_and_never_smeared(trips, smeared, threshold) -> None:
     errors = {miniature_clean.TRIPS: np.full(100, trips), miniature_clean.SMEARED: np.full(100, smeared)}
     assert miniature_clean.choose_threshold(errors) == threshold
 
@@ -156,7 +156,7 @@ def test_a_smeared_and_a_mixed_object_are_further_from_a_drawing_than_a_drawn_on
     assert medians["drawn"] == medians[miniature_clean.TRIPS] < 0.01
     assert list(medians.values())[2:6] == sorted(list(medians.values())[2:6])
     assert list(medians.values())[6:] == sorted(list(medians.values())[6:])
-    assert min(medians[miniature_clean.SMEARED], medians["mixed, 50% of another"]) > 0.4
+    assert min(medians[miniature_clean.SMEARED], medians["mixed, 25% of another"]) > 0.28
 
 
 # Pictures of the miniature. Most tests draw them without a model: scenes are known by their captions.

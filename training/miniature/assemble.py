@@ -42,6 +42,11 @@ def main() -> None:
         for name in ("text_encoder", "text_encoder_2"):
             path = new / name / "config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+        for name in ("unet", "vae"):
+            path = new / name / "config.json"
+            config = json.loads(path.read_text())
+            del config["_name_or_path"]  # where it was trained
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
     rest = arguments.output_dir.parent / "clips"
     rest.mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ GUIDANCE_SCALES = (3.0, 5.0, 7.0)
 
 
 def main() -> None:
-    flags = parser(__doc__, steps=2400, batch_size=4, learning_rate=5e-4)
+    flags = parser(__doc__, steps=3600, batch_size=4, learning_rate=5e-4)
     flags.add_argument("--pictures", type=COUNT, default=2000, help="pictures that the UNet draws; a multiple of 20")
     arguments = flags.parse_args()
     torch.set_num_threads(arguments.threads)

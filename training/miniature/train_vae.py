@@ -80,8 +80,8 @@ def picture_loss(vae: AutoencoderKL, latents: Tensor, images: Tensor) -> tuple[T
 
 
 def main() -> None:
-    flags = parser(__doc__, steps=2400, batch_size=4, learning_rate=1e-3)
-    flags.add_argument("--decoder-steps", type=STEPS, default=5000, help="further optimizer steps of the decoder alone")
+    flags = parser(__doc__, steps=3700, batch_size=4, learning_rate=1e-3)
+    flags.add_argument("--decoder-steps", type=STEPS, default=3000, help="further optimizer steps of the decoder alone")
     arguments = flags.parse_args()
     device = arguments.device
     torch.manual_seed(0)
