@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -98,9 +99,5 @@ class TokenPlaces:
         """
         marks = _MARKS_BEHIND.match(self.text, end)
         end = marks.end() if marks else end
-        encoded = [
-            position
-            for (first, last), position in zip(self.offsets, self.positions, strict=True)
-            if first < end and last > start
-        ]
-        return encoded[-1] if encoded else None
+        number = bisect_left(self.offsets, end, key=lambda offset: offset[0]) - 1  # the last that begins in the phrase
+        return self.positions[number] if number >= 0 and self.offsets[number][1] > start else None

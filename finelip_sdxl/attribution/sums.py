@@ -66,7 +66,7 @@ class AttentionSums:
         Raises:
             ValueError: the UNet is compiled, so that no hook would run.
         """
-        if any(_is_compiled(module) for module in unet.modules()):
+        if any(is_compiled(module) for module in unet.modules()):
             raise ValueError(
                 "The attention of a compiled UNet cannot be traced: draw within `trace_attention` before it is"
                 " compiled, or with another copy."
@@ -128,6 +128,13 @@ class AttentionSums:
             self._counts[place] += 1
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()`, `torch.compile(module)` or `module.forward = torch.compile(module.forward)` ran."""
+    forward = vars(module).get("forward")
+    is_whole = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    return is_whole or hasattr(forward, "_torchdynamo_orig_callable")
+
+
 _summing: ContextVar[AttentionSums | None] = ContextVar("summing", default=None)
 
 
@@ -158,7 +165,3 @@ def _size_of(places: int, latents: tuple[int, int]) -> tuple[int, int] | None:
     while height * width > places and height * width > 1:
         height, width = (height + 1) // 2, (width + 1) // 2
     return (height, width) if height * width == places else None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

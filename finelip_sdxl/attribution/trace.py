@@ -20,9 +20,6 @@ from finelip_sdxl.options import check_choice
 from finelip_sdxl.prompts.plan import PromptPlan
 from finelip_sdxl.prompts.weighting import parse_weights
 
-# A phrase acted nowhere if its share of the phrases' attention is below this part of an equal share everywhere.
-IGNORED_BELOW = 1.0
-
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
@@ -53,8 +50,8 @@ class Phrase:
 
     @property
     def is_ignored(self) -> bool:
-        """Whether it acted nowhere: it is cut, or everywhere other phrases got more than it."""
-        return self.strength < IGNORED_BELOW * self.equal or not self.is_encoded
+        """Whether it acted nowhere: even where it acted most it got less than an equal share, or it is cut."""
+        return self.strength < self.equal or not self.is_encoded
 
     @property
     def place(self) -> str:

@@ -26,6 +26,7 @@ from finelip_sdxl.pipelines import LongPromptMixin
 from tests.helpers.drawing import draw
 from tests.helpers.prompts import ALL_LENGTHS, ENDLESS, LONG, SHORT
 from tests.pipelines.test_ecosystem import make_lora, save_ip_adapter
+from tests.pipelines.test_text_projections import by_forward, in_place, one_block, wrapped
 
 TWO = "a red fox above the hare. the blue square of the fox."
 GRAY = Image.fromarray(np.full((16, 16, 3), 90, dtype=np.uint8))
@@ -392,10 +393,7 @@ def test_other_pipelines_are_refused(components) -> None:
         trace_attention(stock).__enter__()
 
 
-@pytest.mark.parametrize(
-    "compiled",
-    [lambda unet: torch.compile(unet, backend="eager"), lambda unet: (unet.compile(backend="eager"), unet)[1]],
-)
+@pytest.mark.parametrize("compiled", [wrapped, in_place, by_forward, one_block])
 def test_a_compiled_unet_is_refused(pipe, compiled: Callable) -> None:
     pipe.unet = compiled(pipe.unet)
     with pytest.raises(ValueError, match="attention of a compiled UNet cannot be traced"):
