@@ -27,6 +27,9 @@ def overlay(image: Image.Image, heat: np.ndarray[Any, Any]) -> Image.Image:
         image: the picture.
         heat: values from 0 to 1, (height, width), of any size. Where all are 0, all of the picture is faded.
 
+    Raises:
+        TypeError: `image` is no picture of Pillow's.
+
     Example:
         >>> heat = np.zeros((8, 8), dtype=np.float32)
         >>> heat[:4, :4] = 1
@@ -34,6 +37,9 @@ def overlay(image: Image.Image, heat: np.ndarray[Any, Any]) -> Image.Image:
         >>> shown.getpixel((8, 8)), len(set(shown.getpixel((56, 56))))
         ((255, 0, 0), 1)
     """
+    if not isinstance(image, Image.Image):
+        kind = type(image).__name__
+        raise TypeError(f"`image` is of type {kind}; expected a PIL.Image, as a pipeline returns by default.")
     picture = image.convert("RGB")
     mask = Image.fromarray((255 * heat).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
     faded = picture.convert("L").point(lambda gray: round(_FADED * gray + _MIDDLE)).convert("RGB")

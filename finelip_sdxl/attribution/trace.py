@@ -72,7 +72,8 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
     positions.
 
     Args:
-        pipe: a pipeline of this package, on any device. Its UNet must not be compiled.
+        pipe: a pipeline of this package, on any device. Its UNet must not be compiled. A refiner has a
+            trace of its own.
         plan: the plan of the prompts, for calls that get embeddings in place of prompts: `pipe.describe_prompt` of the
             same texts and options. By default the plan of each call's own prompts.
 
@@ -80,7 +81,7 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
         The trace of the last call within the context; it can also be asked afterwards.
 
     Raises:
-        TypeError: `pipe` is no pipeline of this package.
+        TypeError: `pipe` is no pipeline of this package, or `plan` no plan.
 
     A call of the pipeline raises:
         ValueError: the UNet is compiled.
@@ -105,6 +106,8 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
             f"trace_attention takes a pipeline of this package, but got {type(pipe).__name__}: make one with"
             " FineLIPSDXLPipeline.from_pipe."
         )
+    if not isinstance(plan, PromptPlan | None):
+        raise TypeError(f"`plan` is {plan!r:.60}; expected the plan that `pipe.describe_prompt` returns, or none.")
     trace, before = AttentionTrace(plan), _traces.get(pipe)
     _traces[pipe] = trace
     try:

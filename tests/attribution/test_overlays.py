@@ -38,6 +38,11 @@ def test_pictures_of_other_modes(mode) -> None:
     assert overlay(Image.new(mode, (8, 8)), np.ones((4, 4), dtype=np.float32)).mode == "RGB"
 
 
+def test_what_is_no_picture_is_refused() -> None:
+    with pytest.raises(TypeError, match="`image` is of type ndarray; expected a PIL"):
+        overlay(np.zeros((8, 8, 3)), np.ones((4, 4)))  # type: ignore[arg-type]
+
+
 def test_words() -> None:
     assert describe(phrase()) == "middle left, 74 %"
     assert describe(phrase(x=0.5)) == "center, 74 %"

@@ -393,6 +393,11 @@ def test_other_pipelines_are_refused(components) -> None:
         trace_attention(stock).__enter__()
 
 
+def test_what_is_no_plan_is_refused(pipe) -> None:
+    with pytest.raises(TypeError, match="`plan` is 'a red fox'; expected the plan that"):
+        trace_attention(pipe, "a red fox").__enter__()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("compiled", [wrapped, in_place, by_forward, one_block])
 def test_a_compiled_unet_is_refused(pipe, compiled: Callable) -> None:
     pipe.unet = compiled(pipe.unet)
