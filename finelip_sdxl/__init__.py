@@ -9,6 +9,7 @@ drop_torchvision_warnings()
 
 if TYPE_CHECKING:
     __version__: str
+    from finelip_sdxl.attribution.trace import AttentionTrace, Phrase, trace_attention
     from finelip_sdxl.checkpoints.load import load_finelip, save_openai_layout
     from finelip_sdxl.conditioning import Conditioning
     from finelip_sdxl.conditioning_adapter import ConditioningAdapter
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # Public names and the modules that hold them, imported on first use: `import finelip_sdxl` alone stays cheap.
 _EXPORTS = {
+    "AttentionTrace": "finelip_sdxl.attribution.trace",
     "Conditioning": "finelip_sdxl.conditioning",
     "ConditioningAdapter": "finelip_sdxl.conditioning_adapter",
     "FineLIPConfig": "finelip_sdxl.model",
@@ -47,6 +49,7 @@ _EXPORTS = {
     "FineLIPSDXLImg2ImgPipeline": "finelip_sdxl.pipelines",
     "FineLIPSDXLInpaintPipeline": "finelip_sdxl.pipelines",
     "FineLIPSDXLPipeline": "finelip_sdxl.pipelines",
+    "Phrase": "finelip_sdxl.attribution.trace",
     "TokenRefinement": "finelip_sdxl.token_refinement",
     "contrastive_loss": "finelip_sdxl.losses",
     "late_interaction": "finelip_sdxl.interaction",
@@ -56,10 +59,12 @@ _EXPORTS = {
     "miniature_path": "finelip_sdxl.miniature",
     "save_openai_layout": "finelip_sdxl.checkpoints.load",
     "stretch_positions": "finelip_sdxl.stretch",
+    "trace_attention": "finelip_sdxl.attribution.trace",
     "triplet_margin_loss": "finelip_sdxl.losses",
 }
 
 __all__ = [
+    "AttentionTrace",
     "Conditioning",
     "ConditioningAdapter",
     "FineLIPConfig",
@@ -74,6 +79,7 @@ __all__ = [
     "FineLIPSDXLImg2ImgPipeline",
     "FineLIPSDXLInpaintPipeline",
     "FineLIPSDXLPipeline",
+    "Phrase",
     "TokenRefinement",
     "__version__",
     "contrastive_loss",
@@ -84,6 +90,7 @@ __all__ = [
     "miniature_path",
     "save_openai_layout",
     "stretch_positions",
+    "trace_attention",
     "triplet_margin_loss",
 ]
 

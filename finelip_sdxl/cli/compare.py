@@ -1,6 +1,9 @@
 """The command `compare`: a prompt drawn in several ways, to one PNG file with labels."""
 
+from __future__ import annotations
+
 import argparse
+from typing import TYPE_CHECKING
 
 from finelip_sdxl.cli.drawing import add_parts, open_comparison, part_parameters
 from finelip_sdxl.cli.options import (
@@ -22,6 +25,9 @@ from finelip_sdxl.console import announce, quiet_diffusers
 from finelip_sdxl.options import COLUMNS
 from finelip_sdxl.prompts.plan import EncoderPlan, counted_in
 
+if TYPE_CHECKING:
+    from finelip_sdxl.comparison.comparison import Picture
+
 
 def add_parser(commands: Commands) -> None:
     text = "draw a prompt as stock SDXL, compel and FineLIP-SDXL encode it, side by side"
@@ -32,6 +38,8 @@ def add_parser(commands: Commands) -> None:
     command.add_argument("--columns", nargs="+", choices=tuple(COLUMNS), default=tuple(COLUMNS), help=text)
     text = "number of seeds, a row each (default: %(default)s)"
     command.add_argument("--seeds", type=PICTURES, default=1, metavar="N", help=text)
+    text = "list the phrases of the prompt that acted nowhere in each column's picture"
+    command.add_argument("--list-ignored", action="store_true", help=text)
     add_drawing(command)
     add_refiner(command)
     add_parts(command)
@@ -66,9 +74,11 @@ def compare(options: argparse.Namespace) -> None:
     pictures = []
     for settings in rows:
         for column in columns:
-            pictures.append(opened.draw(column, settings))
+            pictures.append(opened.draw(column, settings, traced=options.list_ignored))
             seconds = f"{pictures[-1].seconds:.1f} s"
             print(f"{COLUMNS[column]} drew seed {settings.seed} in {seconds}", flush=True)
+            for line in _ignored(pictures[-1]):
+                print(line, flush=True)
     described = parse_description(prompt) if opened.is_miniature else ()
     parameters = {
         **picture_parameters(options, pictures[0].settings, dtype, opened.pipe),
@@ -82,6 +92,16 @@ def compare(options: argparse.Namespace) -> None:
     }
     save_png(comparison.label_pictures(pictures, described), file, parameters)
     print(file)
+
+
+def _ignored(picture: Picture) -> list[str]:
+    """The phrases that acted nowhere in a traced picture, a line each, below their number."""
+    if picture.trace is None:
+        return []
+    phrases = picture.trace.phrases()
+    ignored = [phrase for phrase in phrases if phrase.is_ignored]
+    words = [f"  {phrase.text}{'' if phrase.is_encoded else ' (cut)'}" for phrase in ignored]
+    return [f"  {len(ignored)} of {len(phrases)} phrases acted nowhere{':' if ignored else ''}", *words]
 
 
 def _outline(plan: EncoderPlan) -> str:

@@ -1,7 +1,9 @@
 """The command `generate`: a prompt to PNG files."""
 
 import argparse
+import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ def add_parser(commands: Commands) -> None:
     add_drawing(command)
     add_encoding(command)
     add_everyday(command)
+    text = "file for a sheet of the picture and of where each phrase of the prompt acted in it (PNG; default: none)"
+    command.add_argument("--heat-maps", metavar="PNG", help=text)
     text = "file to write the encoded prompt to, for --conditioning (.safetensors; default: none)"
     command.add_argument("--save-conditioning", metavar="FILE", help=text)
     text = "file that --save-conditioning wrote, to draw from in place of a prompt"
@@ -55,6 +59,9 @@ def generate(options: argparse.Namespace) -> None:
     encoded = _check_conditioning(options)
     prompt = chosen_prompt(options) if encoded is None else encoded.prompts[0]
     files = image_files(options.out, options.num_images)
+    sheets = [] if options.heat_maps is None else image_files(options.heat_maps, options.num_images, "--heat-maps")
+    if set(map(os.path.realpath, sheets)) & set(map(os.path.realpath, files)):
+        raise ValueError(f"--heat-maps {options.heat_maps} is the picture's own file: pass another name.")
     rows = settings_by_seed(options, prompt, options.num_images)
     check_everyday(options)
     check_models(options)
@@ -63,6 +70,8 @@ def generate(options: argparse.Namespace) -> None:
     quiet_diffusers()
     import torch
 
+    from finelip_sdxl.attribution.overlays import heat_map_sheet
+    from finelip_sdxl.attribution.trace import trace_attention
     from finelip_sdxl.comparison import comparison
     from finelip_sdxl.conditioning import Conditioning
     from finelip_sdxl.images import save_png, to_image
@@ -74,6 +83,7 @@ def generate(options: argparse.Namespace) -> None:
     set_scheduler(pipe, options.scheduler)
     load_loras(pipe, options.lora)
     drawing, how = image_to_image(pipe, options)
+    plan = None
     if encoded is None:
         plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt)
         print(plan, flush=True)
@@ -96,16 +106,19 @@ def generate(options: argparse.Namespace) -> None:
             inputs = drawing.encode(**texts)
             inputs.save(options.save_conditioning)
             print(options.save_conditioning, flush=True)
-        images = drawing(
-            **inputs,
-            num_inference_steps=chosen.steps,
-            guidance_scale=chosen.guidance_scale,
-            **how,
-            num_images_per_prompt=options.num_images,
-            # Noise is drawn on the CPU, so that a seed means the same noise on every device.
-            generator=[torch.Generator().manual_seed(settings.seed) for settings in rows],
-            output_type="pt",
-        ).images
+        # The plan is passed on for embeddings alone: of a prompt, the call makes its own.
+        given = plan if options.save_conditioning is not None else None
+        with trace_attention(drawing, given) if sheets else nullcontext() as trace:
+            images = drawing(
+                **inputs,
+                num_inference_steps=chosen.steps,
+                guidance_scale=chosen.guidance_scale,
+                **how,
+                num_images_per_prompt=options.num_images,
+                # Noise is drawn on the CPU, so that a seed means the same noise on every device.
+                generator=[torch.Generator().manual_seed(settings.seed) for settings in rows],
+                output_type="pt",
+            ).images
     except RuntimeError as error:
         if not comparison.is_out_of_memory(error):
             raise
@@ -118,11 +131,15 @@ def generate(options: argparse.Namespace) -> None:
         parameters = {name: value for name, value in parameters.items() if name not in _ENCODED_WITH}
         negative = encoded.negative_prompts[0] if encoded.negative_prompts else None
         parameters |= {"negative_prompt": negative, "conditioning": Path(options.conditioning).name}
-    for settings, pixels, file in zip(rows, images, files, strict=True):
+    for index, (settings, pixels, file) in enumerate(zip(rows, images, files, strict=True)):
         image = to_image(pixels)
         size = {"width": image.width, "height": image.height}
-        save_png(upscaled(image, options.upscale), file, {**parameters, **size, "seed": settings.seed})
+        about = {**parameters, **size, "seed": settings.seed}
+        save_png(upscaled(image, options.upscale), file, about)
         print(f"{file} (seed {settings.seed})", flush=True)
+        if trace is not None:
+            save_png(heat_map_sheet(image, trace, index), sheets[index], about)
+            print(f"{sheets[index]} (heat maps)", flush=True)
 
 
 # What a conditioning's file holds already
@@ -142,6 +159,11 @@ def _check_conditioning(options: argparse.Namespace) -> ConditioningHeader | Non
         return None
     header = ConditioningHeader.read(options.conditioning)
     flags = {"text": "PROMPT", **options.flags()}
+    if options.heat_maps is not None:
+        raise ValueError(
+            f"--conditioning {options.conditioning} does not tell which token is at which position: leave --heat-maps"
+            " out, or pass the prompt."
+        )
     for name in ("text", "prompt", "prompt_file", "negative_prompt", "save_conditioning", *_ENCODED_WITH):
         if getattr(options, name) not in (None, _DEFAULTS.get(name)):
             raise ValueError(f"--conditioning {options.conditioning} holds an encoded prompt: leave {flags[name]} out.")

@@ -72,10 +72,10 @@ def output_file(option: str, name: str) -> Path:
     return file
 
 
-def image_files(out: str, count: int) -> list[Path]:
+def image_files(out: str, count: int, flag: str = "--out") -> list[Path]:
     file = Path(out)
     if file.suffix.lower() != ".png" or os.path.isdir(file):
-        raise ValueError(f"--out {out} must be the name of a PNG file, such as picture.png.")
+        raise ValueError(f"{flag} {out} must be the name of a PNG file, such as picture.png.")
     files = [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
     for file in files:
         check_file(file)

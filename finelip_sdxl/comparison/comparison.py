@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from finelip_sdxl.attribution.trace import AttentionTrace, trace_attention
 from finelip_sdxl.comparison.compel import open_compel, parsing, plan_by_compel
 from finelip_sdxl.comparison.settings import WEIGHTINGS, Settings, check_columns
 from finelip_sdxl.images import label_grid, sampler_name, to_image
@@ -36,7 +37,7 @@ from finelip_sdxl.picture_sizes import side_factor
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
-from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, plan_prompts
+from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, PromptPlan, plan_prompts
 from finelip_sdxl.prompts.specs import sdxl_specs
 from finelip_sdxl.provenance import public_name
 from finelip_sdxl.recommended import Recommended, recommended_of
@@ -56,14 +57,15 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn column: its key in `COLUMNS`, the picture, its settings, the seconds of drawing, and the `sources` of its
-    comparison."""
+    """A drawn column: its key in `COLUMNS`, the picture, its settings, the seconds of drawing, the `sources` of its
+    comparison, and the trace of its drawing, if one was asked for."""
 
     column: str
     image: Image.Image
     settings: Settings
     seconds: float
     sources: Mapping[str, str] = field(default_factory=dict)
+    trace: AttentionTrace | None = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -271,7 +273,7 @@ class Comparison:
         }
         return {column: plans[column]() for column in check_columns(columns)}
 
-    def draw(self, column: str, settings: Settings, on_step: OnStep | None = None) -> Picture:
+    def draw(self, column: str, settings: Settings, on_step: OnStep | None = None, *, traced: bool = False) -> Picture:
         """Draw one column. All columns begin with the same noise for a seed. Drawings from several threads wait for one
         another.
 
@@ -280,6 +282,7 @@ class Comparison:
             settings: prompt, seed and all other settings.
             on_step: called after each step with its number and the number of all steps. An error that it raises ends
                 the drawing.
+            traced: note where each phrase of the prompt acts (`trace_attention`). A refiner's steps are left out.
 
         Raises:
             ValueError: the column is unknown, the model cannot draw this size, compel cannot parse the prompt, or the
@@ -289,13 +292,15 @@ class Comparison:
         check_columns([column])
         settings.check_size(side_factor(self.pipe))
         with self._drawing:
-            return self._draw_alone(column, settings.filled(self.recommended), on_step or (lambda step, steps: None))
+            filled = settings.filled(self.recommended)
+            return self._draw_alone(column, filled, on_step or (lambda step, steps: None), traced)
 
-    def _draw_alone(self, column: str, settings: Settings, on_step: OnStep) -> Picture:
+    def _draw_alone(self, column: str, settings: Settings, on_step: OnStep, traced: bool) -> Picture:
         started = time.perf_counter()
         ran_out = False
         try:
-            image = to_image(self._draw(column, settings, on_step))
+            pixels, trace = self._draw(column, settings, on_step, traced)
+            image = to_image(pixels)
         except RuntimeError as error:
             ran_out = is_out_of_memory(error)
             if not ran_out:
@@ -307,10 +312,12 @@ class Comparison:
         if ran_out:  # outside of the handler, whose error holds on to the memory
             raise_out_of_memory(settings.width or self.size[0], settings.height or self.size[1])
         about = {**self.sources, "sampler": sampler_name(self.pipe.scheduler)}
-        return Picture(column, image, settings, time.perf_counter() - started, about)
+        return Picture(column, image, settings, time.perf_counter() - started, about, trace)
 
-    def _draw(self, column: str, settings: Settings, on_step: OnStep) -> torch.Tensor:
-        """The pixels, (3, height, width)."""
+    def _draw(
+        self, column: str, settings: Settings, on_step: OnStep, traced: bool
+    ) -> tuple[torch.Tensor, AttentionTrace | None]:
+        """The pixels, (3, height, width), and the trace of the base's steps."""
         assert settings.steps is not None  # filled
         width, height = settings.width or self.size[0], settings.height or self.size[1]
         common: dict[str, Any] = {
@@ -333,14 +340,13 @@ class Comparison:
             )
         if self._refiner is not None:
             base |= {"denoising_end": HAND_OVER, "output_type": "latent"}
-        drawn = self._base.draw(column, settings, callback_on_step_end=first, **{**common, **base})
-        if self._refiner is None:
-            return cast(torch.Tensor, drawn[0])
-        second = _Steps(on_step, settings.steps, already=first.done)
-        refined = self._refiner.draw(
-            column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
-        )
-        return cast(torch.Tensor, refined[0])
+        drawn, trace = self._base.draw(column, settings, traced, callback_on_step_end=first, **{**common, **base})
+        if self._refiner is not None:
+            second = _Steps(on_step, settings.steps, already=first.done)
+            drawn, _ = self._refiner.draw(
+                column, settings, callback_on_step_end=second, denoising_start=HAND_OVER, image=drawn, **common
+            )
+        return cast(torch.Tensor, drawn[0]), trace
 
 
 class _Steps:
@@ -379,13 +385,28 @@ class _Stage:
         # By column: the texts, options and encoders of the last picture, and its embeddings
         self._encoded: dict[str, tuple[Any, dict[str, Any]]] = {}
 
-    def draw(self, column: str, settings: Settings, **arguments: Any) -> Any:
+    def draw(
+        self, column: str, settings: Settings, traced: bool = False, **arguments: Any
+    ) -> tuple[Any, AttentionTrace | None]:
         embeddings = self._encode_once(column, settings, arguments)
-        return self.pipe(**embeddings, **arguments).images
+        tracing = trace_attention(self.pipe, self._plan(column, settings, embeddings)) if traced else nullcontext()
+        with tracing as trace:
+            return self.pipe(**embeddings, **arguments).images, trace
 
     def free(self) -> None:
         """With offloading, take the model that ran last off the device."""
         self.pipe.maybe_free_model_hooks()
+
+    def _plan(self, column: str, settings: Settings, embeddings: Mapping[str, Any]) -> PromptPlan:
+        """The plan behind a column's embeddings."""
+        if column == "finelip":
+            negative = settings.negative_prompt or None if _is_guided(settings) else None
+            weighting = _pick_weighting(settings.weighting, self.pipe.weighting)
+            return self.pipe.describe_prompt(settings.prompt, negative_prompt=negative, weighting=weighting)
+        tokenizer = self.pipe.tokenizer or self.pipe.tokenizer_2
+        ways = {"stock": _plan_by_stock, "compel": plan_by_compel}
+        windows = embeddings["prompt_embeds"].shape[1] // STOCK_POSITIONS
+        return PromptPlan({"text_encoder": (ways[column](tokenizer, settings.prompt),)}, {}, STOCK_POSITIONS, windows)
 
     # Each column's embeddings
 

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from diffusers.hooks import apply_group_offloading
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from finelip_sdxl.attribution.trace import traced_call
 from finelip_sdxl.conditioning_adapter import ConditioningAdapter
 from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import (
@@ -167,7 +168,7 @@ class LongPromptMixin(EncoderSwapMixin):
             if given.get(name):  # 0 stands for the model's own in Diffusers
                 check_side(name, given[name], side_factor(self))
         denoisers = (self.unet, getattr(self, "controlnet", None)) if self._caches_text_projections else ()
-        with cached_text_projections(denoisers):
+        with cached_text_projections(denoisers), traced_call(self, given):
             return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(

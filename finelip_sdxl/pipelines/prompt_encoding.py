@@ -20,6 +20,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 from diffusers.utils.torch_utils import get_module_execution_device
 from transformers import CLIPTokenizer
 
+from finelip_sdxl.attribution.trace import note_plan
 from finelip_sdxl.conditioning import Conditioning, fingerprint
 from finelip_sdxl.options import (
     AS_SET,
@@ -391,6 +392,7 @@ class PromptEncodingMixin(_Parent):
 
             if prompts or negatives:
                 plan = self._plan(specs, prompts, negatives, shape)
+                note_plan(self, plan)
                 if plan.cut:
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
                     logger.warning("Cut and not encoded, %s", "; ".join(lost))

@@ -17,6 +17,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from finelip_sdxl.attribution.sums import is_compiled
+
 # Names of the projections of the text: apart, or fused by `fuse_qkv_projections`.
 _PROJECTIONS = ("to_k", "to_v", "to_kv")
 
@@ -81,19 +83,12 @@ def _text_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """The linear layers that project the text, each with the module that stands in its place: itself, or a LoRA around
     it. A LoRA's own part is not cached: its scale may change, and it is small."""
     modules = list(model.modules())
-    if any(_is_compiled(module) for module in modules):
+    if any(is_compiled(module) for module in modules):
         return []
     attentions = [module for module in modules if isinstance(module, Attention) and module.is_cross_attention]
     projections = [getattr(attention, name, None) for attention in attentions for name in _PROJECTIONS]
     pairs = [(_base_layer(projection), projection) for projection in projections if projection is not None]
     return [(layer, projection) for layer, projection in pairs if isinstance(layer, nn.Linear) and not _hooked(layer)]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()`, `torch.compile(module)` or `module.forward = torch.compile(module.forward)` ran."""
-    forward = vars(module).get("forward")
-    is_whole = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-    return is_whole or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _base_layer(projection: nn.Module) -> nn.Module:

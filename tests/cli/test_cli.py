@@ -174,7 +174,7 @@ class FakeComparison:
             if column in columns
         }
 
-    def draw(self, column, settings) -> comparison.Picture:
+    def draw(self, column, settings, traced=False) -> comparison.Picture:
         self.drawn.append((column, settings))
         return comparison.Picture(
             column, Image.new("RGB", (settings.width or 64, settings.height or 64), "red"), settings, seconds=1.5
@@ -231,7 +231,7 @@ def test_compare_draws_all_columns_of_one_random_seed_by_default(fake, picture, 
 
 
 def test_compare_says_in_one_line_that_the_memory_did_not_suffice(fake, picture, monkeypatch, capsys) -> None:
-    def draw(self, column, settings) -> None:
+    def draw(self, column, settings, traced=False) -> None:
         raise MemoryError("The memory did not suffice.")
 
     monkeypatch.setattr(fake, "draw", draw)
@@ -256,7 +256,7 @@ def test_compare_counts_on_the_miniature_what_is_right(
         captions.append(named["captions"])
         return Image.new("RGB", (8, 8))
 
-    def draw(self, column, settings) -> comparison.Picture:
+    def draw(self, column, settings, traced=False) -> comparison.Picture:
         return comparison.Picture(column, draw_scene(make_scene("unseen-0")), settings, seconds=0.0)
 
     monkeypatch.setattr(comparison, "label_grid", label_grid)

@@ -733,3 +733,24 @@ def test_changed_options_and_encoders_encode_anew(comparison) -> None:
         change()
         comparison.draw("finelip", SETTINGS)
         assert len(ran) > before
+
+
+@pytest.mark.parametrize("negative_prompt", ["", "a hare " * 60])
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_traced_picture_is_the_same_and_knows_its_phrases(comparison, column, negative_prompt) -> None:
+    prompt = SENTENCE * 40 + "the quiet hare of the end."
+    settings = Settings(prompt, negative_prompt, steps=2, seed=3)
+    plain, traced = comparison.draw(column, settings), comparison.draw(column, settings, traced=True)
+    assert difference(plain.image, traced.image) <= 1
+    assert plain.trace is None
+    assert traced.trace is not None
+    assert traced.trace.text() == prompt
+    assert [phrase.is_encoded for phrase in traced.trace.phrases()][::40] == [True, column != "stock"]
+
+
+def test_a_refiner_is_no_part_of_the_trace(components) -> None:
+    refiner = FineLIPSDXLImg2ImgPipeline(**copy.deepcopy(components))
+    refiner.swap_text_encoders()
+    picture = make_comparison(components, refiner).draw("finelip", Settings(LONG, steps=5, seed=3), traced=True)
+    assert picture.trace is not None
+    assert len(picture.trace.phrases()) == 20
