@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -59,11 +59,12 @@ def help_of(command: str) -> str:
     """
     program, *words = command.split()
     printed = io.StringIO()
-    with patch.dict(os.environ, COLUMNS=_COLUMNS, NO_COLOR="1"), redirect_stdout(printed):
-        try:
-            parser_of(program)([*words, "--help"])
-        except SystemExit:  # as argparse ends after its help
-            pass
+    with (
+        patch.dict(os.environ, COLUMNS=_COLUMNS, NO_COLOR="1"),
+        redirect_stdout(printed),
+        suppress(SystemExit),  # by which argparse ends after its help
+    ):
+        parser_of(program)([*words, "--help"])
     repository = f"{os.getcwd()}{os.sep}"  # the help of the recipes says where their presets are
     return printed.getvalue().replace(repository, "")
 
