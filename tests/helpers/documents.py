@@ -25,7 +25,8 @@ DOCUMENTS = sorted(
 )
 
 _BLOCK = re.compile(
-    r"^(?P<mark><!-- (?:not run|run as): .+ -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<mark><!-- (?:not run|run as): [^\n]+ -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\((?P<target>[^)\s]+)\)")
 _INSTALL = re.compile(r"^.*\bpip install\b[^&]*(?:&&|$)")
