@@ -1,6 +1,7 @@
 """The site: it builds without a warning, its pages ask no other server for anything, and commands are in it."""
 
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from docs.site_extension import help_of
 from tests.helpers.documents import REPOSITORY
 
 pytestmark = pytest.mark.slow
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 # What a browser fetches by itself, unlike the target of a link.
 FETCHED = re.compile(
@@ -63,14 +66,13 @@ def test_no_page_names_a_file_of_another_server(site: Path) -> None:
         assert found is None, f"{page.relative_to(site)}: {found[0]}"
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="THE SITE IS NOT TESTED IN A BROWSER: there is no Chromium")
 @pytest.mark.parametrize("width", [1360, 390], ids=["wide", "phone"])
 def test_a_browser_fetches_nothing_elsewhere_and_scrolls_no_page_sideways(site: Path, address: str, width: int) -> None:
     pages = sorted(page.parent.relative_to(site).as_posix() for page in site.rglob("index.html"))
     elsewhere: list[str] = []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": width, "height": 800})
         page.on("request", lambda request: elsewhere.append(request.url) if address not in request.url else None)
         for name in pages:
