@@ -6,11 +6,13 @@ prints with `--help`, from its parser; a fenced block `math` becomes MathML, whi
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,8 +20,11 @@ from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 
+import finelip_sdxl
+
 _LINE = re.compile(r"<!-- help: (?P<command>.+) -->")
 _COLUMNS = "100"  # of the help, in characters
+_REPOSITORY = Path(finelip_sdxl.__file__).parents[1]
 
 
 def parser_of(program: str) -> Callable[[list[str]], Any]:
@@ -59,14 +64,20 @@ def help_of(command: str) -> str:
     """
     program, *words = command.split()
     printed = io.StringIO()
+    expand = argparse.HelpFormatter._expand_help
+
+    def without_paths(formatter: argparse.HelpFormatter, action: argparse.Action) -> str:
+        """A flag's help before it is wrapped; that of the recipes says where this machine has their presets."""
+        return expand(formatter, action).replace(f"{_REPOSITORY}{os.sep}", "")
+
     with (
+        patch.object(argparse.HelpFormatter, "_expand_help", without_paths),
         patch.dict(os.environ, COLUMNS=_COLUMNS, NO_COLOR="1"),
         redirect_stdout(printed),
         suppress(SystemExit),  # by which argparse ends after its help
     ):
         parser_of(program)([*words, "--help"])
-    repository = f"{os.getcwd()}{os.sep}"  # the help of the recipes says where their presets are
-    return printed.getvalue().replace(repository, "")
+    return printed.getvalue()
 
 
 def math(source: str, *_: Any, **__: Any) -> str:

@@ -88,6 +88,11 @@ def test_the_page_of_commands_holds_their_help(site: Path) -> None:
         assert " ".join(help_of(command).split()) in " ".join(page.split()), command
 
 
+def test_no_page_names_a_path_of_this_machine(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        assert str(REPOSITORY) not in page.read_text(encoding="utf-8"), page
+
+
 def test_scripts_are_no_part_of_the_site(site: Path) -> None:
     assert not list(site.rglob("*.py"))
 
