@@ -82,7 +82,7 @@ class _Blocks(gr.Blocks):
             raise gr.Error(
                 f"/{block_fn.api_name} takes {len(names)} value{'s' * (len(names) > 1)} in this order: "
                 f"{', '.join(names)}; but it got {len(inputs)}. Pass each of them, with null for its default where"
-                " demo/README.md says that the default is the model's or the pipeline's.",
+                " docs/guides/demo.md says that the default is the model's or the pipeline's.",
                 title="Not drawn",
                 print_exception=False,
             )
