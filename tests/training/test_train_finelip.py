@@ -43,12 +43,15 @@ ALL_LOSSES = (
     "0.1",
     "--contrastive-weight",
     "1",
+    "--fine-contrastive-weight",
+    "0.1",
     "--region-weight",
     "1",
     "--distillation-weight",
     "1",
 )
-TRIPLET_ONLY = ("--contrastive-weight", "0", "--region-weight", "0", "--distillation-weight", "0")
+FINE_CONTRAST = ("--fine-contrastive-weight", "0")
+TRIPLET_ONLY = (*FINE_CONTRAST, "--contrastive-weight", "0", "--region-weight", "0", "--distillation-weight", "0")
 
 
 # Processes are forked from one that has no threads, and has imported what takes long.
@@ -150,10 +153,14 @@ def test_loss_falls_on_scenes_that_are_seen_again_and_again(base, tmp_path, hist
         "0",
     )
     first, last = history[1], history[40]
-    for name in ("loss", "triplet", "contrastive", "region", "distillation"):
+    for name in ("loss", *LOSSES):
         assert last[name] < 0.9 * first[name], name
     assert last["loss"] == pytest.approx(
-        0.1 * last["triplet"] + last["contrastive"] + last["region"] + last["distillation"], rel=1e-5
+        0.1 * (last["triplet"] + last["fine_contrastive"])
+        + last["contrastive"]
+        + last["region"]
+        + last["distillation"],
+        rel=1e-5,
     )
 
 
@@ -197,7 +204,7 @@ def test_an_epoch_is_all_batches_of_the_data(base, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_weight_0_is_off(base, tmp_path, history, name) -> None:
-    others = [flag for other in LOSSES if other != name for flag in (f"--{other}-weight", "0")]
+    others = [flag for other in LOSSES if other != name for flag in (f"--{other.replace('_', '-')}-weight", "0")]
     train(base, tmp_path, "--max-steps", "1", *others)
     assert set(LOSSES) & history[1].keys() == {name}
 
@@ -239,9 +246,9 @@ def test_phrases_are_compared_with_the_patches_of_their_boxes() -> None:
     assert objective._region_loss(texts, images, nothing) == 0
 
 
-def test_the_pull_is_towards_what_stock_reads(base) -> None:
+def test_the_pull_is_towards_what_stock_reads(base, tmp_path) -> None:
     stock = CLIPModel.from_pretrained(base)
-    model = train_finelip.load_base(str(base))
+    model = train_finelip.load_base(parse(base, tmp_path))
     input_ids = torch.randint(0, 800, (2, 77), generator=torch.Generator().manual_seed(0))
     input_ids[:, 40] = load_tokenizer(base).eos_token_id
     states, embeds = FrozenTeacher(model).encode(input_ids)
@@ -262,6 +269,7 @@ def test_accumulated_losses_are_means_over_batches(base, tmp_path, history) -> N
 
 def test_two_accumulated_batches_are_one_of_twice_the_size_for_a_loss_of_single_pairs(base, tmp_path, history) -> None:
     pull = ("--triplet-weight", "0", "--contrastive-weight", "0", "--region-weight", "0", "--max-steps", "3")
+    pull = (*pull, *FINE_CONTRAST)
     train(base, tmp_path / "large", *pull, "--batch-size", "10", "--loss-warmup-epochs", "0")
     large = [history[step]["distillation"] for step in (1, 2, 3)]
     train(base, tmp_path / "accumulated", *pull, "--gradient-accumulation-steps", "2", "--loss-warmup-epochs", "0")
