@@ -7,7 +7,8 @@
 Trains FineLIPs of the miniature with training/train_finelip.py, compares them, draws with them, and writes
 docs/results/paper.md with its plots. Every training and every figure is a cell in --output-dir, kept by its settings
 and made once. So a stopped run, even after kill -9, goes on, and sections can be made one after the other with --only;
-the page then has those that are complete. Without a GPU the default takes about five hours of two cores.
+the page then has those that are complete. --estimate says how long it takes: the default is meant for four to five
+hours of two cores. A GPU is used if there is one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a scr
 from finelip_sdxl.console import COUNT, Parser, number, quiet_diffusers, quiet_imports
 from finelip_sdxl.files import check_file, check_writable
 from finelip_sdxl.report import command_line
+from finelip_sdxl.training.command_line import run_recipe
 
 if TYPE_CHECKING:
     from benchmarks.miniature_paper.cells import Cells
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 # By what it needs: those before make what those after share.
 SECTION_NAMES = ("learning-rates", "retrieval", "pictures", "ablations", "beyond")
 FAMILY = 5  # scenes of a family of the miniature; batches and scenes hold whole ones
-# Minutes of two cores, beside trainings: measured with the default numbers of scenes and pictures.
+# Minutes of two cores beside trainings, a rough estimate for the default numbers of scenes and pictures.
 MINUTES = {"learning-rates": 15, "retrieval": 10, "pictures": 30, "ablations": 25, "beyond": 15}
 
 
@@ -70,6 +72,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         check_file(options.page)
     except OSError as error:
         parser.error(str(error))
+    options.command = command_line("python benchmarks/paper.py", sys.argv[1:] if arguments is None else arguments)
     return options
 
 
@@ -92,8 +95,8 @@ def print_estimate(cells: Cells, sections: Sequence[str]) -> None:
     print(f"in all about {total / 60:.1f} h", file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+def make(options: argparse.Namespace) -> None:
+    """Makes the sections, and writes the page after each."""
     quiet_imports()
 
     from benchmarks.miniature_paper.cells import Budget, Cells
@@ -116,12 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_estimate(cells, sections)
     if options.estimate:
         return
-    command = command_line("python benchmarks/paper.py", sys.argv[1:] if arguments is None else arguments)
     for section in sections:
         print(f"\n{section}", file=sys.stderr, flush=True)
         SECTIONS[section](cells)
-        for file in write_page(options.page, cells, command):
+        for file in write_page(options.page, cells, options.command):
             print(file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_recipe("paper.py", make, parse, arguments)
 
 
 if __name__ == "__main__":

@@ -70,27 +70,33 @@ class ChangedCaptions(CaptionDataset):
 
 
 def drop_half_the_words(caption: str, rng: random.Random) -> str:
-    """Example:
-    >>> drop_half_the_words("one two three four", random.Random(0))
-    'three four'
+    """A random half of the words, in their order.
+
+    Example:
+        >>> drop_half_the_words("one two three four", random.Random(0))
+        'three four'
     """
     words = caption.split()
     return " ".join(words[k] for k in sorted(rng.sample(range(len(words)), max(1, len(words) // 2))))
 
 
 def shuffle_sentences(caption: str, rng: random.Random) -> str:
-    """Example:
-    >>> shuffle_sentences("One. Two. Three.", random.Random(1))
-    'Two. Three. One.'
+    """All sentences, in random order.
+
+    Example:
+        >>> shuffle_sentences("One. Two. Three.", random.Random(1))
+        'One. Three. Two.'
     """
     sentences = split_sentences(caption)
     return " ".join(rng.sample(sentences, len(sentences)))
 
 
 def keep_two_sentences(caption: str, rng: random.Random) -> str:
-    """Example:
-    >>> keep_two_sentences("One. Two. Three.", random.Random(0))
-    'Two. Three.'
+    """Two random sentences, in their order.
+
+    Example:
+        >>> keep_two_sentences("One. Two. Three.", random.Random(0))
+        'Two. Three.'
     """
     sentences = split_sentences(caption)
     return " ".join(sentences[k] for k in sorted(rng.sample(range(len(sentences)), min(2, len(sentences)))))

@@ -55,7 +55,7 @@ AS_PUBLISHED = " (published)"
 ABLATIONS = {
     "positional table": {
         f"stretched, 20 rows kept{AS_PUBLISHED}": "",
-        "stretched, no row kept": "--stretch-keep 0",
+        "stretched, no row kept (308 positions)": "--stretch-keep 0",
         "learned from scratch": "--new-positions",
     },
     "share of refined tokens": {
