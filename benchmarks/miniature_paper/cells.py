@@ -17,6 +17,7 @@ from typing import Any
 
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.names import bundled_model
+from finelip_sdxl.training.flags.train_finelip import parse
 
 BASE = "miniature-clip-1"
 SCRIPT = Path(__file__).parents[2] / "training" / "train_finelip.py"
@@ -68,6 +69,12 @@ class Training:
     def all_tokens(self) -> bool:
         """Whether late interaction compares all tokens of both sides, though nothing is refined."""
         return "--refinement none" in self.flags
+
+    @property
+    def trains_interaction(self) -> bool:
+        """Whether a loss is of late interaction. Without one, its refinement learns nothing."""
+        arguments = parse(["--base", BASE, *self.flags.split()])
+        return bool(arguments.triplet_weight + arguments.fine_contrastive_weight > 0)
 
     def command(self, budget: Budget) -> list[str]:
         """The arguments of the recipe, without the folder."""
@@ -128,7 +135,7 @@ class Cells:
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
             return {"diverged": diverged}
 
-        if not self.is_trained(training):  # the model may be gone, and its result still there
+        if self.may_make and not self.is_trained(training):  # the model may be gone, and its result still there
             (self.folder / "trained" / f"{digest(settings)}.json").unlink(missing_ok=True)
         return None if self.result("trained", settings, train)["diverged"] else run / "last"
 

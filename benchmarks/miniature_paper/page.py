@@ -22,6 +22,7 @@ from .cells import Budget, Cells
 from .measures import DIRECTIONS, FAMILY, PERTURBATIONS, PREFIXES, SIMILARITIES, Ranks
 from .sections import (
     ALL,
+    LONG_CLIP,
     SECTIONS,
     BeyondRow,
     Candidate,
@@ -125,9 +126,9 @@ captions. In brackets is the 95 % interval of the bootstrap over families. Rows 
 {_count(budget.seeds, "seed")}, ablations {_count(budget.ablation_seeds, "seed")}; the first chooses the learning rates.
 This is a small model and a short training: at full size, all of it may be different.
 
-Long-CLIP's recipe means the stretch and the contrastive loss of long captions. Its matching of short captions with the
-principal components of image features is not part of it: the training recipe does not have it. "{ALL}" also learns
-from phrases and their regions, which other rows do not see."""
+{LONG_CLIP} means the stretch and the contrastive loss of long captions, scored by global alone. Its matching
+of short captions with the principal components of image features is not part of it: the training recipe does not have
+it. "{ALL}" also learns from phrases and their regions, which other rows do not see."""
 
 
 def _count(number: int, noun: str) -> str:
@@ -142,7 +143,10 @@ def _summary(found: dict[str, dict[str, list[Ranks]]] | None) -> str:
         [verdict.claim, "–" if verdict.difference is None else interval_text(verdict.difference, 1), verdict.words]
         for verdict in verdicts(found)
     ]
-    lines += "The difference is in points of Recall@1, as the mean of both directions, by the fused similarity.\n\n"
+    lines += (
+        "The difference is in points of Recall@1, as the mean of both directions, by the fused similarity (Long-CLIP's"
+        " by global).\n\n"
+    )
     return lines + table(["the paper", "difference here", "the miniature"], rows)
 
 
@@ -160,7 +164,9 @@ def _learning_rates(found: dict[str, list[Candidate]], plots: dict[str, Figure])
     rows = []
     for loss, candidates in found.items():
         values = [None if one.recall is None else max(one.recall.values()) for one in candidates]
-        best = max((value for value in values if value is not None), default=None)
+        chosen = max(
+            ((value, rate) for value, rate in zip(values, rates, strict=True) if value is not None), default=None
+        )
         cells = []
         for value, one in zip(values, candidates, strict=True):
             if value is None or one.recall is None:
@@ -168,7 +174,7 @@ def _learning_rates(found: dict[str, list[Candidate]], plots: dict[str, Figure])
             else:
                 name = max(one.recall, key=one.recall.__getitem__)
                 text = f"{value:.1f} ({name})"
-                cells.append(f"**{text}**" if value == best else text)
+                cells.append(f"**{text}**" if (value, one.rate) == chosen else text)
         rows.append([loss, *cells])
     text = "Recall@1 in percent on the scenes that choose, by the best similarity, as the mean of both directions.\n\n"
     return text + table(["loss", *(f"{rate:g}" for rate in rates)], rows)
@@ -177,7 +183,7 @@ def _learning_rates(found: dict[str, list[Candidate]], plots: dict[str, Figure])
 def _retrieval(rows: list[RetrievalRow], plots: dict[str, Figure]) -> str:
     parts = []
     for captions, family in (("long", FAMILY), ("short", 1)):
-        head = ["", *(f"{name}, {way}" for name in SIMILARITIES for way in DIRECTIONS), "fused, lowest to highest seed"]
+        head = ["", *(f"{name}, {way}" for name in SIMILARITIES for way in DIRECTIONS), "lowest to highest seed"]
         lines = []
         for row in rows:
             ranks = getattr(row, captions)
@@ -186,7 +192,7 @@ def _retrieval(rows: list[RetrievalRow], plots: dict[str, Figure]) -> str:
                 for weight in SIMILARITIES.values()
                 for way in DIRECTIONS
             ]
-            spread = spread_of(ranks, SIMILARITIES["fused"])
+            spread = spread_of(ranks)
             lines.append([row.name, *cells, f"{spread[0]:.1f} to {spread[1]:.1f}" if spread else "–"])
         what = "Recall@1 in percent"
         words = {"long": f"{what}, long captions", "short": f"{what}, short captions, one scene of each family"}

@@ -27,6 +27,7 @@ from .measures import (
     hits,
     load_model,
     mean_of,
+    published_hits,
     rank,
     slot_cosines,
 )
@@ -151,7 +152,7 @@ def ranks_of(training: Training | None, data: str, cells: Cells) -> Ranks | None
     settings = {"training": cells.settings_of(training), "data": data, "scenes": cells.budget.scenes}
     make = partial(_rank, partial(load_model, folder), data, cells.budget.scenes, training.all_tokens)
     found: Ranks = cells.result("ranks", settings, make)
-    return found
+    return found if training.trains_interaction else {"1.0": found["1.0"]}
 
 
 def ranks_of_given(name: str, data: str, cells: Cells, **options: Any) -> Ranks:
@@ -219,9 +220,10 @@ def figure_of(ranks: list[Ranks], weight: float, direction: str | None = None, f
     return mean_of(found) if found else None
 
 
-def spread_of(ranks: list[Ranks], weight: float) -> tuple[float, float] | None:
-    """The lowest and highest Recall@1 in percent of several seeds, as the mean of both directions."""
-    found = [100 * float(families.mean()) for of_seed in ranks if (families := hits(of_seed, weight)) is not None]
+def spread_of(ranks: list[Ranks]) -> tuple[float, float] | None:
+    """The lowest and highest Recall@1 in percent of several seeds, as the mean of both directions, by the published
+    score."""
+    found = [100 * float(published_hits(of_seed).mean()) for of_seed in ranks]
     return (min(found), max(found)) if len(found) > 1 else None
 
 
@@ -329,7 +331,7 @@ def ablations(cells: Cells) -> dict[str, dict[str, list[Ranks]]]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the miniature says of a sentence of the paper: the difference in Recall@1, in points, by the fused score."""
+    """What the miniature says of a sentence of the paper: the difference in Recall@1 by the published score, in points."""
 
     claim: str
     difference: Interval | None
@@ -348,8 +350,7 @@ def verdicts(found: dict[str, dict[str, list[Ranks]]]) -> list[Verdict]:
 
 
 def _difference(better: list[Ranks], worse: list[Ranks]) -> Interval | None:
-    weight = SIMILARITIES["fused"]
-    sides = [[hits(ranks, weight) for ranks in side] for side in (better, worse)]
+    sides = [[published_hits(ranks) for ranks in side] for side in (better, worse)]
     if not all(sides):
         return None
     return difference(*(100 * np.mean(np.asarray(side), axis=0) for side in sides))

@@ -160,7 +160,9 @@ def test_a_section_alone_leaves_the_others_open(trainer, few, tmp_path) -> None:
     head, _, *lines = section_of(page, "Learning rates").strip().split("\n\n")[1].splitlines()
     assert head == "| loss | 0.001 | 0.003 |"
     assert [line.split(" | ")[0] for line in lines] == [f"| {loss}" for loss in sections.LOSSES]
-    assert all("**" in line for line in lines)
+    assert all(line.count("**") == 2 for line in lines)  # one rate is chosen
+    (of_long_clip,) = (line for line in lines if sections.LONG_CLIP in line)
+    assert re.findall(r"\((\w+)\)", of_long_clip) == ["global", "global"]  # its refinement learned nothing
 
 
 def test_the_estimate_makes_nothing_and_counts_what_sections_share_once(trainer, few, tmp_path, capsys) -> None:
@@ -325,6 +327,9 @@ def test_differences_are_of_the_same_families() -> None:
     other = [{"0.8": {way: [0, 0, 0, 0, 1] * 40 for way in measures.DIRECTIONS}}]
     found = sections._difference(one, other)
     assert (found.value, found.low, found.high) == pytest.approx((20, 20, 20))
+    # A model without late interaction is compared by its global similarity.
+    of_global = [{"1.0": other[0]["0.8"]}]
+    assert sections._difference(one, of_global).value == pytest.approx(20)
     words = [
         sections.Verdict("", sections._difference(*pair)).words for pair in ((one, other), (other, one), (one, one))
     ]
