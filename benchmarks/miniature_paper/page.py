@@ -216,7 +216,7 @@ def _pictures(rows: list[PictureRow], plots: dict[str, Figure]) -> str:
         others = [_score_text(row, name) for name in STAND_IN_TITLES]
         lines.append([row.name, *objects, *others])
     text = (
-        f"{count} long captions of unseen scenes, {RECOMMENDED.guidance_scale:g} guidance, equal noise in all rows. The"
+        f"{count} long captions of unseen scenes, guidance {RECOMMENDED.guidance_scale:g}, equal noise in all rows. The"
         " objects are counted exactly, without a model. FID, KID and CMMD compare the image features of the miniature's"
         " first CLIP with those of the true pictures; its text encoder judges each sentence for itself. Trained rows"
         " replace SDXL's first text encoder, and the second is stretched only, as in the paper.\n\n"

@@ -331,7 +331,7 @@ def ablations(cells: Cells) -> dict[str, dict[str, list[Ranks]]]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the miniature says of a sentence of the paper: the difference in Recall@1 by the published score, in points."""
+    """The miniature's answer to a sentence of the paper: the difference in points of Recall@1, by published scores."""
 
     claim: str
     difference: Interval | None
