@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from compel import CompelForSDXL
 from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import logging
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -85,13 +87,38 @@ class Row:
 
 
 def draw_with(pipe: StableDiffusionXLPipeline) -> Draw:
+    """Drawing with a pipeline, on the accelerator if there is one."""
     pipe.set_progress_bar_config(disable=True)
+    if torch.accelerator.is_available():
+        pipe.to(torch.accelerator.current_accelerator())
     return lambda texts, **arguments: pipe(texts, **arguments).images
 
 
-def open_unaligned(encoders: str, **options: Any) -> Draw:
-    """Drawing with unaligned encoders of 248 positions, for short captions too."""
-    finelip, finelip_2 = ENCODERS[encoders]
+def load_stock() -> StableDiffusionXLPipeline:
+    logging.set_verbosity_error()  # it would repeat all cut text
+    return StableDiffusionXLPipeline.from_pretrained(miniature_path())
+
+
+def open_stock() -> Draw:
+    return draw_with(load_stock())
+
+
+def open_windows() -> Draw:
+    """Drawing with compel's windows of 77."""
+    stock = load_stock()
+    draw = draw_with(stock)
+    windows = CompelForSDXL(stock)
+
+    def draw_windows(texts: list[str], **arguments) -> list[Image.Image]:
+        found = windows(texts)
+        return draw(None, prompt_embeds=found.embeds, pooled_prompt_embeds=found.pooled_embeds, **arguments)
+
+    return draw_windows
+
+
+def open_unaligned(encoders: str | tuple[str | Path, str | Path], **options: Any) -> Draw:
+    """Drawing with unaligned encoders of 248 positions, for short captions too: a pair by its name, or any two."""
+    finelip, finelip_2 = ENCODERS[encoders] if isinstance(encoders, str) else map(str, encoders)
     return draw_with(
         FineLIPSDXLPipeline.from_pretrained(
             "miniature",

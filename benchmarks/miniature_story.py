@@ -21,14 +21,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from compel import CompelForSDXL
-from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import logging
 from matplotlib.figure import Figure
-from PIL import Image
 
 from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.options import STOCK_POSITIONS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
@@ -36,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a scr
 from benchmarks.miniature_pictures import (
     COLORS,
     COLUMNS,
-    Draw,
     Results,
     Row,
     Sample,
@@ -48,7 +42,9 @@ from benchmarks.miniature_pictures import (
     draw_missing,
     draw_with,
     open_aligned,
+    open_stock,
     open_unaligned,
+    open_windows,
     percent,
     save_figure,
     scale_shares,
@@ -75,7 +71,7 @@ MARKERS = {"adapter": "o", "LoRA": "s", "compel": "x", "published": "v", "": "."
 def table_rows(runs: Path, train_flags: str = "") -> dict[str, Row]:
     """The table's rows by name."""
     rows = [
-        Row(STOCK, lambda: draw_with(load_stock())),
+        Row(STOCK, open_stock),
         Row(DEFAULT, lambda: draw_with(FineLIPSDXLPipeline.from_pretrained("miniature")), kinds=("short",)),
         Row("compel, windows of 77", open_windows),
         Row("stretched, not aligned", partial(open_unaligned, "stretched")),
@@ -94,22 +90,6 @@ def aligned(of: str, runs: Path, train_flags: str) -> Iterator[Row]:
             opens = partial(open_aligned, encoders, method, train_flags, weights)
             if encoders == of:
                 yield Row(f"{encoders} + {METHODS[method]}, {stages}", opens, weights)
-
-
-def load_stock() -> StableDiffusionXLPipeline:
-    logging.set_verbosity_error()  # it would repeat all cut text
-    return StableDiffusionXLPipeline.from_pretrained(miniature_path())
-
-
-def open_windows() -> Draw:
-    stock = load_stock()
-    windows, draw = CompelForSDXL(stock), draw_with(stock)
-
-    def draw_windows(texts: list[str], **arguments) -> list[Image.Image]:
-        found = windows(texts)
-        return draw(None, prompt_embeds=found.embeds, pooled_prompt_embeds=found.pooled_embeds, **arguments)
-
-    return draw_windows
 
 
 # The table

@@ -6,6 +6,8 @@ the tests.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finelip_sdxl import TokenRefinement
 from finelip_sdxl.interaction import _blocks, _compare, _normalize
+from finelip_sdxl.options import NEGATIVE_SLOPE
 
 
 def compare_with_caption(images: Tensor, caption: Tensor) -> Tensor:
@@ -50,9 +53,10 @@ def refined_similarity_loop(
 def late_interaction_twice(image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None) -> Tensor:
     """As the package's own, but every block is computed again in the backward pass, which keeps no places of maxima."""
     images, texts = _normalize(image_tokens), _normalize(text_tokens)
+    compare = partial(_compare, slope=NEGATIVE_SLOPE)
     return torch.cat(
         [
-            checkpoint(_compare, images[rows], texts, None, text_mask, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(compare, images[rows], texts, None, text_mask, use_reentrant=False, preserve_rng_state=False)
             for rows in _blocks(images, texts)
         ]
     )

@@ -52,8 +52,9 @@ class Parser(argparse.ArgumentParser):
         return options, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one line, without the usage."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        """Exit with one line, without the usage; of several processes of a launcher the first prints it."""
+        line = f"{self.prog}: error: {' '.join(message.split())} (see --help)\n"
+        self.exit(2, line if is_first_process() else None)
 
     @staticmethod
     def _with_home(arguments: Sequence[str]) -> list[str]:
@@ -122,6 +123,27 @@ def number(
 
 
 COUNT = number(int, least=1)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process that a launcher has started, or the only one, before they know of each other.
+
+    Example:
+        >>> is_first_process()
+        True
+    """
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def refused_once() -> Iterator[None]:
+    """Around checks that end alike in every process of a launcher: the others than the first exit with 2 in silence."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError):
+        if is_first_process():
+            raise
+        sys.exit(2)
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:

@@ -8,13 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NEGATIVE_SLOPE = 0.1
+from finelip_sdxl.options import NEGATIVE_SLOPE, POOLING, Pooling
+
 # Similarities between single tokens in memory at a time: 16 MiB in float32.
 _BLOCK = 2**22
 
 
 def late_interaction(
-    image_tokens: Tensor, text_tokens: Tensor, image_mask: Tensor | None = None, text_mask: Tensor | None = None
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    image_mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    *,
+    slope: float = NEGATIVE_SLOPE,
+    pooling: Pooling = "max",
 ) -> Tensor:
     """Returns the similarity of each image and each text, token by token.
 
@@ -32,12 +39,15 @@ def late_interaction(
         text_tokens: (texts, text tokens, dim); normalized here.
         image_mask: (images, image tokens), True where a token counts, at least once in each row. None if all count.
         text_mask: (texts, text tokens), likewise.
+        slope: slope of the LeakyReLU below 0, from 0 to 1; 1 leaves the cosine as it is.
+        pooling: `"max"` for each token's best partner, as published; `"mean"` for the mean over all partners, which the
+            paper compares it with. The mean keeps all similarities of single tokens for the backward pass.
 
     Returns:
-        (images, texts), each entry between -0.2 and 2.
+        (images, texts), each entry between -2 · slope and 2.
 
     Raises:
-        ValueError: shapes do not match, or a mask has a row without any token.
+        ValueError: shapes do not match, a mask has a row without any token, or an option has another value.
 
     Example:
         >>> image = torch.eye(3)[None]               # one image of three orthogonal tokens
@@ -51,12 +61,19 @@ def late_interaction(
         raise ValueError(
             f"image_tokens are {image_tokens.shape[-1]} wide and text_tokens {text_tokens.shape[-1]}; expected one dim."
         )
+    if pooling not in POOLING or not 0 <= slope <= 1:
+        raise ValueError(f"slope is {slope} and pooling {pooling!r}; expected 0 to 1, and one of {', '.join(POOLING)}.")
     images, texts = _normalize(image_tokens), _normalize(text_tokens)
+    if pooling == "mean":
+        blocks = _blocks(images, texts)
+        return torch.cat(
+            [_mean_of_all(images[rows], texts, _rows(image_mask, rows), text_mask, slope) for rows in blocks]
+        )
     if torch.is_grad_enabled() and (images.requires_grad or texts.requires_grad):
-        scores: Tensor = _LateInteraction.apply(images, texts, image_mask, text_mask)  # type: ignore[no-untyped-call]
+        scores: Tensor = _LateInteraction.apply(images, texts, image_mask, text_mask, slope)  # type: ignore[no-untyped-call]
         return scores
     blocks = _blocks(images, texts)
-    return torch.cat([_compare(images[rows], texts, _rows(image_mask, rows), text_mask) for rows in blocks])
+    return torch.cat([_compare(images[rows], texts, _rows(image_mask, rows), text_mask, slope) for rows in blocks])
 
 
 class _LateInteraction(torch.autograd.Function):
@@ -67,20 +84,23 @@ class _LateInteraction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, slope: float
+    ) -> Tensor:
         scores, places = [], []
         for rows in _blocks(images, texts):
-            block, *found = _compare_and_find(images[rows], texts, _rows(image_mask, rows), text_mask)
+            block, *found = _compare_and_find(images[rows], texts, _rows(image_mask, rows), text_mask, slope)
             scores.append(block)
             places += found
         ctx.save_for_backward(images, texts, image_mask, text_mask, *places)
+        ctx.slope = slope
         device = images.device.type
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
         return torch.cat(scores)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         images, texts, image_mask, text_mask, *places = ctx.saved_tensors
         needs_images, needs_texts = ctx.needs_input_grad[:2]
         of_images, of_texts = torch.empty_like(images), torch.zeros_like(texts)
@@ -91,14 +111,14 @@ class _LateInteraction(torch.autograd.Function):
             image_shares = _shares(block, _rows(image_mask, rows), ctx.dtype)
             of_pairs = gradient[rows, None, :, None]
             similarity = gradient.new_zeros(*block.shape[:2], *texts.shape[:2])
-            _add_at(similarity, 1, for_texts, of_pairs * text_shares)
-            _add_at(similarity, 3, for_images, of_pairs * image_shares[:, :, None, None])
+            _add_at(similarity, 1, for_texts, of_pairs * text_shares, ctx.slope)
+            _add_at(similarity, 3, for_images, of_pairs * image_shares[:, :, None, None], ctx.slope)
             similarity = similarity.flatten(2).flatten(0, 1)  # (images · image tokens, texts · text tokens)
             if needs_images:
                 of_images[rows] = (similarity @ all_texts).view_as(block)
             if needs_texts:
                 of_texts += (similarity.T @ block.flatten(0, 1)).view_as(texts)
-        return of_images if needs_images else None, of_texts if needs_texts else None, None, None
+        return of_images if needs_images else None, of_texts if needs_texts else None, None, None, None
 
 
 def _blocks(images: Tensor, texts: Tensor) -> Iterator[slice]:
@@ -111,19 +131,30 @@ def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     return None if mask is None else mask[rows]
 
 
-def _compare(images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
+def _compare(
+    images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, slope: float
+) -> Tensor:
     """`late_interaction` of normalized tokens, in one block."""
     for_texts, for_images = _similarities(images, texts, image_mask, text_mask)
-    return _score(for_texts.amax(dim=1), for_images.amax(dim=3), image_mask, text_mask)
+    return _score(for_texts.amax(dim=1), for_images.amax(dim=3), image_mask, text_mask, slope)
+
+
+def _mean_of_all(
+    images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, slope: float
+) -> Tensor:
+    """As `_compare`, with the mean over all partners; both directions are then the same."""
+    similarity = F.leaky_relu(torch.einsum("ivc,jtc->ivjt", images, texts), slope)
+    of_images = _mean(similarity, None if text_mask is None else text_mask[None, None], dim=3)
+    return 2 * _mean(of_images, None if image_mask is None else image_mask[..., None], dim=1)
 
 
 def _compare_and_find(
-    images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
+    images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_compare`; and the places of the maxima, (images, texts, text tokens) and (images, image tokens, texts)."""
     for_texts, for_images = _similarities(images, texts, image_mask, text_mask)
     of_texts, of_images = for_texts.max(dim=1), for_images.max(dim=3)
-    scores = _score(of_texts.values, of_images.values, image_mask, text_mask)
+    scores = _score(of_texts.values, of_images.values, image_mask, text_mask, slope)
     return scores, _packed(*of_texts, images.shape[1]), _packed(*of_images, texts.shape[1])
 
 
@@ -140,25 +171,27 @@ def _similarities(
     )
 
 
-def _score(of_texts: Tensor, of_images: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Tensor:
+def _score(
+    of_texts: Tensor, of_images: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, slope: float
+) -> Tensor:
     """The score of the maxima, (images, texts, text tokens) and (images, image tokens, texts)."""
     # LeakyReLU is increasing, so it commutes with the maximum, and has fewer numbers to transform after it.
-    return _mean(F.leaky_relu(of_texts, NEGATIVE_SLOPE), None if text_mask is None else text_mask[None], dim=2) + _mean(
-        F.leaky_relu(of_images, NEGATIVE_SLOPE), None if image_mask is None else image_mask[..., None], dim=1
+    return _mean(F.leaky_relu(of_texts, slope), None if text_mask is None else text_mask[None], dim=2) + _mean(
+        F.leaky_relu(of_images, slope), None if image_mask is None else image_mask[..., None], dim=1
     )
 
 
 def _packed(maxima: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """Places of maxima in the smallest type; those of maxima up to 0, which count a tenth, are below 0."""
+    """Places of maxima in the smallest type; those of maxima up to 0, which count less, are below 0."""
     kind = next(kind for kind in (torch.int8, torch.int16, torch.int32) if tokens - 1 <= torch.iinfo(kind).max)
     return torch.where(maxima > 0, places, ~places).to(kind)
 
 
-def _add_at(similarity: Tensor, dim: int, packed: Tensor, gradient: Tensor) -> None:
+def _add_at(similarity: Tensor, dim: int, packed: Tensor, gradient: Tensor, slope: float) -> None:
     """Add gradients of maxima over a dimension to those of the similarities at their places."""
     packed = packed.unsqueeze(dim)
     is_positive = packed >= 0
-    slopes = torch.where(is_positive, gradient, gradient * NEGATIVE_SLOPE)
+    slopes = torch.where(is_positive, gradient, gradient * slope)
     similarity.scatter_add_(dim, torch.where(is_positive, packed, ~packed).long(), slopes)
 
 

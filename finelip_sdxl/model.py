@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from finelip_sdxl.interaction import late_interaction
 from finelip_sdxl.losses import triplet_margin_loss
+from finelip_sdxl.options import NEGATIVE_SLOPE, POOLING, REFINED_SHARE, Pooling
 from finelip_sdxl.text_encoders import TextEncoder, fill_model, text_encoder_tensors
 from finelip_sdxl.token_refinement import TokenRefinement
 
@@ -45,6 +46,8 @@ class FineLIPConfig(PreTrainedConfig):
             such as SDXL's first text encoder.
         refined_image_tokens: number of refined tokens of an image (K in the paper); None without a refinement.
         refined_text_tokens: number of refined tokens of a text; None without a refinement.
+        interaction_slope: slope of the late interaction, see `late_interaction`.
+        interaction_pooling: pooling of the late interaction, `"max"` or `"mean"`.
         logit_scale_init_value: initial logarithm of the scale of similarities.
         initializer_factor: scale of the random weights of a new model, as in CLIP.
         initializer_range: standard deviation of the random weights of new refinement layers.
@@ -66,12 +69,19 @@ class FineLIPConfig(PreTrainedConfig):
     projection_dim: int | None = 512
     refined_image_tokens: int | None = None
     refined_text_tokens: int | None = None
+    interaction_slope: float = NEGATIVE_SLOPE
+    interaction_pooling: str = "max"
     logit_scale_init_value: float = 2.6592
     initializer_factor: float = 1.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]  # transformers has no types for it
+        if self.interaction_pooling not in POOLING or not 0 <= self.interaction_slope <= 1:
+            raise ValueError(
+                f"interaction_slope is {self.interaction_slope} and interaction_pooling {self.interaction_pooling!r};"
+                f" expected 0 to 1, and one of {', '.join(POOLING)}."
+            )
         # Other names than fields and transformers' own have become attributes, and would be saved again and again.
         own = vars(PreTrainedConfig()).keys() | {"model_type"}
         if unknown := sorted(kwargs.keys() & vars(self).keys() - own - {field.name for field in fields(self)}):
@@ -88,6 +98,7 @@ class FineLIPTextOutput(ModelOutput):
         embeds: (batch, C), the projected state of the end token, not normalized; None without a projection.
         tokens: (batch, n, C), the projected states of all positions; None without a projection.
         refined_tokens: (batch, K + 1, C), the text's refined tokens and its end token; None without a refinement.
+        mask: (batch, n), True from the start token to the end token.
         last_hidden_state: (batch, n, width), after the final norm.
         hidden_states: layers + 1 tensors (batch, n, width), before the final norm; None unless they were asked for.
             SDXL's UNet was trained on `hidden_states[-2]`.
@@ -96,6 +107,7 @@ class FineLIPTextOutput(ModelOutput):
     embeds: Tensor | None = None
     tokens: Tensor | None = None
     refined_tokens: Tensor | None = None
+    mask: Tensor | None = None
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
@@ -128,7 +140,8 @@ class FineLIPOutput(ModelOutput):
             without `ids`.
         similarity: (images, texts), FineLIP's retrieval score: 0.8 · global + 0.2 · fine, or global alone.
         global_similarity: (images, texts), the cosine of the embeddings.
-        fine_similarity: (images, texts), late interaction of the refined tokens; None without a token refinement.
+        fine_similarity: (images, texts), late interaction of the refined tokens, or of all tokens on a side without a
+            refinement; None without a token refinement on either side.
         text, image: the results of `encode_text` and `encode_image`.
     """
 
@@ -218,10 +231,10 @@ class FineLIPModel(CLIPPreTrainedModel):
         out = self.text_model(input_ids=input_ids, output_hidden_states=output_hidden_states)
         project = self.text_projection
         tokens = None if project is None else project(out.last_hidden_state)
+        at = torch.arange(input_ids.shape[-1], device=input_ids.device)
+        end = end_positions(input_ids, self.config.text_config.eos_token_id)[:, None]
         refined = None
         if self.text_refinement is not None and tokens is not None:
-            at = torch.arange(input_ids.shape[-1], device=input_ids.device)
-            end = end_positions(input_ids, self.config.text_config.eos_token_id)[:, None]
             # In a text without any other token, the end token itself is refined.
             few = self.text_refinement(tokens, mask=at < end.clamp(min=1))
             refined = torch.cat([few, tokens.gather(1, end[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1)
@@ -229,6 +242,7 @@ class FineLIPModel(CLIPPreTrainedModel):
             embeds=None if project is None else project(out.pooler_output),
             tokens=tokens,
             refined_tokens=refined,
+            mask=at <= end,
             last_hidden_state=out.last_hidden_state,
             hidden_states=out.hidden_states,
         )
@@ -279,8 +293,8 @@ class FineLIPModel(CLIPPreTrainedModel):
         if text and image and text.embeds is not None and image.embeds is not None:
             trained = out.global_similarity = F.normalize(image.embeds, dim=-1) @ F.normalize(text.embeds, dim=-1).T
             out.similarity = out.global_similarity
-            if text.refined_tokens is not None and image.refined_tokens is not None:
-                trained = out.fine_similarity = late_interaction(image.refined_tokens, text.refined_tokens)
+            if self.has_token_refinement:
+                trained = out.fine_similarity = self.compare(fine_tokens(image)[0], *fine_tokens(text))
                 out.similarity = GLOBAL_WEIGHT * out.global_similarity + (1 - GLOBAL_WEIGHT) * out.fine_similarity
             if ids is not None:
                 out.loss = triplet_margin_loss(trained, ids)
@@ -288,12 +302,24 @@ class FineLIPModel(CLIPPreTrainedModel):
             raise ValueError("ids were passed without texts and images to compare: pass input_ids and pixel_values.")
         return out
 
-    def add_token_refinement(self, num_tokens: int | None = None) -> None:
-        """Add a new token refinement to both towers of a model without one, for example of a plain CLIP.
+    @property
+    def has_token_refinement(self) -> bool:
+        """Whether the tokens of images, of texts or of both are refined."""
+        return self.image_refinement is not None or self.text_refinement is not None
+
+    def compare(self, image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Late interaction as the config says, of the tokens that `fine_tokens` returns: (images, texts)."""
+        slope, pooling = self.config.interaction_slope, cast(Pooling, self.config.interaction_pooling)
+        return late_interaction(image_tokens, text_tokens, text_mask=text_mask, slope=slope, pooling=pooling)
+
+    def add_token_refinement(self, num_tokens: int | None = None, *, images: bool = True, texts: bool = True) -> None:
+        """Add a new token refinement to a model without one, for example to a plain CLIP.
 
         Args:
             num_tokens: number K of refined tokens of an image and of a text; by default ⌊patches · 0.4 · 0.5⌋, as
                 published, and at least one.
+            images: whether the tokens of images are refined.
+            texts: whether those of texts are.
 
         Raises:
             ValueError: the model has a token refinement, or lacks an image tower or the text projection.
@@ -304,12 +330,19 @@ class FineLIPModel(CLIPPreTrainedModel):
         if vision is None or dim is None:
             raise ValueError("This model lacks an image tower or a text projection, and token refinement needs both.")
         if num_tokens is None:
-            num_tokens = max(1, (vision.image_size // vision.patch_size) ** 2 // 5)
-        for name in ("image_refinement", "text_refinement"):
-            refinement = TokenRefinement(dim, num_tokens).to(self.logit_scale)
-            refinement.apply(self._init_weights)
-            setattr(self, name, refinement.train(self.training))
-        self.config.refined_image_tokens = self.config.refined_text_tokens = num_tokens
+            num_tokens = self.refined_tokens_of(REFINED_SHARE)
+        for side, is_refined in (("image", images), ("text", texts)):
+            if is_refined:
+                refinement = TokenRefinement(dim, num_tokens).to(self.logit_scale)
+                refinement.apply(self._init_weights)
+                setattr(self, f"{side}_refinement", refinement.train(self.training))
+                setattr(self.config, f"refined_{side}_tokens", num_tokens)
+
+    def refined_tokens_of(self, share: float) -> int:
+        """Number K of refined tokens that is a share of an image's patches, at least one."""
+        vision = self.config.vision_config
+        # The share of 0.3 is a little less than that: 3 of 10 are 3.
+        return max(1, int(share * (vision.image_size // vision.patch_size) ** 2 + 1e-9))
 
     def to_text_encoder(self, projection: bool) -> TextEncoder:
         """The text tower as a plain transformers model, for SDXL.
@@ -355,6 +388,22 @@ def text_encoder_of(config: FineLIPConfig, tensors: Mapping[str, Tensor], projec
         )
     tower["text_projection.weight"] = tensors["text_projection.weight"]
     return fill_model(CLIPTextModelWithProjection, text_config, tower)
+
+
+def fine_tokens(out: FineLIPTextOutput | FineLIPImageOutput) -> tuple[Tensor, Tensor | None]:
+    """The tokens of images or texts that late interaction compares: the refined ones, or all without a refinement.
+
+    Returns:
+        (batch, tokens, C), and for all tokens of texts their mask, (batch, tokens), which leaves out the padding.
+
+    Raises:
+        ValueError: they have no tokens, since the model has no projection.
+    """
+    if out.refined_tokens is not None:
+        return out.refined_tokens, None
+    if out.tokens is None:
+        raise ValueError("This FineLIP has no projection, so there are no tokens to compare: load a whole CLIP.")
+    return out.tokens, out.mask if isinstance(out, FineLIPTextOutput) else None
 
 
 def end_positions(input_ids: Tensor, end_token: int) -> Tensor:

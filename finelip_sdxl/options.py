@@ -38,8 +38,14 @@ WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompt
 
 LENGTH_BUCKETS = (77, 154)
 
-MARGIN = 0.2  # of the triplet margin loss, as in FineLIP
-LOSSES = ("triplet", "contrastive", "region", "distillation")  # of a FineLIP's training
+# FineLIP's published values, and what its ablations compare them with.
+MARGIN = 0.2  # of the triplet margin loss
+NEGATIVE_SLOPE = 0.1  # of late interaction's LeakyReLU
+Pooling = Literal["max", "mean"]
+POOLING: tuple[str, ...] = get_args(Pooling)  # of late interaction: the best partner of a token, or the mean of all
+REFINED_SHARE = 0.2  # refined tokens as a share of an image's patches: 0.4 · 0.5
+REFINEMENT = ("both", "images", "texts", "none")  # whose tokens are refined
+LOSSES = ("triplet", "contrastive", "fine_contrastive", "region", "distillation")  # of a FineLIP's training
 
 # Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")

@@ -53,8 +53,8 @@ from finelip_sdxl.data import (
     open_dataset,
 )
 from finelip_sdxl.evaluation import RetrievalResult, evaluate_retrieval
+from finelip_sdxl.options import REFINED_SHARE
 from finelip_sdxl.provenance import forget_stretch
-from finelip_sdxl.stretch import KEEP
 from finelip_sdxl.training.command_line import MOST_STEPS, build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
 from finelip_sdxl.training.processes import only_run, together
@@ -68,18 +68,34 @@ PAPER, MINIATURE = flags.PAPER, flags.MINIATURE
 FREE = {"images", "eval_data", "eval_images", "epochs", "max_steps", "eval_every", "dataloader_num_workers"}
 
 
-def load_base(name: str) -> FineLIPModel:
+def load_base(arguments: argparse.Namespace) -> FineLIPModel:
     """Loads any CLIP in memory of its own, with a token refinement, stretched if it has 77 positions."""
-    model = copy.deepcopy(load_finelip(name))
+    name, keep = arguments.base, arguments.stretch_keep
+    model = copy.deepcopy(load_finelip(name, keep=keep))
     model.float()  # type: ignore[no-untyped-call]
     if model.vision_model is None or model.text_projection is None:
         raise ValueError(f"--base {name} is a text encoder alone: training needs a CLIP with an image tower.")
-    if model.image_refinement is None:
-        model.add_token_refinement()
-    # As FineLIP and Long-CLIP do: the well-trained first rows stay.
-    table = model.text_model.embeddings.position_embedding.weight
-    table.register_hook(lambda gradient: torch.cat([torch.zeros_like(gradient[:KEEP]), gradient[KEEP:]]))
+    if not model.has_token_refinement:
+        add_refinement(model, arguments.refined_share, arguments.refinement)
+    elif arguments.refined_share or arguments.refinement:
+        raise ValueError(f"--base {name} has a token refinement: leave out --refined-share and --refinement.")
+    for option in ("interaction_slope", "interaction_pooling"):
+        if getattr(arguments, option) is not None:
+            setattr(model.config, option, getattr(arguments, option))
+    if not arguments.new_positions:
+        # As FineLIP and Long-CLIP do: the well-trained first rows stay.
+        table = model.text_model.embeddings.position_embedding.weight
+        table.register_hook(lambda gradient: torch.cat([torch.zeros_like(gradient[:keep]), gradient[keep:]]))
     return model
+
+
+def add_refinement(model: FineLIPModel, share: float | None, refined: str | None) -> None:
+    """Adds a token refinement of a share of the patches, to both sides or to one."""
+    model.add_token_refinement(
+        model.refined_tokens_of(share or REFINED_SHARE),
+        images=refined in (None, "both", "images"),
+        texts=refined in (None, "both", "texts"),
+    )
 
 
 def build_optimizer(model: FineLIPModel, arguments: argparse.Namespace) -> torch.optim.AdamW:
@@ -155,8 +171,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """Trains in a folder that no other run writes to."""
     set_seed(arguments.seed)
-    model = load_base(arguments.base)
+    model = load_base(arguments)
     teacher = FrozenTeacher(model) if arguments.distillation_weight else None
+    if arguments.new_positions:
+        text = model.config.text_config
+        nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=text.initializer_range)
     forget_stretch(model.config.text_config)
     if arguments.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -247,7 +266,14 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
             if eval_data is not None and (step % arguments.eval_every == 0 or step == steps):
                 with together(accelerator):
                     if accelerator.is_main_process:
-                        result = evaluate_retrieval(model, eval_data, tokenizer, image_processor, progress=False)
+                        result = evaluate_retrieval(
+                            model,
+                            eval_data,
+                            tokenizer,
+                            image_processor,
+                            all_tokens=arguments.refinement == "none",
+                            progress=False,
+                        )
                         figures |= retrieval_figures(result)
                         bar.write(f"step {step}\n{result}")
                         if result.unreadable:
@@ -281,9 +307,10 @@ def results_of(arguments: argparse.Namespace, progress: dict[str, Any]) -> list[
 
 
 def trains_all(arguments: argparse.Namespace) -> bool:
-    """Returns whether all parameters have gradients. The triplet loss alone has none for the scale, other losses none
-    for the refinement."""
-    return bool(arguments.triplet_weight > 0 and arguments.contrastive_weight + arguments.region_weight > 0)
+    """Returns whether all parameters have gradients. The triplet loss alone has none for the scale, losses without late
+    interaction none for the refinement."""
+    scaled = arguments.contrastive_weight + arguments.region_weight + arguments.fine_contrastive_weight
+    return bool(arguments.triplet_weight + arguments.fine_contrastive_weight > 0 and scaled > 0)
 
 
 def retrieval_figures(result: RetrievalResult) -> dict[str, float]:

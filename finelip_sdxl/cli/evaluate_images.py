@@ -19,7 +19,7 @@ from finelip_sdxl.cli.options import (
     device_and_dtype,
 )
 from finelip_sdxl.comparison.settings import Settings, check_columns
-from finelip_sdxl.console import COUNT, announce, number, quiet_diffusers
+from finelip_sdxl.console import COUNT, announce, number, quiet_diffusers, refused_once
 from finelip_sdxl.names import data_place
 from finelip_sdxl.options import COLUMNS, LAYOUTS, PROMPT_KINDS
 from finelip_sdxl.picture_evaluation.layouts import check_layout, check_options, write_layout
@@ -80,7 +80,8 @@ def add_parser(subjects: Commands) -> None:
 
 def evaluate_images(options: argparse.Namespace) -> None:
     """Draw the pictures that are missing, lay them out, score them, and write `report.md`, `.json` and `.html`."""
-    columns, settings = _check(options)
+    with refused_once():
+        columns, settings = _check(options)
     announce(f"Opening {options.base}…")
 
     quiet_diffusers()
@@ -91,14 +92,15 @@ def evaluate_images(options: argparse.Namespace) -> None:
     from finelip_sdxl.picture_evaluation.report import figure_table, write_report
     from finelip_sdxl.picture_evaluation.scores import Judges, score
 
+    folder = Path(options.output_dir)
+    with refused_once():
+        prompts = open_prompts(options.data, options.split, options.images).first(options.max_prompts)
+        plan = PicturePlan(prompts, columns, settings, options.images_per_prompt)
+        check_layout(options.layout, plan)
     shared = open_processes(options.device)
     if shared.device is not None:
         options.device = str(shared.device)
     device, dtype = device_and_dtype(options)
-    folder = Path(options.output_dir)
-    prompts = open_prompts(options.data, options.split, options.images).first(options.max_prompts)
-    plan = PicturePlan(prompts, columns, settings, options.images_per_prompt)
-    check_layout(options.layout, plan)
     judges = _open_judges(options) if shared.is_main else Judges()
     if judges.features is not None:
         prompts.check_images()

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 
 from finelip_sdxl.data import CaptionDataset, UnreadableImageError, tokenize
 from finelip_sdxl.interaction import late_interaction
-from finelip_sdxl.model import GLOBAL_WEIGHT, FineLIPImageOutput, FineLIPModel, FineLIPTextOutput
+from finelip_sdxl.model import GLOBAL_WEIGHT, FineLIPImageOutput, FineLIPModel, FineLIPTextOutput, fine_tokens
 
 RECALL_AT = (1, 5, 10)
 SWEEP = tuple(step / 10 for step in range(11))
@@ -32,8 +32,11 @@ class EncodedPairs:
         image_embeds: (images, C), normalized, float32.
         text_embeds: (texts, C), likewise.
         image_of_text: (texts,), the row of each text's image.
-        image_tokens: (images, 1 + K, C), refined, normalized, in the model's dtype; None without a token refinement.
+        image_tokens: (images, 1 + K, C), refined, normalized, in the model's dtype; on a side without a refinement all
+            tokens; None without a token refinement on either side.
         text_tokens: (texts, K + 1, C), likewise.
+        text_mask: (texts, tokens), False at the padding of texts that are not refined; None otherwise.
+        compare: `FineLIPModel.compare`, or another late interaction.
         unreadable: messages, one for each image that was left out with its captions.
     """
 
@@ -42,6 +45,8 @@ class EncodedPairs:
     image_of_text: Tensor
     image_tokens: Tensor | None = None
     text_tokens: Tensor | None = None
+    text_mask: Tensor | None = None
+    compare: Callable[..., Tensor] = late_interaction
     unreadable: tuple[str, ...] = ()
 
 
@@ -112,6 +117,7 @@ def evaluate_retrieval(
     batch_size: int = 64,
     max_tokens: int | None = None,
     autocast: torch.dtype | None = None,
+    all_tokens: bool = False,
     progress: bool = True,
 ) -> RetrievalResult:
     """Returns Recall@1, 5 and 10 of a model on images with captions, in both directions and by each similarity.
@@ -130,6 +136,7 @@ def evaluate_retrieval(
         batch_size: number of images or texts that are encoded at a time.
         max_tokens: length to cut texts to, start and end token included; by default the model's positions.
         autocast: dtype of mixed precision; None for the model's own dtype.
+        all_tokens: whether a model without a token refinement has a fine similarity too, of all its tokens.
         progress: whether to show a progress bar after two seconds.
 
     Raises:
@@ -154,6 +161,7 @@ def evaluate_retrieval(
         batch_size=batch_size,
         max_tokens=max_tokens,
         autocast=autocast,
+        all_tokens=all_tokens,
         progress=progress,
     )
     named = {"global": 1.0}
@@ -182,6 +190,7 @@ def encode_pairs(
     batch_size: int = 64,
     max_tokens: int | None = None,
     autocast: torch.dtype | None = None,
+    all_tokens: bool = False,
     progress: bool = True,
 ) -> EncodedPairs:
     """Encodes all images and all their captions once, in evaluation mode and without gradients.
@@ -218,12 +227,14 @@ def encode_pairs(
             input_ids = tokenize(tokenizer, texts[start : start + batch_size], max_length=max_tokens or positions)
             yield model.encode_text(input_ids.to(model.device))
 
+    is_fine = all_tokens or model.has_token_refinement
     with _evaluation_mode(model), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
-        image_embeds, image_tokens = _gather(encode_images())
+        image_embeds, image_tokens, _ = _gather(encode_images(), is_fine)
         if image_embeds is None:
             first = f"; the first: {unreadable[0]}" if unreadable else "."
             raise ValueError(f"None of {len(data)} images can be read, so there is nothing to evaluate{first}")
-        text_embeds, text_tokens = _gather(encode_texts([text for texts in captions for text in texts]))
+        texts = [text for texts in captions for text in texts]
+        text_embeds, text_tokens, text_mask = _gather(encode_texts(texts), is_fine)
     if text_embeds is None:
         raise ValueError("The images have no captions, so there is nothing to evaluate.")
     return EncodedPairs(
@@ -232,6 +243,8 @@ def encode_pairs(
         image_of_text=torch.arange(len(captions)).repeat_interleave(torch.tensor([len(texts) for texts in captions])),
         image_tokens=image_tokens,
         text_tokens=text_tokens,
+        text_mask=text_mask,
+        compare=model.compare,
         unreadable=tuple(unreadable),
     )
 
@@ -275,7 +288,8 @@ def retrieval_ranks(
         # Compared in float32: in half precision too many similarities would be equal.
         image_tokens = encoded.image_tokens[images].to(device).float()
         text_tokens = encoded.text_tokens[texts].to(device).float()
-        fine = late_interaction(image_tokens, text_tokens)
+        mask = None if encoded.text_mask is None else encoded.text_mask[texts].to(device)
+        fine = encoded.compare(image_tokens, text_tokens, text_mask=mask)
         return torch.lerp(fine, cosine, torch.tensor(weights, device=device)[:, None, None])
 
     image_of_text = encoded.image_of_text
@@ -317,18 +331,24 @@ def _row(name: str, recall: Recall) -> str:
 
 
 def _gather(
-    outputs: Iterator[FineLIPImageOutput] | Iterator[FineLIPTextOutput],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Returns embeddings and refined tokens of all batches, normalized, on the CPU; None where there are none."""
+    outputs: Iterator[FineLIPImageOutput] | Iterator[FineLIPTextOutput], is_fine: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the embeddings of all batches, their tokens for late interaction, and the mask of these; embeddings and
+    tokens normalized, all on the CPU, and None where there are none."""
     embeds: list[Tensor] = []
     tokens: list[Tensor] = []
+    masks: list[Tensor] = []
     for output in outputs:
         if output.embeds is not None:
             embeds.append(F.normalize(output.embeds.float(), dim=-1).cpu())
-        if output.refined_tokens is not None:
-            refined = output.refined_tokens
-            tokens.append(F.normalize(refined.float(), dim=-1).to(refined.dtype).cpu())
-    return torch.cat(embeds) if embeds else None, torch.cat(tokens) if tokens else None
+        if is_fine:
+            own, mask = fine_tokens(output)
+            tokens.append(F.normalize(own.float(), dim=-1).to(own.dtype).cpu())
+            masks += [] if mask is None else [mask.cpu()]
+    longest = max((own.shape[1] for own in tokens), default=0)
+    tokens = [F.pad(own, (0, 0, 0, longest - own.shape[1])) for own in tokens]
+    masks = [F.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
+    return tuple(torch.cat(parts) if parts else None for parts in (embeds, tokens, masks))  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from finelip_sdxl.data.caption_dataset import UnreadableImageError
 from finelip_sdxl.evaluation.intervals import Interval
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.options import COLUMNS
@@ -18,6 +20,7 @@ from finelip_sdxl.picture_evaluation.plan import PicturePlan
 from finelip_sdxl.picture_evaluation.scores import Figure, Scores
 from finelip_sdxl.report import report_entries
 
+_DATA_SIZE = 512  # longest side of a data set's image in the HTML, in pixels
 _TEMPLATES = Environment(
     loader=PackageLoader("finelip_sdxl.picture_evaluation"),
     autoescape=select_autoescape(["html"]),
@@ -49,6 +52,7 @@ def write_report(
     Raises:
         OSError: a file cannot be written.
     """
+    save_data_images(plan, folder)
     content = report_content(plan, folder, scores, command, device)
     texts = {
         "report.md": _TEMPLATES.get_template("report.md").render(content, table=figure_table(scores, plan.columns)),
@@ -59,6 +63,25 @@ def write_report(
         with written_whole(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
+
+
+def save_data_images(plan: PicturePlan, folder: Path) -> None:
+    """Saves the data set's own images to the folder of a run, small, for its HTML; those that cannot be read are left
+    out."""
+    for index in range(len(plan.prompts.prompts) if plan.prompts.images is not None else 0):
+        assert plan.prompts.images is not None
+        file = folder / _data_image(index)
+        if not file.exists():
+            with suppress(UnreadableImageError):
+                image = plan.prompts.images.image(index).copy()
+                image.thumbnail((_DATA_SIZE, _DATA_SIZE))
+                file.parent.mkdir(exist_ok=True)
+                with written_whole(file) as temporary:
+                    image.save(temporary, format="PNG")
+
+
+def _data_image(index: int) -> str:
+    return f"data/{index:05}.png"
 
 
 def report_content(
@@ -76,6 +99,7 @@ def report_content(
                 "number": index + 1,
                 "name": "/".join([*prompt.group, prompt.name]),
                 "text": prompt.text,
+                "data_image": _data_image(index) if (folder / _data_image(index)).exists() else None,
                 "pictures": {
                     column: [file.as_posix() for file in plan.files_of(Path(), column, index)]
                     for column in plan.columns

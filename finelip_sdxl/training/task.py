@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finelip_sdxl import FineLIPModel, contrastive_loss, late_interaction, triplet_margin_loss
+from finelip_sdxl import FineLIPModel, contrastive_loss, triplet_margin_loss
+from finelip_sdxl.model import FineLIPTextOutput, fine_tokens
 from finelip_sdxl.options import LOSSES as LOSSES
 from finelip_sdxl.provenance import Provenance
 
@@ -42,9 +43,12 @@ class FineLIPTask(nn.Module):
         ids = gather(batch["ids"])
 
         losses = {}
+        if weights["triplet"] or weights["fine_contrastive"]:
+            fine = gather(model.compare(fine_tokens(image)[0], *self._all_texts(text)))
         if weights["triplet"]:
-            similarity = gather(late_interaction(image.refined_tokens, gather(text.refined_tokens)))
-            losses["triplet"] = triplet_margin_loss(similarity, ids, self.margin, self.hardest)
+            losses["triplet"] = triplet_margin_loss(fine, ids, self.margin, self.hardest)
+        if weights["fine_contrastive"]:
+            losses["fine_contrastive"] = contrastive_loss(fine, ids, self._scale())
         if weights["contrastive"]:
             similarity = gather(normalize(image.embeds) @ normalize(gather(text.embeds)).T)
             losses["contrastive"] = contrastive_loss(similarity, ids, self._scale())
@@ -54,6 +58,14 @@ class FineLIPTask(nn.Module):
             losses["distillation"] = self._distillation_loss(batch)
         loss = cast(Tensor, sum(weights[name] * loss for name, loss in losses.items()))
         return {"loss": loss, **losses}
+
+    def _all_texts(self, text: FineLIPTextOutput) -> tuple[Tensor, Tensor | None]:
+        """The tokens that late interaction compares, of the texts of all processes, with their mask."""
+        tokens, mask = fine_tokens(text)
+        if mask is not None:  # all tokens, whose number differs between processes
+            room = self.model.config.text_config.max_position_embeddings - tokens.shape[1]
+            tokens, mask = F.pad(tokens, (0, 0, 0, room)), gather(F.pad(mask, (0, room)))
+        return gather(tokens), mask
 
     def _region_loss(self, text_tokens: Tensor, image_tokens: Tensor, regions: dict[str, Tensor]) -> Tensor:
         """The contrastive loss of phrases and regions in this process's batch; equal labels are no negatives."""

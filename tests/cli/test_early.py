@@ -358,3 +358,19 @@ def test_scripts_refuse_mistakes_before_torch_is_imported(tmp_path) -> None:
     for mistake, line, (said, heavy) in zip(SCRIPT_MISTAKES, errors, found, strict=True):
         assert (said, heavy) == ("2", []), mistake
         assert SCRIPT_MISTAKES[mistake] in line
+
+
+@pytest.mark.parametrize(
+    "flags", [["--data", "txt:gone.txt"], ["--steps", "0"], ["--data", "miniature:3", "--layout", "tiif"], ["--colums"]]
+)
+def test_of_several_processes_only_the_first_tells_of_a_mistake(flags, tmp_path, monkeypatch, capsys) -> None:
+    printed = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            sys.exit(main(["evaluate", "images", "--output-dir", str(tmp_path / "run"), *flags]))
+        assert stopped.value.code == 2
+        printed.append(capsys.readouterr().err.splitlines())
+    assert len(printed[0]) >= 1
+    assert "error: " in printed[0][-1]
+    assert not [line for line in printed[1] if "error" in line]

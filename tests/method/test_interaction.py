@@ -304,3 +304,34 @@ def test_blocks_are_as_large_as_promised(monkeypatch) -> None:
 def test_refuses_shapes_that_do_not_fit(images, texts, masks, message) -> None:
     with pytest.raises(ValueError, match=message):
         late_interaction(images, texts, **masks)
+
+
+def one_pair(image: Tensor, text: Tensor, slope: float, pooling: str) -> Tensor:
+    similarity = torch.nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+    similarity = torch.where(similarity > 0, similarity, slope * similarity)
+    if pooling == "mean":
+        return 2 * similarity.mean()
+    return similarity.amax(dim=0).mean() + similarity.amax(dim=1).mean()
+
+
+@pytest.mark.parametrize("block", [1, interaction._BLOCK])
+@pytest.mark.parametrize(("slope", "pooling"), [(1.0, "max"), (0.0, "max"), (0.1, "mean"), (1.0, "mean")])
+def test_what_the_ablations_compare_with_equals_the_loop(slope, pooling, block, monkeypatch) -> None:
+    monkeypatch.setattr(interaction, "_BLOCK", block)
+    images, texts, *masks = case_of([2, 6, 1], [7, 1, 3, 2], dtype=torch.float64)
+    learned = [tokens.requires_grad_() for tokens in (images, texts)]
+    ours = late_interaction(*learned, *masks, slope=slope, pooling=pooling)
+    rows = [[tokens[mask] for tokens, mask in zip(*pair, strict=True)] for pair in zip(learned, masks, strict=True)]
+    loop = torch.stack([torch.stack([one_pair(image, text, slope, pooling) for text in rows[1]]) for image in rows[0]])
+    torch.testing.assert_close(ours, loop, atol=1e-10, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(late_interaction(*learned, *masks, slope=slope, pooling=pooling), ours)
+    found, expected = (torch.autograd.grad(scores.square().sum(), learned) for scores in (ours, loop))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"slope": -0.1}, {"slope": 1.5}, {"slope": float("nan")}, {"pooling": "median"}])
+def test_refuses_other_slopes_and_poolings(options) -> None:
+    with pytest.raises(ValueError, match=r"slope is .* and pooling .*; expected 0 to 1, and one of max, mean"):
+        late_interaction(torch.ones(1, 2, 3), torch.ones(1, 2, 3), **options)

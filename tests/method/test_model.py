@@ -79,7 +79,7 @@ def test_all_similarities_and_the_loss_match_the_published_implementation(whole_
     expected = reference_tensors("late_interaction")
     refinements = whole_model.image_refinement, whole_model.text_refinement
 
-    def compare_the_case(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    def compare_the_case(images: torch.Tensor, texts: torch.Tensor, **options) -> torch.Tensor:
         """The reference has other tokens for late interaction than those of its encoders."""
         assert images.shape == texts.shape == (6, 4, 64)
         return refined_similarity(*refinements, *(expected[key] for key in ("image_tokens", "text_tokens", "lengths")))

@@ -5,13 +5,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from finelip_sdxl.data.caption_dataset import UnreadableImageError
 from finelip_sdxl.data.prompt_sets import Prompt, PromptSet
 from finelip_sdxl.evaluation.intervals import Interval, mean_interval
+from finelip_sdxl.miniature.dataset import MiniatureScenes
 from finelip_sdxl.picture_evaluation.plan import PicturePlan
 from finelip_sdxl.picture_evaluation.report import figure_table, write_report
 from finelip_sdxl.picture_evaluation.scores import Figure, Scores
@@ -87,8 +91,27 @@ def test_the_table_has_one_width_for_each_column() -> None:
 def test_a_run_without_judges_has_a_report_of_pictures(tmp_path) -> None:
     plan = miniature_run(tmp_path, scenes=2)
     write_report(plan, tmp_path, Scores([], []), COMMAND)
-    assert (tmp_path / "report.html").read_text().count("<img ") == 4
+    assert (tmp_path / "report.html").read_text().count("<img ") == 4 + 2  # drawn ones, and the data set's
     assert "Settings" in (tmp_path / "report.md").read_text()
+
+
+class Broken(MiniatureScenes):
+    def image(self, index: int) -> Image.Image:
+        if index == 1:
+            raise UnreadableImageError("scene 1 is broken")
+        return super().image(index).resize((1024, 512))
+
+
+def test_the_data_set_s_own_images_stand_beside_the_drawn_ones(tmp_path) -> None:
+    plan = miniature_run(tmp_path, scenes=3)
+    plan = replace(plan, prompts=replace(plan.prompts, images=Broken("test", 3)))
+    write_report(plan, tmp_path, Scores([], []), COMMAND)
+    assert sorted(file.name for file in (tmp_path / "data").iterdir()) == ["00000.png", "00002.png"]
+    assert Image.open(tmp_path / "data" / "00002.png").size == (512, 256)
+    html = (tmp_path / "report.html").read_text()
+    assert [html.count(f'<img src="data/{index:05}.png"') for index in range(3)] == [1, 0, 1]
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [prompt["data_image"] for prompt in content["prompts"]] == ["data/00000.png", None, "data/00002.png"]
 
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

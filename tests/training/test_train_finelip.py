@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from finelip_sdxl import FineLIPConfig, FineLIPModel, files, load_finelip
+from finelip_sdxl import (
+    FineLIPConfig,
+    FineLIPModel,
+    files,
+    late_interaction,
+    load_finelip,
+    triplet_margin_loss,
+)
 from finelip_sdxl.data import load_image_processor, load_tokenizer
 from finelip_sdxl.stretch import KEEP, stretch_positions
 from finelip_sdxl.text_encoders import POSITION_TABLE
@@ -43,12 +50,15 @@ ALL_LOSSES = (
     "0.1",
     "--contrastive-weight",
     "1",
+    "--fine-contrastive-weight",
+    "0.1",
     "--region-weight",
     "1",
     "--distillation-weight",
     "1",
 )
-TRIPLET_ONLY = ("--contrastive-weight", "0", "--region-weight", "0", "--distillation-weight", "0")
+FINE_CONTRAST = ("--fine-contrastive-weight", "0")
+TRIPLET_ONLY = (*FINE_CONTRAST, "--contrastive-weight", "0", "--region-weight", "0", "--distillation-weight", "0")
 
 
 # Processes are forked from one that has no threads, and has imported what takes long.
@@ -150,10 +160,14 @@ def test_loss_falls_on_scenes_that_are_seen_again_and_again(base, tmp_path, hist
         "0",
     )
     first, last = history[1], history[40]
-    for name in ("loss", "triplet", "contrastive", "region", "distillation"):
+    for name in ("loss", *LOSSES):
         assert last[name] < 0.9 * first[name], name
     assert last["loss"] == pytest.approx(
-        0.1 * last["triplet"] + last["contrastive"] + last["region"] + last["distillation"], rel=1e-5
+        0.1 * (last["triplet"] + last["fine_contrastive"])
+        + last["contrastive"]
+        + last["region"]
+        + last["distillation"],
+        rel=1e-5,
     )
 
 
@@ -197,7 +211,7 @@ def test_an_epoch_is_all_batches_of_the_data(base, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_weight_0_is_off(base, tmp_path, history, name) -> None:
-    others = [flag for other in LOSSES if other != name for flag in (f"--{other}-weight", "0")]
+    others = [flag for other in LOSSES if other != name for flag in (f"--{other.replace('_', '-')}-weight", "0")]
     train(base, tmp_path, "--max-steps", "1", *others)
     assert set(LOSSES) & history[1].keys() == {name}
 
@@ -239,9 +253,9 @@ def test_phrases_are_compared_with_the_patches_of_their_boxes() -> None:
     assert objective._region_loss(texts, images, nothing) == 0
 
 
-def test_the_pull_is_towards_what_stock_reads(base) -> None:
+def test_the_pull_is_towards_what_stock_reads(base, tmp_path) -> None:
     stock = CLIPModel.from_pretrained(base)
-    model = train_finelip.load_base(str(base))
+    model = train_finelip.load_base(parse(base, tmp_path))
     input_ids = torch.randint(0, 800, (2, 77), generator=torch.Generator().manual_seed(0))
     input_ids[:, 40] = load_tokenizer(base).eos_token_id
     states, embeds = FrozenTeacher(model).encode(input_ids)
@@ -262,6 +276,7 @@ def test_accumulated_losses_are_means_over_batches(base, tmp_path, history) -> N
 
 def test_two_accumulated_batches_are_one_of_twice_the_size_for_a_loss_of_single_pairs(base, tmp_path, history) -> None:
     pull = ("--triplet-weight", "0", "--contrastive-weight", "0", "--region-weight", "0", "--max-steps", "3")
+    pull = (*pull, *FINE_CONTRAST)
     train(base, tmp_path / "large", *pull, "--batch-size", "10", "--loss-warmup-epochs", "0")
     large = [history[step]["distillation"] for step in (1, 2, 3)]
     train(base, tmp_path / "accumulated", *pull, "--gradient-accumulation-steps", "2", "--loss-warmup-epochs", "0")
@@ -628,6 +643,80 @@ def test_a_signal_saves_nothing_half_and_the_run_goes_on(base, tmp_path, capsys,
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
+# What the paper's ablations vary
+
+
+@pytest.mark.parametrize(
+    ("refined", "sides"), [("both", "image text"), ("images", "image"), ("texts", "text"), ("none", "")]
+)
+def test_the_tokens_of_one_side_or_of_none_may_be_refined(base, tmp_path, history, refined, sides) -> None:
+    flags = ("--refinement", refined, "--refined-share", "0.4", "--max-steps", "1", "--eval-data", "miniature:5")
+    train(base, tmp_path, *flags)
+    model = load_finelip(tmp_path / "last")
+    for side in ("image", "text"):
+        expected = 3 if side in sides.split() else None  # of nine patches
+        assert getattr(model.config, f"refined_{side}_tokens") == expected
+        assert (getattr(model, f"{side}_refinement") is None) == (expected is None)
+    assert history[1].keys() >= {"fine_image_to_text", "triplet", "fine_contrastive"}
+    assert np.isfinite(history[1]["loss"])
+
+
+def test_all_tokens_of_texts_are_compared_without_their_padding() -> None:
+    model, batch = make_model(), make_batch()
+    model.text_refinement, model.config.refined_text_tokens = None, None
+    task = FineLIPTask(model, {**dict.fromkeys(LOSSES, 0.0), "triplet": 1.0}, 0.2, False)
+    with torch.no_grad():
+        tokens = model.encode_text(batch["input_ids"]).tokens
+        images = model.encode_image(batch["pixel_values"]).refined_tokens
+        ends = (batch["input_ids"] == 49).int().argmax(dim=1).tolist()
+        columns = [late_interaction(images, row[None, : end + 1]) for row, end in zip(tokens, ends, strict=True)]
+        expected = triplet_margin_loss(torch.cat(columns, dim=1), batch["ids"])
+        torch.testing.assert_close(task(batch)["triplet"], expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 20])
+def test_the_rows_that_the_stretch_keeps_are_kept_in_training_too(base, tmp_path, keep) -> None:
+    train(base, tmp_path, "--stretch-keep", str(keep), "--max-steps", "2")
+    stock = CLIPModel.from_pretrained(base).text_model.embeddings.position_embedding.weight
+    table = weights(tmp_path)["text_model.embeddings.position_embedding.weight"]
+    assert len(table) == keep + 4 * (77 - keep)
+    assert torch.equal(table[:keep], stock[:keep])
+    assert not torch.equal(table[keep], stock[keep])
+    # Texts of five scenes are longer than this.
+    assert not torch.equal(table[keep + 4], stock[keep + 1])
+
+
+def test_positions_are_learned_anew_while_the_teacher_keeps_stock_s(base, tmp_path, history) -> None:
+    train(base, tmp_path / "new", "--new-positions", "--max-steps", "1", "--learning-rate", "0")
+    table = weights(tmp_path / "new")["text_model.embeddings.position_embedding.weight"]
+    stretched = load_finelip(base).text_model.embeddings.position_embedding.weight
+    assert table.shape == stretched.shape
+    assert 0.018 < table.std() < 0.022
+    assert torch.corrcoef(torch.stack([table.flatten(), stretched.flatten()]))[0, 1].abs() < 0.1
+    assert history[1]["distillation"] > 0.01  # from stock's states
+    train(base, tmp_path / "learned", "--new-positions", "--max-steps", "1")
+    learned = weights(tmp_path / "learned")["text_model.embeddings.position_embedding.weight"]
+    assert (learned[:20] != table[:20]).any(dim=1).all()
+
+
+def test_a_model_remembers_how_its_tokens_are_compared(base, tmp_path, history) -> None:
+    flags = ("--interaction-slope", "1", "--interaction-pooling", "mean", "--max-steps", "1", *TRIPLET_ONLY)
+    train(base, tmp_path / "mean", *flags)
+    model = load_finelip(tmp_path / "mean" / "last")
+    assert (model.config.interaction_slope, model.config.interaction_pooling) == (1.0, "mean")
+    images, texts = (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(model.compare(images, texts), late_interaction(images, texts, slope=1.0, pooling="mean"))
+    loss = history[1]["triplet"]
+    train(base, tmp_path / "max", "--max-steps", "1", *TRIPLET_ONLY)
+    assert history[1]["triplet"] != loss
+
+
+def test_a_finelip_keeps_its_refinement(base, tmp_path, capsys) -> None:
+    message = refusal(train_finelip, capsys, "--base", "miniature-finelip-1", "--refined-share", "0.5", "--cpu",
+        "--output-dir", str(tmp_path))  # fmt: skip
+    assert message == ("--base miniature-finelip-1 has a token refinement: leave out --refined-share and --refinement.")
+
+
 # Two processes
 
 
@@ -679,6 +768,7 @@ CASES = [
     ({"triplet": 1.0}, False),  # the paper's: the logit scale has no gradient
     ({"triplet": 1.0}, True),
     ({"contrastive": 1.0}, False),  # nor has the refinement
+    ({"fine_contrastive": 1.0}, False),
     ({"triplet": 0.1, "contrastive": 1.0, "distillation": 2.0}, False),
 ]
 
@@ -706,7 +796,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
             halves = [torch.load(tmp_path / f"{way}-{number}-{process}.pt") for process in (0, 1)]
             for name, loss in whole["losses"].items():
                 mine = [half["losses"][name] for half in halves]
-                if name in ("triplet", "contrastive"):
+                if name not in ("distillation", "loss"):
                     assert mine[0] == mine[1]
                 torch.testing.assert_close((mine[0] + mine[1]) / 2, loss, atol=1e-12, rtol=1e-12)
             for half in halves:
@@ -804,6 +894,11 @@ def test_a_run_on_two_processes_goes_on_and_equals_one_on_one_process(base, tmp_
             "--triplet-weight 0 --contrastive-weight 0 --region-weight 0 --distillation-weight 0",
             "All losses have weight 0",
         ),
+        ("--new-positions --stretch-keep 0", "--stretch-keep 0 goes with a stretch: leave out --new-positions"),
+        ("--refined-share 0", "--refined-share: expected a number above 0 instead of 0"),
+        ("--refinement all", "invalid choice: 'all'"),
+        ("--interaction-slope 2", "--interaction-slope: expected a number of at most 1 instead of 2"),
+        ("--stretch-keep 77", "--stretch-keep: expected a whole number of at most 76 instead of 77"),
         ("--sample-sentences nan", "--sample-sentences: expected a number of at least 0 instead of nan"),
         (
             "--dataloader-num-workers 1000",

@@ -9,7 +9,17 @@ from pathlib import Path
 
 from finelip_sdxl.console import COUNT, Parser, number
 from finelip_sdxl.names import check_models, data_place
-from finelip_sdxl.options import DATA_KINDS, LOSSES, MARGIN
+from finelip_sdxl.options import (
+    DATA_KINDS,
+    LOSSES,
+    MARGIN,
+    NEGATIVE_SLOPE,
+    POOLING,
+    REFINED_SHARE,
+    REFINEMENT,
+    STOCK_POSITIONS,
+    STRETCH_KEEP,
+)
 from finelip_sdxl.training.command_line import (
     AMOUNT,
     BATCH,
@@ -38,6 +48,7 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     padding, margin = number(int, least=0, most=1000), number(float, least=0, most=10)
+    kept, slope, part = number(int, least=0, most=STOCK_POSITIONS - 1), SHARE, number(float, above=0, most=1)
     workers = number(int, least=0, most=128)
     shown = partial(add_preset_flag, presets=(PAPER, MINIATURE))
     default = "(default: %(default)s)"
@@ -47,6 +58,17 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
     add_config_flag(group, (PAPER, MINIATURE))
     add("--base", default="miniature-clip-1", metavar="CLIP", help="any CLIP: hub id, directory, checkpoint file, "
         f"miniature-clip-1 or miniature-clip-2 {default}")  # fmt: skip
+    add("--stretch-keep", type=kept, default=STRETCH_KEEP, metavar="ROWS", help="leading rows of the positional table "
+        f"that neither the stretch nor the training changes {default}")  # fmt: skip
+    add("--new-positions", action="store_true", help="learn the whole positional table anew, from random rows")
+    add("--refined-share", type=part, metavar="X", help="refined tokens as a share of an image's patches, for a base "
+        f"without a token refinement (default: {REFINED_SHARE})")  # fmt: skip
+    add("--refinement", choices=REFINEMENT, help="whose tokens are refined, for such a base; late interaction compares "
+        "all tokens of the others (default: both)")  # fmt: skip
+    add("--interaction-slope", type=slope, metavar="X", help="slope of late interaction's LeakyReLU; 1 for none "
+        f"(default: the base's, or {NEGATIVE_SLOPE})")  # fmt: skip
+    add("--interaction-pooling", choices=POOLING, help="each token's best partner, or the mean over all (default: the "
+        "base's, or max)")  # fmt: skip
     add("--tokenizer", metavar="NAME", help="hub id or directory of tokenizer and image processor (default: the base)")
     add("--data", metavar="KIND:PATH", help=f"images with captions: {DATA_KINDS}, or webdataset:SHARDS (default for "
         "the miniature: miniature:20000)")  # fmt: skip
@@ -68,6 +90,7 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
     add = group.add_argument
     shown(group, "--triplet-weight", AMOUNT, "X", "weight of the triplet margin loss of late interaction")
     shown(group, "--contrastive-weight", AMOUNT, "X", "weight of CLIP's contrastive loss of the embeddings")
+    shown(group, "--fine-contrastive-weight", AMOUNT, "X", "weight of the contrastive loss of late interaction")
     shown(group, "--region-weight", AMOUNT, "X", "weight of the loss of phrases against their regions, for data with "
         "regions (the miniature)")  # fmt: skip
     shown(group, "--distillation-weight", AMOUNT, "X", "weight of the distillation loss: distance from the base's "
@@ -113,6 +136,8 @@ def check(arguments: argparse.Namespace) -> None:
     """Checks which flags go together, before anything is loaded."""
     if not any(getattr(arguments, f"{name}_weight") for name in LOSSES):
         raise ValueError("All losses have weight 0: give one of them a weight, such as --triplet-weight 1.")
+    if arguments.new_positions and arguments.stretch_keep != STRETCH_KEEP:
+        raise ValueError(f"--stretch-keep {arguments.stretch_keep} goes with a stretch: leave out --new-positions.")
     is_stream = arguments.data.startswith("webdataset:")
     if arguments.epoch_size is not None and not is_stream:
         raise ValueError(f"--epoch-size goes with webdataset shards, but --data is {arguments.data}: leave it out.")
