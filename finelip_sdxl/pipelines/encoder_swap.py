@@ -257,6 +257,11 @@ class EncoderSwapMixin(PromptEncodingMixin):
             pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors", dtype=torch.float16)
         """
         cls._check_names("from_single_file", kwargs)
+        if not hasattr(super(), "from_single_file"):
+            raise ValueError(
+                f"{cls.__name__} opens no single files: open the file by FineLIPSDXLPipeline.from_single_file, and make"
+                f" a {cls.__name__} of that pipeline by from_pipe."
+            )
         kwargs |= _passed_options(
             short_prompt_encoder=short_prompt_encoder,
             overflow=overflow,

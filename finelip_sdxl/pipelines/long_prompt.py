@@ -26,6 +26,7 @@ from finelip_sdxl.options import (
 from finelip_sdxl.pipelines.calls import OPTIONS, check_numbers, option_in_force, takes_options
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
+from finelip_sdxl.pipelines.stock_class import IMAGES, VIDEOS, check_stock_class, encode_prompt_arguments
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
 from finelip_sdxl.recommended import recommended_arguments
 
@@ -43,9 +44,11 @@ def _option(name: str, doc: str) -> property:
 class LongPromptMixin(EncoderSwapMixin):
     """Prompts of any length for an SDXL pipeline of Diffusers.
 
-    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`. A call is the
-    parent's, for one thread at a time: a second thread waits until the first has drawn, also on another pipeline that
-    `from_pipe` made of this one. Pipelines with schedulers of their own draw at the same time.
+    `finelip_sdxl.long_prompts` makes a subclass of any class that has SDXL's `encode_prompt`. A subclass with a name of
+    its own needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.
+
+    A call is the parent's, for one thread at a time: a second thread waits until the first has drawn, also on another
+    pipeline that `from_pipe` made of this one. Pipelines with schedulers of their own draw at the same time.
 
     A pipeline that is built directly from components changes none of them. With encoders of 77 positions it behaves as
     its parent does. `from_pretrained` and `swap_text_encoders` put in encoders of 248 positions.
@@ -102,11 +105,14 @@ class LongPromptMixin(EncoderSwapMixin):
         own: Any = cls  # to a type checker these are not for assignment
         if LongPromptMixin in cls.__bases__:
             stock: Any = cls._stock_class()
+            check_stock_class(stock)
             if cls.__doc__ is not None:  # without one, Python shows that of the mixin
                 cls.__doc__ = _with_arguments(cls.__doc__, LongPromptMixin.__doc__)
             own._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
             own.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
+            if VIDEOS in encode_prompt_arguments(stock):
+                own.encode_prompt = _encodes_for_videos
         if "__call__" in vars(cls):
             own.__call__ = one_at_a_time(own.__call__)
         elif LongPromptMixin in cls.__bases__:
@@ -290,11 +296,19 @@ class LongPromptMixin(EncoderSwapMixin):
             apply_group_offloading(getattr(self, name), **given)
 
 
+@wraps(LongPromptMixin.encode_prompt)
+def _encodes_for_videos(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`encode_prompt` of a parent that counts videos where others count images."""
+    if VIDEOS in kwargs:
+        kwargs[IMAGES] = kwargs.pop(VIDEOS)
+    return LongPromptMixin.encode_prompt(self, *args, **kwargs)
+
+
 def _spell_out_call(cls: type) -> None:
     """Set a `__call__` of `cls` whose signature and docstring hold every argument: the parent's, then the options.
 
-    It does what `LongPromptMixin.__call__` does. The ten parents have different arguments, so that one method cannot
-    name them.
+    It does what `LongPromptMixin.__call__` does. The parents have different arguments, so that one method cannot name
+    them.
     """
     parent: Any = super(LongPromptMixin, cls).__call__  # type: ignore[misc]
 
@@ -328,7 +342,7 @@ def _spell_out_init(cls: type) -> None:
     """Set a signature with every argument for the `__init__` of `cls`: its own arguments, and all parents'.
 
     Diffusers takes the names and types of a pipeline's components and options from that signature, in many places. The
-    ten parents have different ones. Written out, they would be ten methods of some twenty arguments, kept in step with
+    parents have different ones. Written out, each would be a method of some twenty arguments, kept in step with
     Diffusers by hand.
     """
     if "__init__" not in vars(cls):

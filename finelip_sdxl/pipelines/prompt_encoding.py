@@ -404,7 +404,7 @@ class PromptEncodingMixin(_Parent):
                         )
                         if negative_pooled_prompt_embeds is None:
                             negative_pooled_prompt_embeds = pooled
-                prompt = prompt_2 = lora_scale = None
+                prompt = prompt_2 = lora_scale = clip_skip = None
 
         # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77 itself.
         embeddings = super().encode_prompt(
@@ -420,7 +420,7 @@ class PromptEncodingMixin(_Parent):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             lora_scale=lora_scale,
-            clip_skip=clip_skip,
+            **({} if clip_skip is None else {"clip_skip": clip_skip}),  # not every parent has it
         )
         return embeddings, plan
 

@@ -22,7 +22,7 @@ from tests.helpers.prompts import ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder
 
 PIPELINES = [
-    getattr(finelip_sdxl.pipelines, name) for name in finelip_sdxl.pipelines.__all__ if name != "LongPromptMixin"
+    getattr(finelip_sdxl.pipelines, name) for name in finelip_sdxl.pipelines.__all__ if name.startswith("FineLIP")
 ]
 WEIGHTED = "a red (fox:1.4) and a [[quiet]] hare"
 

@@ -1,7 +1,6 @@
 """What SDXL's users already have, on prompts of every length: LoRAs, textual inversions, IP-Adapters, ControlNets."""
 
 import copy
-import inspect
 import json
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
-    ControlNetUnionModel,
     DDIMScheduler,
     MultiAdapter,
     StableDiffusionXLAdapterPipeline,
@@ -25,7 +23,6 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
-    T2IAdapter,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -313,34 +310,6 @@ def test_an_ip_adapter_acts_beside_the_prompt(components, tmp_path, prompt) -> N
 
 
 # Image to image, inpainting, ControlNets, T2I-Adapters
-
-
-@pytest.fixture
-def controlnet_union() -> ControlNetUnionModel:
-    torch.manual_seed(3)
-    tiny = {
-        "num_trans_channel": 16,
-        "num_trans_head": 2,
-        "num_proj_channel": 16,
-        "conditioning_embedding_out_channels": (16, 32),
-    }
-    shape = make_unet().config
-    shared = {
-        name: shape[name] for name in inspect.signature(ControlNetUnionModel.__init__).parameters if name in shape
-    }
-    model = ControlNetUnionModel(**{**shared, **tiny})
-    with torch.no_grad():
-        for block in [*model.controlnet_down_blocks, model.controlnet_mid_block]:
-            torch.nn.init.normal_(block.weight, std=0.5)
-    return model.eval()
-
-
-@pytest.fixture
-def t2i_adapter() -> T2IAdapter:
-    torch.manual_seed(3)
-    return T2IAdapter(
-        in_channels=3, channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
-    ).eval()
 
 
 IMAGE = np.random.RandomState(0).rand(1, 16, 16, 3).astype(np.float32)
