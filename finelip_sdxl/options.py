@@ -28,6 +28,7 @@ Overflow = Literal["window", "truncate", "error"]
 HiddenStates = Literal["penultimate", "last"]
 FineLIPMerge = Literal["replace", "delta"]
 Weighting = Literal["compel", "a1111"]
+Emphasis = Literal["compel", "a1111", "a1111_no_norm", "comfyui"]
 
 # The values of each type, for checks and flags.
 SHORT_PROMPT_ENCODER: tuple[str, ...] = get_args(ShortPromptEncoder)
@@ -35,6 +36,7 @@ OVERFLOW: tuple[str, ...] = get_args(Overflow)
 HIDDEN_STATES: tuple[str, ...] = get_args(HiddenStates)
 FINELIP_MERGE: tuple[str, ...] = get_args(FineLIPMerge)
 WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompts are plain text
+EMPHASIS: tuple[str, ...] = get_args(Emphasis)
 
 LENGTH_BUCKETS = (77, 154)
 
@@ -43,7 +45,7 @@ LOSSES = ("triplet", "contrastive", "region", "distillation")  # of a FineLIP's 
 
 # Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
-ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
+ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting", "emphasis")
 
 # The kinds of data with images, for help texts.
 DATA_KINDS = (

@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from finelip_sdxl.options import (
     AS_SET,
+    EMPHASIS,
     HIDDEN_STATES,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
@@ -33,6 +34,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "overflow": partial(check_choice, "overflow", choices=OVERFLOW),
     "length_buckets": check_length_buckets,
     "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
+    "emphasis": partial(check_choice, "emphasis", choices=EMPHASIS),
 }
 
 _CALL_OPTIONS: dict[str, Callable[[Any], Any]] = {**OPTIONS, "conditioning_adapter_scale": check_adapter_scale}

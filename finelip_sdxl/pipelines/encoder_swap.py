@@ -28,6 +28,7 @@ from finelip_sdxl.options import (
     ENCODERS,
     FINELIP_MERGE,
     STOCK_POSITIONS,
+    Emphasis,
     FineLIPMerge,
     HiddenStates,
     Overflow,
@@ -120,6 +121,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         overflow: Overflow = AS_SAVED,
         hidden_states: HiddenStates = AS_SAVED,
         weighting: Weighting | None = AS_SAVED,
+        emphasis: Emphasis = AS_SAVED,
         length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
     ) -> Self:
@@ -167,6 +169,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             overflow=overflow,
             hidden_states=hidden_states,
             weighting=weighting,
+            emphasis=emphasis,
             length_buckets=length_buckets,
         )
         brings_finelip = finelip is not None or finelip_2 is not None
@@ -224,6 +227,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         overflow: Overflow = AS_SAVED,
         hidden_states: HiddenStates = AS_SAVED,
         weighting: Weighting | None = AS_SAVED,
+        emphasis: Emphasis = AS_SAVED,
         length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
     ) -> Self:
@@ -267,6 +271,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             overflow=overflow,
             hidden_states=hidden_states,
             weighting=weighting,
+            emphasis=emphasis,
             length_buckets=length_buckets,
         )
         file = pretrained_model_link_or_path

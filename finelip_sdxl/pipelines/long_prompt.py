@@ -17,6 +17,7 @@ from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import (
     AS_SET,
     LENGTH_BUCKETS,
+    Emphasis,
     HiddenStates,
     Overflow,
     ShortPromptEncoder,
@@ -69,6 +70,8 @@ class LongPromptMixin(EncoderSwapMixin):
             Empty pads to full length always, as stock pipelines do.
         weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; with None all of a prompt is plain text.
             See `finelip_sdxl.prompts.weighting`.
+        emphasis: the effect of a weight on a token's states: `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`,
+            each as that tool computes it.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class LongPromptMixin(EncoderSwapMixin):
         overflow: str = "window",
         length_buckets: list[int] | tuple[int, ...] | None = LENGTH_BUCKETS,
         weighting: str | None = None,
+        emphasis: str = "compel",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -96,6 +100,7 @@ class LongPromptMixin(EncoderSwapMixin):
         self.overflow = overflow
         self.length_buckets = length_buckets
         self.weighting = weighting
+        self.emphasis = emphasis
         self._conditioning_adapter_scale = 1.0
         self._caches_text_projections = False
         self._said: set[str] = set()
@@ -130,6 +135,7 @@ class LongPromptMixin(EncoderSwapMixin):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
         encoder_fingerprint: str | None = None,
         **kwargs: Any,
@@ -150,6 +156,8 @@ class LongPromptMixin(EncoderSwapMixin):
                 Lengths in tokens; the prompt is padded to the smallest that holds it, or else to full length.
             weighting (`str`, *optional*):
                 Syntax of weights in the prompts: `"compel"` or `"a1111"`; with None they are plain text.
+            emphasis (`str`, *optional*):
+                Effect of a weight: `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`.
             conditioning_adapter_scale (`float`, *optional*):
                 Share of the conditioning adapter, from 0, as without it, to 1.
             encoder_fingerprint (`str`, *optional*):
@@ -179,6 +187,7 @@ class LongPromptMixin(EncoderSwapMixin):
     overflow = _option("overflow", "The treatment of tokens past 248: 'window', 'truncate' or 'error'.")
     length_buckets = _option("length_buckets", "Lengths in tokens to which prompts are padded, ascending.")
     weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
+    emphasis = _option("emphasis", "The effect of a weight: 'compel', 'a1111', 'a1111_no_norm' or 'comfyui'.")
 
     @property
     def conditioning_adapter_scale(self) -> float:

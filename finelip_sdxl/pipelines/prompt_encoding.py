@@ -25,6 +25,7 @@ from finelip_sdxl.options import (
     AS_SET,
     ENCODERS,
     STOCK_POSITIONS,
+    Emphasis,
     HiddenStates,
     Overflow,
     ShortPromptEncoder,
@@ -42,7 +43,7 @@ from finelip_sdxl.prompts.plan import (
     plan_prompts,
     tokenize,
 )
-from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, weak_parts
+from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, multiply_states, weak_parts
 from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import TextEncoder, num_positions
 
@@ -129,19 +130,25 @@ class _Weighting:
     """The weights of a batch, and the states that they need.
 
     Attributes:
+        emphasis: the effect of a weight.
         weights: weights of the tokens, (batch, windows · positions).
-        empty: states of the empty prompt, (1, positions, dim).
+        positions: length of a window.
+        empty: states of the empty prompt, (1, positions, dim); None where the effect needs none.
         weak_parts: the parts with weights below 1.
         without: states of each weak part's window without the part, (parts, positions, dim); None if there are none.
     """
 
+    emphasis: Emphasis
     weights: torch.Tensor
-    empty: torch.Tensor
+    positions: int
+    empty: torch.Tensor | None
     weak_parts: Sequence[WeakPart]
     without: torch.Tensor | None
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
-        by_window = self.weights.unflatten(1, (-1, self.empty.shape[1]))
+        by_window = self.weights.unflatten(1, (-1, self.positions))
+        if self.empty is None:
+            return multiply_states(states, by_window, restore_mean=self.emphasis == "a1111")
         weighted = apply_weights(states, self.empty.repeat(1, by_window.shape[1], 1), self.weights)
         if self.without is None:
             return weighted
@@ -184,12 +191,13 @@ class PromptEncodingMixin(_Parent):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
     ) -> PromptPlan:
         """The plan of a prompt: the windows of each encoder, and the text that is cut. No encoder runs.
 
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2, short_prompt_encoder, overflow, length_buckets,
-                weighting: as in a call of the pipeline.
+                weighting, emphasis: as in a call of the pipeline.
 
         Returns:
             The plan; printed, it is a report.
@@ -235,13 +243,14 @@ class PromptEncodingMixin(_Parent):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Encode prompts of any length. The arguments are the parent's, and the options as in a call of the pipeline.
 
-        With `weighting`, the states of weighted tokens are moved away from the empty prompt's states, or towards them
-        (`finelip_sdxl.prompts.weighting`). Each encoder's states are weighted by themselves. This is the last step,
-        since the conditioning adapter was trained on states without weights. Pooled vectors have no weights.
+        With `weighting`, the states of weighted tokens change as `emphasis` says, see
+        `finelip_sdxl.prompts.weighting`. Each encoder's states are weighted by themselves. This is the last step, since
+        the conditioning adapter was trained on states without weights. Pooled vectors have no weights.
 
         Returns:
             Prompt, negative prompt, pooled prompt, pooled negative prompt. The first two are the hidden states of both
@@ -291,6 +300,7 @@ class PromptEncodingMixin(_Parent):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
     ) -> Conditioning:
         """Encode prompts, to keep in a file or to draw from several times: `pipe(**pipe.encode(prompt))`.
@@ -300,8 +310,8 @@ class PromptEncodingMixin(_Parent):
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip: as in a call of the pipeline.
             lora_scale: as in `encode_prompt`.
-            short_prompt_encoder, hidden_states, overflow, length_buckets, weighting, conditioning_adapter_scale: as in
-                a call of the pipeline.
+            short_prompt_encoder, hidden_states, overflow, length_buckets, weighting, emphasis,
+                conditioning_adapter_scale: as in a call of the pipeline.
 
         Returns:
             The conditioning of pictures with and without guidance, with the report of `describe_prompt`.
@@ -548,6 +558,7 @@ class PromptEncodingMixin(_Parent):
             overflow=self.overflow,
             length_buckets=self.length_buckets,
             weighting=self.weighting,
+            emphasis=self.emphasis,
             shape=shape,
         )
 
@@ -586,16 +597,20 @@ class PromptEncodingMixin(_Parent):
 
         weighting, rows = None, padded_weights(plans, windows)
         if rows is not None:
-            nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
-            empty = self._states(run(nothing), as_stock, clip_skip)
-            parts, without = weak_parts(rows, positions), []
+            empty = None
+            if self.emphasis in ("compel", "comfyui"):
+                nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
+                empty = self._states(run(nothing), as_stock, clip_skip)
+            parts = weak_parts(rows, positions) if self.emphasis == "compel" else []
+            without = []
             for part in parts:
                 mask = torch.ones(1, positions, dtype=torch.long, device=device)
                 mask[:, part.first : part.stop] = 0
                 output = run(token_ids[part.row, part.window][None], attention_mask=mask)
                 without.append(self._states(output, as_stock, clip_skip))
             weights = torch.tensor(rows, device=device)
-            weighting = _Weighting(weights, empty, parts, torch.cat(without) if without else None)
+            missing = torch.cat(without) if without else None
+            weighting = _Weighting(self.emphasis, weights, positions, empty, parts, missing)
         self._free_original(model)
         return _Encoded(torch.cat(states, dim=1), as_stock, pooled, weighting)
 
