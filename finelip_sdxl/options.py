@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -142,6 +143,25 @@ def check_length_buckets(value: Any) -> tuple[int, ...]:
             f" pad every prompt to full length, but is {value!r:.60}."
         )
     return tuple(sorted(set(buckets)))
+
+
+def check_lora_dir(value: Any) -> Path | None:
+    """`value` as a folder of LoRAs; None for none.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is no folder.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | PathLike):
+        raise TypeError(f"`lora_dir` is {value!r:.60}; expected a folder of LoRAs.")
+    folder = Path(value)
+    if not folder.is_dir():
+        raise ValueError(
+            f"`lora_dir` is {str(value)!r:.200}, which is no folder; expected one with .safetensors files."
+        )
+    return folder
 
 
 def check_config(base: str, config: str | None) -> None:

@@ -22,6 +22,7 @@ from finelip_sdxl.options import (
     check_adapter_scale,
     check_choice,
     check_length_buckets,
+    check_lora_dir,
 )
 
 Arguments = ParamSpec("Arguments")
@@ -37,7 +38,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "emphasis": partial(check_choice, "emphasis", choices=EMPHASIS),
 }
 
-_CALL_OPTIONS: dict[str, Callable[[Any], Any]] = {**OPTIONS, "conditioning_adapter_scale": check_adapter_scale}
+_CALL_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    **OPTIONS,
+    "conditioning_adapter_scale": check_adapter_scale,
+    "lora_dir": check_lora_dir,
+}
 
 # Arguments of a call that are in no signature: Diffusers takes them by `**kwargs` and says that they are deprecated.
 _DEPRECATED = ("callback", "callback_steps")

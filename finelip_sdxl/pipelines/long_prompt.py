@@ -26,6 +26,7 @@ from finelip_sdxl.options import (
 )
 from finelip_sdxl.pipelines.calls import OPTIONS, check_numbers, option_in_force, takes_options
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
+from finelip_sdxl.pipelines.loras import loras_of
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 from finelip_sdxl.pipelines.stock_class import IMAGES, VIDEOS, check_stock_class, encode_prompt_arguments
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
@@ -137,6 +138,7 @@ class LongPromptMixin(EncoderSwapMixin):
         weighting: Weighting | None = AS_SET,
         emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
+        lora_dir: str | os.PathLike[str] | None = AS_SET,
         encoder_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -160,12 +162,16 @@ class LongPromptMixin(EncoderSwapMixin):
                 Effect of a weight: `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`.
             conditioning_adapter_scale (`float`, *optional*):
                 Share of the conditioning adapter, from 0, as without it, to 1.
+            lora_dir (`str`, *optional*):
+                Folder of LoRAs. Those that the prompts name, as `<lora:name:0.8>`, are loaded for this call, and no
+                other pipeline of this UNet may draw meanwhile. Without it they are left out, and logged.
             encoder_fingerprint (`str`, *optional*):
                 Fingerprint of the text encoders that the embeddings are from. `pipe(**conditioning)` passes it; the
                 pipeline's own encoders must be the same, if it has any.
 
         Raises:
-            ValueError: an argument has a value that cannot be, or embeddings are from other text encoders.
+            ValueError: an argument has a value that cannot be, embeddings are from other text encoders, or a prompt
+                names a LoRA that is not in `lora_dir` or does not fit.
         """
         self._check_fingerprint(encoder_fingerprint)
         call = super().__call__
@@ -177,7 +183,8 @@ class LongPromptMixin(EncoderSwapMixin):
         # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: given[name] for name in EMBEDDINGS if name in given})
         denoisers = (self.unet, getattr(self, "controlnet", None)) if self._caches_text_projections else ()
-        with cached_text_projections(denoisers):
+        texts = [given.get(name) for name in ("prompt", "prompt_2")]
+        with loras_of(self, texts, option_in_force(self, "lora_dir", None)), cached_text_projections(denoisers):
             return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(

@@ -32,7 +32,7 @@ from finelip_sdxl.options import (
     Weighting,
     check_texts,
 )
-from finelip_sdxl.pipelines.calls import takes_options
+from finelip_sdxl.pipelines.calls import option_in_force, takes_options
 from finelip_sdxl.prompts.plan import (
     EncoderPlan,
     EncoderSpec,
@@ -404,6 +404,13 @@ class PromptEncodingMixin(_Parent):
                 if plan.cut:
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
                     logger.warning("Cut and not encoded, %s", "; ".join(lost))
+                loras = dict.fromkeys(str(lora) for part in plan.plans for lora in part.loras)
+                if loras and option_in_force(self, "lora_dir", None) is None:
+                    logger.warning(
+                        "Left out, not encoded and not loaded: %s. Pass lora_dir= with the folder of these LoRAs to a"
+                        " call, or load them by load_lora_weights.",
+                        " ".join(loras),
+                    )
                 with self._scaled_lora(lora_scale):
                     if prompts:
                         prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)

@@ -23,6 +23,7 @@ from finelip_sdxl.options import (
     ShortPromptEncoder,
     Weighting,
 )
+from finelip_sdxl.prompts.lora_tags import LoraTag
 from finelip_sdxl.prompts.vocabulary import MINIATURE, name_tokens
 from finelip_sdxl.prompts.weighting import WeightedText, parse_weights
 from finelip_sdxl.prompts.windows import split_windows
@@ -87,6 +88,7 @@ class EncoderPlan:
         cut_text: the part of the text that is not encoded; empty if nothing is cut.
         cut_tokens: number of tokens of that part.
         vocabulary: whose tokens are counted, such as `"SDXL's tokens"`; see `finelip_sdxl.prompts.vocabulary`.
+        loras: the LoRAs that the text names; they are not encoded.
     """
 
     encoder: str
@@ -98,6 +100,7 @@ class EncoderPlan:
     cut_text: str = ""
     cut_tokens: int = 0
     vocabulary: str = ""
+    loras: tuple[LoraTag, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -116,6 +119,8 @@ class EncoderPlan:
         lines += [f"  window {number}, {window}" for number, window in enumerate(self.windows, start=1)]
         if self.cut_tokens:
             lines.append(f"  cut, {self.cut_tokens} tokens: {_quoted(self.cut_text)}")
+        if self.loras:
+            lines.append(f"  LoRAs, not encoded: {' '.join(map(str, self.loras))}")
         return "\n".join(lines)
 
 
@@ -341,6 +346,7 @@ class _CutText:
             cut_text=self._text_from(stop),
             cut_tokens=len(self.offsets) - stop,
             vocabulary=name_tokens(self.spec.tokenizer),
+            loras=self.weighted.loras,
         )
 
     def _windows(self) -> tuple[Window, ...]:

@@ -11,6 +11,7 @@ from math import inf, pi, tan
 from typing import TYPE_CHECKING, Any
 
 from finelip_sdxl.options import Emphasis, Weighting
+from finelip_sdxl.prompts.lora_tags import LoraTag, take_loras
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +48,13 @@ class WeightedText:
         text: the text to encode.
         spans: the first and one past the last character, and the weight, of each part with a weight other than 1.
         breaks: characters at which a new window begins.
+        loras: the LoRAs that it names; they are no part of `text`.
     """
 
     text: str
     spans: tuple[tuple[int, int, float], ...] = ()
     breaks: tuple[int, ...] = ()
+    loras: tuple[LoraTag, ...] = ()
 
     def weight_at(self, character: int) -> float:
         before = bisect(self.spans, (character, inf, inf))
@@ -62,7 +65,7 @@ class WeightedText:
 def parse_weights(
     text: str, syntax: Weighting | None, expand: Callable[[str], str] | None = None, emphasis: Emphasis = "compel"
 ) -> WeightedText:
-    """Take the weights out of a prompt.
+    """Take the weights out of a prompt, and with any syntax the LoRAs, `<lora:name:0.8>`.
 
     Neighboring parts of different weights are separate words, as in A1111 and compel.
 
@@ -84,15 +87,16 @@ def parse_weights(
 
     Example:
         >>> parse_weights("a (red:1.3) fox", "a1111")
-        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=())
+        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=(), loras=())
         >>> parse_weights("a (red)1.3 fox", "compel").spans
         ((2, 5, 1.3),)
         >>> parse_weights("a fox BREAK a hare", "a1111").breaks
         (6,)
     """
     expand = expand or str
+    text, loras = take_loras(text)
     if syntax is None:
-        return WeightedText(expand(text))
+        return WeightedText(expand(text), loras=loras)
     if syntax == "compel" and _MORE_THAN_WEIGHTS.search(text):
         raise ValueError(
             "The prompt uses compel's .and(), .attend(), .blend(), .swap() or withLora(), which are more than weights:"
@@ -120,7 +124,7 @@ def parse_weights(
             f"The prompt has {weak} parts with weights below 1; expected at most {MAX_WEAK_PARTS}, since each takes"
             " another run of the encoders: take some out."
         )
-    return WeightedText(plain, tuple(spans), tuple(breaks))
+    return WeightedText(plain, tuple(spans), tuple(breaks), loras)
 
 
 @dataclass(frozen=True)

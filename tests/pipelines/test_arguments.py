@@ -242,7 +242,7 @@ def test_signature_and_docstring_hold_every_argument(ours) -> None:
     parent = inspect.signature(ours._stock_class().__call__).parameters
     shown = inspect.signature(ours.__call__).parameters
     theirs = [name for name, parameter in parent.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    own = [*OPTIONS, "encoder_fingerprint"]
+    own = [*OPTIONS, "lora_dir", "encoder_fingerprint"]
     assert [*shown] == [*theirs, *own]
     assert all(shown[name] == parent[name] for name in theirs)
     assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
