@@ -68,7 +68,5 @@ Diffusers has it.
         reason = f"it has no {' or '.join(missing)}"
     advice = "Use it as Diffusers has it."
     if not missing:
-        advice = (
-            "With the text encoders and tokenizers of a pipeline of this package, Diffusers' class takes 248 tokens."
-        )
+        advice = "It takes 248 tokens with the text encoders and tokenizers of a pipeline of this package."
     raise TypeError(f"{pipeline_class.__name__} does not encode prompts as SDXL's pipelines do: {reason}. {advice}")
