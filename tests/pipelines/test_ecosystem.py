@@ -502,11 +502,3 @@ def test_stock_becomes_ours_and_ours_stock(components, dtype) -> None:
     back = FineLIPSDXLPipeline.from_pipe(again)
     assert_reads_248_in(back, dtype)
     assert read_as_stock(back) == [True, True]
-
-
-@pytest.mark.parametrize("auto", [AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting])
-def test_perturbed_attention_guidance_is_told_to_be_absent(components, auto) -> None:
-    pipe = FineLIPSDXLPipeline(**components)
-    with pytest.raises(ValueError, match="no pipelines with perturbed-attention guidance"):
-        auto.from_pipe(pipe, enable_pag=True)
-    assert type(auto.from_pipe(pipe, enable_pag=False)).__name__.startswith("FineLIPSDXL")
