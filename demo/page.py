@@ -52,6 +52,7 @@ FIELDS = (
     "conditioning_adapter_scale",
     "hidden_states",
     "weighting",
+    "emphasis",
     "seed",
 )
 _ENDPOINTS = ("tokens", "compare")  # of the API
@@ -234,6 +235,18 @@ class _Page:
                     info="In FineLIP-SDXL's column. compel's column always takes its own; stock has none.",
                     elem_id="weighting",
                 )
+                emphasis = gr.Dropdown(
+                    [
+                        ("compel", "compel"),
+                        ("A1111", "a1111"),
+                        ("A1111, mean not restored", "a1111_no_norm"),
+                        ("ComfyUI", "comfyui"),
+                    ],
+                    value=self.comparison.pipe.emphasis,
+                    label="Effect of weights",
+                    info="In FineLIP-SDXL's column: as this tool computes it",
+                    elem_id="emphasis",
+                )
                 hidden_states = gr.Radio(
                     list(HIDDEN_STATES),
                     value=self.comparison.pipe.hidden_states,
@@ -261,6 +274,7 @@ class _Page:
             adapter_scale,
             hidden_states,
             weighting,
+            emphasis,
             seed,
         ]
         return fields, columns, upload
@@ -539,6 +553,7 @@ class _Page:
         hidden_states: str | None = None,
         seed: int = 0,
         weighting: str | None = None,
+        emphasis: str | None = None,
     ) -> Iterator[list[gr.FileData]]:
         """PNG files of the columns in their order, each with its parameters inside. Without steps and guidance scale
         the model's own are taken, and for a width or height of 0, too. Each step yields the files so far; between steps
@@ -558,6 +573,7 @@ class _Page:
                 conditioning_adapter_scale,
                 hidden_states,
                 weighting,
+                emphasis,
                 seed,
             )
             settings = self.settings(values)
@@ -591,7 +607,7 @@ class _Page:
             raise ValueError("No column is chosen: choose at least one under Advanced.")
         columns = check_columns(columns)
         for text in (settings.prompt, settings.negative_prompt):
-            self.comparison.plan(text, columns, settings.weighting)
+            self.comparison.plan(text, columns, settings.weighting, settings.emphasis)
         return columns
 
     def _describe(self, prompt: str) -> tuple[DescribedObject, ...] | None:

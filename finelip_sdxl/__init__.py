@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         FineLIPSDXLImg2ImgPipeline,
         FineLIPSDXLInpaintPipeline,
         FineLIPSDXLPipeline,
+        long_prompts,
     )
     from finelip_sdxl.stretch import stretch_positions
     from finelip_sdxl.token_refinement import TokenRefinement
@@ -54,6 +55,7 @@ _EXPORTS = {
     "contrastive_loss": "finelip_sdxl.losses",
     "late_interaction": "finelip_sdxl.interaction",
     "load_finelip": "finelip_sdxl.checkpoints.load",
+    "long_prompts": "finelip_sdxl.pipelines",
     "miniature_clip": "finelip_sdxl.miniature",
     "miniature_finelip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
@@ -85,6 +87,7 @@ __all__ = [
     "contrastive_loss",
     "late_interaction",
     "load_finelip",
+    "long_prompts",
     "miniature_clip",
     "miniature_finelip",
     "miniature_path",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from numbers import Real
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,7 @@ Overflow = Literal["window", "truncate", "error"]
 HiddenStates = Literal["penultimate", "last"]
 FineLIPMerge = Literal["replace", "delta"]
 Weighting = Literal["compel", "a1111"]
+Emphasis = Literal["compel", "a1111", "a1111_no_norm", "comfyui"]
 
 # The values of each type, for checks and flags.
 SHORT_PROMPT_ENCODER: tuple[str, ...] = get_args(ShortPromptEncoder)
@@ -35,6 +37,7 @@ OVERFLOW: tuple[str, ...] = get_args(Overflow)
 HIDDEN_STATES: tuple[str, ...] = get_args(HiddenStates)
 FINELIP_MERGE: tuple[str, ...] = get_args(FineLIPMerge)
 WEIGHTING: tuple[str | None, ...] = (None, *get_args(Weighting))  # None: prompts are plain text
+EMPHASIS: tuple[str, ...] = get_args(Emphasis)
 
 LENGTH_BUCKETS = (77, 154)
 
@@ -49,7 +52,7 @@ LOSSES = ("triplet", "contrastive", "fine_contrastive", "region", "distillation"
 
 # Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
-ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting")
+ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting", "emphasis")
 
 # The kinds of data with images, for help texts.
 DATA_KINDS = (
@@ -146,6 +149,25 @@ def check_length_buckets(value: Any) -> tuple[int, ...]:
             f" pad every prompt to full length, but is {value!r:.60}."
         )
     return tuple(sorted(set(buckets)))
+
+
+def check_lora_dir(value: Any) -> Path | None:
+    """`value` as a folder of LoRAs; None for none.
+
+    Raises:
+        TypeError: it is no path.
+        ValueError: it is no folder.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | PathLike):
+        raise TypeError(f"`lora_dir` is {value!r:.60}; expected a folder of LoRAs.")
+    folder = Path(value)
+    if not folder.is_dir():
+        raise ValueError(
+            f"`lora_dir` is {str(value)!r:.200}, which is no folder; expected one with .safetensors files."
+        )
+    return folder
 
 
 def check_config(base: str, config: str | None) -> None:

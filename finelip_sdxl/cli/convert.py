@@ -46,10 +46,11 @@ def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Long
     described = config_source(options)
     announce(f"Opening {options.base}…")
     quiet_diffusers()
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline
 
-    from finelip_sdxl import pipelines
+    from finelip_sdxl.pipelines import long_prompts
     from finelip_sdxl.pipelines.opening import open_pipeline
 
     # A single file does not name its pipeline; without configs it is taken for text to image.
@@ -57,9 +58,11 @@ def open_base(options: argparse.Namespace, dtype: str, **arguments: Any) -> Long
         {"_class_name": "StableDiffusionXLPipeline"} if described is None else DiffusionPipeline.load_config(described)
     )
     stock_name = str(index["_class_name"])
-    name = stock_name.replace("StableDiffusionXL", "FineLIPSDXL")
-    if name not in pipelines.__all__:
-        raise ValueError(f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported.")
+    try:
+        pipeline_class = long_prompts(getattr(diffusers, stock_name, None))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(
+            f"{options.base} is a {stock_name}, but only SDXL pipelines can be converted or exported."
+        ) from error
     arguments = {**loading_arguments(options), **arguments}
-    pipeline_class: type[LongPromptMixin] = getattr(pipelines, name)
     return open_pipeline(pipeline_class, options.base, dtype=getattr(torch, dtype), **arguments)

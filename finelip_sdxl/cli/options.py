@@ -18,6 +18,7 @@ from finelip_sdxl.comparison.settings import Settings
 from finelip_sdxl.console import COUNT, number
 from finelip_sdxl.names import sdxl_path
 from finelip_sdxl.options import (
+    EMPHASIS,
     ENCODING,
     FINELIP_MERGE,
     HIDDEN_STATES,
@@ -112,6 +113,11 @@ def add_encoding(command: argparse.ArgumentParser, hidden_states: bool = True) -
         " BREAK (default: as saved, or none)"
     )
     command.add_argument("--weighting", choices=("none", *WEIGHTING[1:]), help=text)
+    text = (
+        "effect of a weight as one of these tools computes it: compel; A1111's states times the weight, with or without"
+        " their mean restored; ComfyUI's interpolation from the empty prompt (default: as saved, or compel)"
+    )
+    command.add_argument("--emphasis", choices=EMPHASIS, help=text)
     if hidden_states:
         text = "the text encoders' hidden states for the UNet (default: as saved, or penultimate)"
         command.add_argument("--hidden-states", choices=HIDDEN_STATES, help=text)

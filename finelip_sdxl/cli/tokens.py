@@ -16,6 +16,7 @@ from finelip_sdxl.cli.options import (
 from finelip_sdxl.console import quiet_transformers
 from finelip_sdxl.miniature.parsing import is_of_world
 from finelip_sdxl.options import (
+    EMPHASIS,
     LENGTH_BUCKETS,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
@@ -54,6 +55,7 @@ def tokens(options: argparse.Namespace) -> None:
         overflow=check_choice("overflow", chosen.get("overflow", OVERFLOW[0]), OVERFLOW),
         length_buckets=check_length_buckets(chosen.get("length_buckets", LENGTH_BUCKETS)),
         weighting=check_choice("weighting", chosen.get("weighting"), WEIGHTING),
+        emphasis=check_choice("emphasis", chosen.get("emphasis", EMPHASIS[0]), EMPHASIS),
     )
     print(report)
 

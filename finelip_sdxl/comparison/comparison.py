@@ -32,7 +32,16 @@ from finelip_sdxl.miniature import miniature_path
 from finelip_sdxl.miniature.parsing import DescribedObject, is_of_world
 from finelip_sdxl.miniature.scoring import score_objects
 from finelip_sdxl.names import sdxl_path
-from finelip_sdxl.options import COLUMNS, LOADED, STOCK_POSITIONS, Weighting, check_choice, check_texts
+from finelip_sdxl.options import (
+    COLUMNS,
+    EMPHASIS,
+    LOADED,
+    STOCK_POSITIONS,
+    Emphasis,
+    Weighting,
+    check_choice,
+    check_texts,
+)
 from finelip_sdxl.picture_sizes import side_factor
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
@@ -185,7 +194,7 @@ class Comparison:
             if Path(refiner).is_file():
                 raise ValueError(f"`refiner` {refiner} is a file; expected the directory or hub id of SDXL's refiner.")
             # It encodes as the base does, by the second encoder.
-            same = {name: getattr(pipe, name) for name in ("short_prompt_encoder", "overflow", "weighting")}
+            same = {name: getattr(pipe, name) for name in ("short_prompt_encoder", "overflow", "weighting", "emphasis")}
             if loading.get("finelip_2") is not None:
                 merge = ("finelip_2", "finelip_merge", "finelip_base")
                 same |= {name: loading[name] for name in merge if name in loading}
@@ -220,7 +229,11 @@ class Comparison:
         return [encoder for encoder in encoders if encoder is not None]
 
     def plan(
-        self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
+        self,
+        prompt: str,
+        columns: Sequence[str] = tuple(COLUMNS),
+        weighting: str | None = None,
+        emphasis: str | None = None,
     ) -> dict[str, EncoderPlan]:
         """Plan a prompt for each column: its windows, and the text that is cut.
 
@@ -229,7 +242,7 @@ class Comparison:
         Args:
             prompt: the text.
             columns: keys of `COLUMNS`.
-            weighting: as in `Settings`.
+            weighting, emphasis: as in `Settings`.
 
         Returns:
             The plans by the columns' keys.
@@ -239,19 +252,30 @@ class Comparison:
             ValueError: the prompt is too long, a column is unknown or there twice, or compel is among the columns and
                 cannot parse the prompt.
         """
-        return self._plan(prompt, columns, [encoder.spec for encoder in self.pipe._call_encoders()], weighting)
+        return self._plan(
+            prompt, columns, [encoder.spec for encoder in self.pipe._call_encoders()], weighting, emphasis
+        )
 
     def plan_for_reader(
-        self, prompt: str, columns: Sequence[str] = tuple(COLUMNS), weighting: str | None = None
+        self,
+        prompt: str,
+        columns: Sequence[str] = tuple(COLUMNS),
+        weighting: str | None = None,
+        emphasis: str | None = None,
     ) -> dict[str, EncoderPlan]:
         """As `plan`, for people who look at the counts: a prompt that the miniature does not know is planned as by a
         real SDXL, in CLIP's tokens."""
         if not self.is_miniature or is_of_world(prompt):
-            return self.plan(prompt, columns, weighting)
-        return self._plan(prompt, columns, _sdxl_specs(), weighting)
+            return self.plan(prompt, columns, weighting, emphasis)
+        return self._plan(prompt, columns, _sdxl_specs(), weighting, emphasis)
 
     def _plan(
-        self, prompt: str, columns: Sequence[str], specs: Sequence[EncoderSpec], weighting: str | None
+        self,
+        prompt: str,
+        columns: Sequence[str],
+        specs: Sequence[EncoderSpec],
+        weighting: str | None,
+        emphasis: str | None,
     ) -> dict[str, EncoderPlan]:
         if not isinstance(prompt, str):
             raise TypeError(f"`prompt` must be a string, but is {prompt!r:.60}.")
@@ -265,6 +289,7 @@ class Comparison:
             overflow=pipe.overflow,
             length_buckets=pipe.length_buckets,
             weighting=_pick_weighting(weighting, pipe.weighting),
+            emphasis=_pick_emphasis(emphasis, pipe.emphasis),
         )
         plans: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
@@ -413,7 +438,10 @@ class _Stage:
     def _encode_once(self, column: str, settings: Settings, arguments: dict[str, Any]) -> dict[str, Any]:
         """The embeddings of a column; those of the last picture if they are from the same texts, options and encoders,
         as for pictures that differ in their seeds."""
-        options: dict[str, Any] = {"weighting": _pick_weighting(settings.weighting, self.pipe.weighting)}
+        options: dict[str, Any] = {
+            "weighting": _pick_weighting(settings.weighting, self.pipe.weighting),
+            "emphasis": _pick_emphasis(settings.emphasis, self.pipe.emphasis),
+        }
         options |= {name: arguments[name] for name in _ENCODED_WITH if name in arguments}
         own = [getattr(self.pipe, name) for name in ("short_prompt_encoder", "hidden_states", "overflow")]
         encoders = self.pipe._fingerprint()
@@ -489,6 +517,11 @@ def _pick_weighting(weighting: str | None, own: Weighting | None) -> Weighting |
         return own
     check_choice("weighting", weighting, WEIGHTINGS)
     return None if weighting == "none" else cast(Weighting, weighting)
+
+
+def _pick_emphasis(emphasis: str | None, own: Emphasis) -> Emphasis:
+    """A pipeline's emphasis for the one of `Settings`."""
+    return own if emphasis is None else cast(Emphasis, check_choice("emphasis", emphasis, EMPHASIS))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from finelip_sdxl.options import COLUMNS, HIDDEN_STATES, WEIGHTING, check_choice, check_texts
+from finelip_sdxl.options import COLUMNS, EMPHASIS, HIDDEN_STATES, WEIGHTING, check_choice, check_texts
 from finelip_sdxl.picture_sizes import check_side
 from finelip_sdxl.recommended import Recommended
 
@@ -31,6 +31,8 @@ class Settings:
         conditioning_adapter_scale: share of the adapter that counts in FineLIP-SDXL's column, 0 to 1.
         hidden_states: `"penultimate"` or `"last"`, in the same column; None for the pipeline's own.
         weighting: syntax of weights in the same column, `"none"`, `"compel"` or `"a1111"`; None for the pipeline's own.
+        emphasis: effect of a weight in the same column, `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`; None
+            for the pipeline's own.
 
     Raises:
         ValueError, TypeError: a setting is out of range, or of another type.
@@ -51,6 +53,7 @@ class Settings:
     conditioning_adapter_scale: float = 1.0
     hidden_states: str | None = None
     weighting: str | None = None
+    emphasis: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
@@ -71,6 +74,8 @@ class Settings:
             check_choice("hidden_states", self.hidden_states, HIDDEN_STATES)
         if self.weighting is not None:
             check_choice("weighting", self.weighting, WEIGHTINGS)
+        if self.emphasis is not None:
+            check_choice("emphasis", self.emphasis, EMPHASIS)
 
     def check_size(self, factor: int) -> None:
         """Refuse a width or height that a model cannot draw.

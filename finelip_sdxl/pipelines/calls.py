@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from finelip_sdxl.options import (
     AS_SET,
+    EMPHASIS,
     HIDDEN_STATES,
     OVERFLOW,
     SHORT_PROMPT_ENCODER,
@@ -21,6 +22,7 @@ from finelip_sdxl.options import (
     check_adapter_scale,
     check_choice,
     check_length_buckets,
+    check_lora_dir,
 )
 
 Arguments = ParamSpec("Arguments")
@@ -33,9 +35,14 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "overflow": partial(check_choice, "overflow", choices=OVERFLOW),
     "length_buckets": check_length_buckets,
     "weighting": partial(check_choice, "weighting", choices=WEIGHTING),
+    "emphasis": partial(check_choice, "emphasis", choices=EMPHASIS),
 }
 
-_CALL_OPTIONS: dict[str, Callable[[Any], Any]] = {**OPTIONS, "conditioning_adapter_scale": check_adapter_scale}
+_CALL_OPTIONS: dict[str, Callable[[Any], Any]] = {
+    **OPTIONS,
+    "conditioning_adapter_scale": check_adapter_scale,
+    "lora_dir": check_lora_dir,
+}
 
 # Arguments of a call that are in no signature: Diffusers takes them by `**kwargs` and says that they are deprecated.
 _DEPRECATED = ("callback", "callback_steps")

@@ -28,6 +28,7 @@ from finelip_sdxl.options import (
     ENCODERS,
     FINELIP_MERGE,
     STOCK_POSITIONS,
+    Emphasis,
     FineLIPMerge,
     HiddenStates,
     Overflow,
@@ -120,6 +121,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         overflow: Overflow = AS_SAVED,
         hidden_states: HiddenStates = AS_SAVED,
         weighting: Weighting | None = AS_SAVED,
+        emphasis: Emphasis = AS_SAVED,
         length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
     ) -> Self:
@@ -167,6 +169,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             overflow=overflow,
             hidden_states=hidden_states,
             weighting=weighting,
+            emphasis=emphasis,
             length_buckets=length_buckets,
         )
         brings_finelip = finelip is not None or finelip_2 is not None
@@ -224,6 +227,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         overflow: Overflow = AS_SAVED,
         hidden_states: HiddenStates = AS_SAVED,
         weighting: Weighting | None = AS_SAVED,
+        emphasis: Emphasis = AS_SAVED,
         length_buckets: Sequence[int] | None = AS_SAVED,
         **kwargs: Any,
     ) -> Self:
@@ -257,11 +261,17 @@ class EncoderSwapMixin(PromptEncodingMixin):
             pipe = FineLIPSDXLPipeline.from_single_file("fine_tune.safetensors", dtype=torch.float16)
         """
         cls._check_names("from_single_file", kwargs)
+        if not hasattr(super(), "from_single_file"):
+            raise ValueError(
+                f"{cls.__name__} opens no single files: open the file by FineLIPSDXLPipeline.from_single_file, and make"
+                f" a {cls.__name__} of that pipeline by from_pipe."
+            )
         kwargs |= _passed_options(
             short_prompt_encoder=short_prompt_encoder,
             overflow=overflow,
             hidden_states=hidden_states,
             weighting=weighting,
+            emphasis=emphasis,
             length_buckets=length_buckets,
         )
         file = pretrained_model_link_or_path

@@ -18,6 +18,7 @@ from finelip_sdxl.old_names import with_new_names
 from finelip_sdxl.options import (
     AS_SET,
     LENGTH_BUCKETS,
+    Emphasis,
     HiddenStates,
     Overflow,
     ShortPromptEncoder,
@@ -27,7 +28,9 @@ from finelip_sdxl.options import (
 from finelip_sdxl.picture_sizes import check_side, side_factor
 from finelip_sdxl.pipelines.calls import OPTIONS, check_numbers, option_in_force, takes_options
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
+from finelip_sdxl.pipelines.loras import loras_of
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
+from finelip_sdxl.pipelines.stock_class import IMAGES, VIDEOS, check_stock_class, encode_prompt_arguments
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
 from finelip_sdxl.recommended import recommended_arguments
 
@@ -45,9 +48,11 @@ def _option(name: str, doc: str) -> property:
 class LongPromptMixin(EncoderSwapMixin):
     """Prompts of any length for an SDXL pipeline of Diffusers.
 
-    A subclass needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`. A call is the
-    parent's, for one thread at a time: a second thread waits until the first has drawn, also on another pipeline that
-    `from_pipe` made of this one. Pipelines with schedulers of their own draw at the same time.
+    `finelip_sdxl.long_prompts` makes a subclass of any class that has SDXL's `encode_prompt`. A subclass with a name of
+    its own needs no body: `class MyPipeline(LongPromptMixin, StableDiffusionXLPipeline): ...`.
+
+    A call is the parent's, for one thread at a time: a second thread waits until the first has drawn, also on another
+    pipeline that `from_pipe` made of this one. Pipelines with schedulers of their own draw at the same time.
 
     A pipeline that is built directly from components changes none of them. With encoders of 77 positions it behaves as
     its parent does. `from_pretrained` and `swap_text_encoders` put in encoders of 248 positions.
@@ -68,6 +73,8 @@ class LongPromptMixin(EncoderSwapMixin):
             Empty pads to full length always, as stock pipelines do.
         weighting: the syntax of weights in prompts, `"compel"` or `"a1111"`; with None all of a prompt is plain text.
             See `finelip_sdxl.prompts.weighting`.
+        emphasis: the effect of a weight on a token's states: `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`,
+            each as that tool computes it.
     """
 
     def __init__(
@@ -82,6 +89,7 @@ class LongPromptMixin(EncoderSwapMixin):
         overflow: str = "window",
         length_buckets: list[int] | tuple[int, ...] | None = LENGTH_BUCKETS,
         weighting: str | None = None,
+        emphasis: str = "compel",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -95,6 +103,7 @@ class LongPromptMixin(EncoderSwapMixin):
         self.overflow = overflow
         self.length_buckets = length_buckets
         self.weighting = weighting
+        self.emphasis = emphasis
         self._conditioning_adapter_scale = 1.0
         self._caches_text_projections = False
         self._said: set[str] = set()
@@ -104,11 +113,14 @@ class LongPromptMixin(EncoderSwapMixin):
         own: Any = cls  # to a type checker these are not for assignment
         if LongPromptMixin in cls.__bases__:
             stock: Any = cls._stock_class()
+            check_stock_class(stock)
             if cls.__doc__ is not None:  # without one, Python shows that of the mixin
                 cls.__doc__ = _with_arguments(cls.__doc__, LongPromptMixin.__doc__)
             own._optional_components = [*stock._optional_components, *ORIGINAL_ENCODERS, ADAPTER]
             sequence = stock.model_cpu_offload_seq.replace("unet", f"{ADAPTER}->unet")
             own.model_cpu_offload_seq = "->".join([*ORIGINAL_ENCODERS, sequence])
+            if VIDEOS in encode_prompt_arguments(stock):
+                own.encode_prompt = _encodes_for_videos
         if "__call__" in vars(cls):
             own.__call__ = one_at_a_time(own.__call__)
         elif LongPromptMixin in cls.__bases__:
@@ -126,7 +138,9 @@ class LongPromptMixin(EncoderSwapMixin):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
+        lora_dir: str | os.PathLike[str] | None = AS_SET,
         encoder_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -146,14 +160,20 @@ class LongPromptMixin(EncoderSwapMixin):
                 Lengths in tokens; the prompt is padded to the smallest that holds it, or else to full length.
             weighting (`str`, *optional*):
                 Syntax of weights in the prompts: `"compel"` or `"a1111"`; with None they are plain text.
+            emphasis (`str`, *optional*):
+                Effect of a weight: `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`.
             conditioning_adapter_scale (`float`, *optional*):
                 Share of the conditioning adapter, from 0, as without it, to 1.
+            lora_dir (`str`, *optional*):
+                Folder of LoRAs. Those that the prompts name, as `<lora:name:0.8>`, are loaded for this call, and no
+                other pipeline of this UNet may draw meanwhile. Without it they are left out, and logged.
             encoder_fingerprint (`str`, *optional*):
                 Fingerprint of the text encoders that the embeddings are from. `pipe(**conditioning)` passes it; the
                 pipeline's own encoders must be the same, if it has any.
 
         Raises:
-            ValueError: an argument has a value that cannot be, or embeddings are from other text encoders.
+            ValueError: an argument has a value that cannot be, embeddings are from other text encoders, or a prompt
+                names a LoRA that is not in `lora_dir` or does not fit.
         """
         self._check_fingerprint(encoder_fingerprint)
         call = super().__call__
@@ -168,7 +188,9 @@ class LongPromptMixin(EncoderSwapMixin):
             if given.get(name):  # 0 stands for the model's own in Diffusers
                 check_side(name, given[name], side_factor(self))
         denoisers = (self.unet, getattr(self, "controlnet", None)) if self._caches_text_projections else ()
-        with cached_text_projections(denoisers), traced_call(self, given):
+        texts = [given.get(name) for name in ("prompt", "prompt_2")]
+        loras = loras_of(self, texts, option_in_force(self, "lora_dir", None))
+        with loras, cached_text_projections(denoisers), traced_call(self, given):
             return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(
@@ -178,6 +200,7 @@ class LongPromptMixin(EncoderSwapMixin):
     overflow = _option("overflow", "The treatment of tokens past 248: 'window', 'truncate' or 'error'.")
     length_buckets = _option("length_buckets", "Lengths in tokens to which prompts are padded, ascending.")
     weighting = _option("weighting", "The syntax of weights in prompts: None, 'compel' or 'a1111'.")
+    emphasis = _option("emphasis", "The effect of a weight: 'compel', 'a1111', 'a1111_no_norm' or 'comfyui'.")
 
     @property
     def conditioning_adapter_scale(self) -> float:
@@ -295,11 +318,19 @@ class LongPromptMixin(EncoderSwapMixin):
             apply_group_offloading(getattr(self, name), **given)
 
 
+@wraps(LongPromptMixin.encode_prompt)
+def _encodes_for_videos(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`encode_prompt` of a parent that counts videos where others count images."""
+    if VIDEOS in kwargs:
+        kwargs[IMAGES] = kwargs.pop(VIDEOS)
+    return LongPromptMixin.encode_prompt(self, *args, **kwargs)
+
+
 def _spell_out_call(cls: type) -> None:
     """Set a `__call__` of `cls` whose signature and docstring hold every argument: the parent's, then the options.
 
-    It does what `LongPromptMixin.__call__` does. The ten parents have different arguments, so that one method cannot
-    name them.
+    It does what `LongPromptMixin.__call__` does. The parents have different arguments, so that one method cannot name
+    them.
     """
     parent: Any = super(LongPromptMixin, cls).__call__  # type: ignore[misc]
 
@@ -333,7 +364,7 @@ def _spell_out_init(cls: type) -> None:
     """Set a signature with every argument for the `__init__` of `cls`: its own arguments, and all parents'.
 
     Diffusers takes the names and types of a pipeline's components and options from that signature, in many places. The
-    ten parents have different ones. Written out, they would be ten methods of some twenty arguments, kept in step with
+    parents have different ones. Written out, each would be a method of some twenty arguments, kept in step with
     Diffusers by hand.
     """
     if "__init__" not in vars(cls):

@@ -26,13 +26,14 @@ from finelip_sdxl.options import (
     AS_SET,
     ENCODERS,
     STOCK_POSITIONS,
+    Emphasis,
     HiddenStates,
     Overflow,
     ShortPromptEncoder,
     Weighting,
     check_texts,
 )
-from finelip_sdxl.pipelines.calls import takes_options
+from finelip_sdxl.pipelines.calls import option_in_force, takes_options
 from finelip_sdxl.prompts.plan import (
     EncoderPlan,
     EncoderSpec,
@@ -43,7 +44,7 @@ from finelip_sdxl.prompts.plan import (
     plan_prompts,
     tokenize,
 )
-from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, weak_parts
+from finelip_sdxl.prompts.weighting import WeakPart, apply_weights, blend_without, multiply_states, weak_parts
 from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import TextEncoder, num_positions
 
@@ -130,19 +131,25 @@ class _Weighting:
     """The weights of a batch, and the states that they need.
 
     Attributes:
+        emphasis: the effect of a weight.
         weights: weights of the tokens, (batch, windows · positions).
-        empty: states of the empty prompt, (1, positions, dim).
+        positions: length of a window.
+        empty: states of the empty prompt, (1, positions, dim); None where the effect needs none.
         weak_parts: the parts with weights below 1.
         without: states of each weak part's window without the part, (parts, positions, dim); None if there are none.
     """
 
+    emphasis: Emphasis
     weights: torch.Tensor
-    empty: torch.Tensor
+    positions: int
+    empty: torch.Tensor | None
     weak_parts: Sequence[WeakPart]
     without: torch.Tensor | None
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
-        by_window = self.weights.unflatten(1, (-1, self.empty.shape[1]))
+        by_window = self.weights.unflatten(1, (-1, self.positions))
+        if self.empty is None:
+            return multiply_states(states, by_window, restore_mean=self.emphasis == "a1111")
         weighted = apply_weights(states, self.empty.repeat(1, by_window.shape[1], 1), self.weights)
         if self.without is None:
             return weighted
@@ -185,12 +192,13 @@ class PromptEncodingMixin(_Parent):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
     ) -> PromptPlan:
         """The plan of a prompt: the windows of each encoder, and the text that is cut. No encoder runs.
 
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2, short_prompt_encoder, overflow, length_buckets,
-                weighting: as in a call of the pipeline.
+                weighting, emphasis: as in a call of the pipeline.
 
         Returns:
             The plan; printed, it is a report.
@@ -236,13 +244,14 @@ class PromptEncodingMixin(_Parent):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Encode prompts of any length. The arguments are the parent's, and the options as in a call of the pipeline.
 
-        With `weighting`, the states of weighted tokens are moved away from the empty prompt's states, or towards them
-        (`finelip_sdxl.prompts.weighting`). Each encoder's states are weighted by themselves. This is the last step,
-        since the conditioning adapter was trained on states without weights. Pooled vectors have no weights.
+        With `weighting`, the states of weighted tokens change as `emphasis` says, see
+        `finelip_sdxl.prompts.weighting`. Each encoder's states are weighted by themselves. This is the last step, since
+        the conditioning adapter was trained on states without weights. Pooled vectors have no weights.
 
         Returns:
             Prompt, negative prompt, pooled prompt, pooled negative prompt. The first two are the hidden states of both
@@ -292,6 +301,7 @@ class PromptEncodingMixin(_Parent):
         overflow: Overflow = AS_SET,
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
+        emphasis: Emphasis = AS_SET,
         conditioning_adapter_scale: float = AS_SET,
     ) -> Conditioning:
         """Encode prompts, to keep in a file or to draw from several times: `pipe(**pipe.encode(prompt))`.
@@ -301,8 +311,8 @@ class PromptEncodingMixin(_Parent):
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip: as in a call of the pipeline.
             lora_scale: as in `encode_prompt`.
-            short_prompt_encoder, hidden_states, overflow, length_buckets, weighting, conditioning_adapter_scale: as in
-                a call of the pipeline.
+            short_prompt_encoder, hidden_states, overflow, length_buckets, weighting, emphasis,
+                conditioning_adapter_scale: as in a call of the pipeline.
 
         Returns:
             The conditioning of pictures with and without guidance, with the report of `describe_prompt`.
@@ -396,6 +406,13 @@ class PromptEncodingMixin(_Parent):
                 if plan.cut:
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
                     logger.warning("Cut and not encoded, %s", "; ".join(lost))
+                loras = dict.fromkeys(str(lora) for part in plan.plans for lora in part.loras)
+                if loras and option_in_force(self, "lora_dir", None) is None:
+                    logger.warning(
+                        "Left out, not encoded and not loaded: %s. Pass lora_dir= with the folder of these LoRAs to a"
+                        " call, or load them by load_lora_weights.",
+                        " ".join(loras),
+                    )
                 with self._scaled_lora(lora_scale):
                     if prompts:
                         prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)
@@ -406,7 +423,7 @@ class PromptEncodingMixin(_Parent):
                         )
                         if negative_pooled_prompt_embeds is None:
                             negative_pooled_prompt_embeds = pooled
-                prompt = prompt_2 = lora_scale = None
+                prompt = prompt_2 = lora_scale = clip_skip = None
 
         # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77 itself.
         embeddings = super().encode_prompt(
@@ -422,7 +439,7 @@ class PromptEncodingMixin(_Parent):
             pooled_prompt_embeds=pooled_prompt_embeds,
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             lora_scale=lora_scale,
-            clip_skip=clip_skip,
+            **({} if clip_skip is None else {"clip_skip": clip_skip}),  # not every parent has it
         )
         return embeddings, plan
 
@@ -550,6 +567,7 @@ class PromptEncodingMixin(_Parent):
             overflow=self.overflow,
             length_buckets=self.length_buckets,
             weighting=self.weighting,
+            emphasis=self.emphasis,
             shape=shape,
         )
 
@@ -588,16 +606,20 @@ class PromptEncodingMixin(_Parent):
 
         weighting, rows = None, padded_weights(plans, windows)
         if rows is not None:
-            nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
-            empty = self._states(run(nothing), as_stock, clip_skip)
-            parts, without = weak_parts(rows, positions), []
+            empty = None
+            if self.emphasis in ("compel", "comfyui"):
+                nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
+                empty = self._states(run(nothing), as_stock, clip_skip)
+            parts = weak_parts(rows, positions) if self.emphasis == "compel" else []
+            without = []
             for part in parts:
                 mask = torch.ones(1, positions, dtype=torch.long, device=device)
                 mask[:, part.first : part.stop] = 0
                 output = run(token_ids[part.row, part.window][None], attention_mask=mask)
                 without.append(self._states(output, as_stock, clip_skip))
             weights = torch.tensor(rows, device=device)
-            weighting = _Weighting(weights, empty, parts, torch.cat(without) if without else None)
+            missing = torch.cat(without) if without else None
+            weighting = _Weighting(self.emphasis, weights, positions, empty, parts, missing)
         self._free_original(model)
         return _Encoded(torch.cat(states, dim=1), as_stock, pooled, weighting)
 

@@ -14,7 +14,16 @@ from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from finelip_sdxl.options import LENGTH_BUCKETS, MAX_POSITIONS, STOCK_POSITIONS, Overflow, ShortPromptEncoder, Weighting
+from finelip_sdxl.options import (
+    LENGTH_BUCKETS,
+    MAX_POSITIONS,
+    STOCK_POSITIONS,
+    Emphasis,
+    Overflow,
+    ShortPromptEncoder,
+    Weighting,
+)
+from finelip_sdxl.prompts.lora_tags import LoraTag
 from finelip_sdxl.prompts.vocabulary import MINIATURE, name_tokens
 from finelip_sdxl.prompts.weighting import WeightedText, parse_weights
 from finelip_sdxl.prompts.windows import split_windows
@@ -79,6 +88,7 @@ class EncoderPlan:
         cut_text: the part of the text that is not encoded; empty if nothing is cut.
         cut_tokens: number of tokens of that part.
         vocabulary: whose tokens are counted, such as `"SDXL's tokens"`; see `finelip_sdxl.prompts.vocabulary`.
+        loras: the LoRAs that the text names; they are not encoded.
     """
 
     encoder: str
@@ -90,6 +100,7 @@ class EncoderPlan:
     cut_text: str = ""
     cut_tokens: int = 0
     vocabulary: str = ""
+    loras: tuple[LoraTag, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -108,6 +119,8 @@ class EncoderPlan:
         lines += [f"  window {number}, {window}" for number, window in enumerate(self.windows, start=1)]
         if self.cut_tokens:
             lines.append(f"  cut, {self.cut_tokens} tokens: {_quoted(self.cut_text)}")
+        if self.loras:
+            lines.append(f"  LoRAs, not encoded: {' '.join(map(str, self.loras))}")
         return "\n".join(lines)
 
 
@@ -161,6 +174,7 @@ def plan_prompts(
     overflow: Overflow = "window",
     length_buckets: Sequence[int] = LENGTH_BUCKETS,
     weighting: Weighting | None = None,
+    emphasis: Emphasis = "compel",
     shape: tuple[int, int] | None = None,
 ) -> PromptPlan:
     """Plan the encoding of a batch of prompts and negative prompts.
@@ -176,7 +190,8 @@ def plan_prompts(
             stock (`EncoderSpec.has_stock`).
         overflow: treatment of a text that is longer than the encoders: `"window"`, `"truncate"` or `"error"`.
         length_buckets: lengths to pad to; the length of the encoders is added to them.
-        weighting: the syntax of weights in the texts, see `finelip_sdxl.prompts.weighting.parse_weights`.
+        weighting, emphasis: the syntax of weights in the texts, and their effect, which decides their limits; see
+            `finelip_sdxl.prompts.weighting.parse_weights`.
         shape: (windows, positions), if embeddings that were passed in fix them.
 
     Raises:
@@ -192,7 +207,8 @@ def plan_prompts(
         Counted in SDXL's tokens.
     """
     capacity = shape[1] if shape else min(spec.positions for spec in specs)
-    cut = partial(_cut_texts, specs, size=capacity - 2, truncate=overflow == "truncate", weighting=weighting)
+    parse = partial(parse_weights, syntax=weighting, emphasis=emphasis)
+    cut = partial(_cut_texts, specs, size=capacity - 2, truncate=overflow == "truncate", parse=parse)
     prompt_texts, negative_texts = cut(PROMPT, prompts), cut(NEGATIVE_PROMPT, negative_prompts)
     texts = [*chain(*prompt_texts.values(), *negative_texts.values())]
     longest = max(texts, key=lambda text: text.tokens)
@@ -330,6 +346,7 @@ class _CutText:
             cut_text=self._text_from(stop),
             cut_tokens=len(self.offsets) - stop,
             vocabulary=name_tokens(self.spec.tokenizer),
+            loras=self.weighted.loras,
         )
 
     def _windows(self) -> tuple[Window, ...]:
@@ -357,21 +374,19 @@ def _cut_texts(
     *,
     size: int,
     truncate: bool,
-    weighting: Weighting | None,
+    parse: Callable[..., WeightedText],
 ) -> dict[str, list[_CutText]]:
     """The texts of each encoder, cut into windows of at most `size` tokens, or after the first window."""
     return {
         spec.encoder: [
-            _cut_text(spec, role, index, text, size, truncate, weighting) for index, text in enumerate(batch)
+            _cut_text(spec, role, index, parse(text, expand=spec.expand), size, truncate)
+            for index, text in enumerate(batch)
         ]
         for spec, batch in zip(specs, batches or (), strict=False)
     }
 
 
-def _cut_text(
-    spec: EncoderSpec, role: str, index: int, text: str, size: int, truncate: bool, weighting: Weighting | None
-) -> _CutText:
-    weighted = parse_weights(text, weighting, spec.expand)
+def _cut_text(spec: EncoderSpec, role: str, index: int, weighted: WeightedText, size: int, truncate: bool) -> _CutText:
     token_ids, offsets = tokenize(spec.tokenizer, weighted.text)
     spans = [(0, min(len(offsets), size))] if truncate else _spans(weighted, offsets, size)
     return _CutText(spec, role, index, weighted, token_ids, offsets, spans)

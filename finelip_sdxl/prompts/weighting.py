@@ -1,4 +1,4 @@
-"""Weights in the prompt: the two syntaxes that SDXL's users type, and the effect of a weight on a token's states."""
+"""Weights in the prompt: the two syntaxes that SDXL's users type, and the effects of a weight on a token's states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from itertools import groupby
 from math import inf, pi, tan
 from typing import TYPE_CHECKING, Any
 
-from finelip_sdxl.options import Weighting
+from finelip_sdxl.options import Emphasis, Weighting
+from finelip_sdxl.prompts.lora_tags import LoraTag, take_loras
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ MAX_WEIGHT, MAX_DEPTH, MAX_WEAK_PARTS = 10.0, 50, 50
 # One scan for both syntaxes: compel's own parser takes minutes for ten open brackets, and knows no `BREAK`.
 _SYNTAX: dict[Weighting, re.Pattern[str]] = {
     "a1111": re.compile(
-        r"\\(?P<escaped>[\\()\[\]])|(?P<open>[(\[])"
+        r"\\(?P<escaped>[\\()\[\]]?)|(?P<open>[(\[])"
         r"|(?::\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?=\)))?(?P<close>[)\]])"
         r"|\s*\b(?P<break>BREAK)\b\s*|[^\\()\[\]:B]+|.",
         re.DOTALL,
@@ -47,11 +48,13 @@ class WeightedText:
         text: the text to encode.
         spans: the first and one past the last character, and the weight, of each part with a weight other than 1.
         breaks: characters at which a new window begins.
+        loras: the LoRAs that it names; they are no part of `text`.
     """
 
     text: str
     spans: tuple[tuple[int, int, float], ...] = ()
     breaks: tuple[int, ...] = ()
+    loras: tuple[LoraTag, ...] = ()
 
     def weight_at(self, character: int) -> float:
         before = bisect(self.spans, (character, inf, inf))
@@ -59,56 +62,69 @@ class WeightedText:
         return weight if character < stop else 1.0
 
 
-def parse_weights(text: str, syntax: Weighting | None, expand: Callable[[str], str] | None = None) -> WeightedText:
-    """Take the weights out of a prompt.
+def parse_weights(
+    text: str, syntax: Weighting | None, expand: Callable[[str], str] | None = None, emphasis: Emphasis = "compel"
+) -> WeightedText:
+    """Take the weights out of a prompt, and with any syntax the LoRAs, `<lora:name:0.8>`.
 
     Neighboring parts of different weights are separate words, as in A1111 and compel.
 
     Args:
         text: the prompt.
-        syntax: `"a1111"`: `(word:1.3)`, `((word))` for 1.1 each, `[word]` for 1 / 1.1, a backslash before a bracket
-            that is text, and `BREAK` where a new window begins; a bracket without its partner reaches to the end.
-            `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9, quotes in place of brackets, the
-            same backslash; a bracket without its partner is text. None: the text as it is.
+        syntax: `"a1111"`: `(word:1.3)`, `((word))` for 1.1 each, `[word]` for 1 / 1.1, a backslash before a bracket or
+            backslash that is text (a lone one is left out), and `BREAK` where a new window begins; a bracket without
+            its partner reaches to the end. `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9,
+            quotes in place of brackets, a backslash before a bracket that is text; a bracket without its partner is
+            text. None: the text as it is.
         expand: a function that is applied to the parts of the text without their weights.
+        emphasis: the effect of the weights, which decides their limits: A1111 and ComfyUI have negative weights, and
+            only compel takes a run of the encoders for each part below 1.
 
     Raises:
-        ValueError: a weight below 0 or above 10; more than 50 nested brackets; more than 50 parts of weights below 1;
-            or compel's `.and()`, `.attend()`, `.blend()`, `.swap()` or `withLora()`, which are more than weights.
+        ValueError: a weight below 0, or below -10 where there are negative ones, or above 10; more than 50 nested
+            brackets; more than 50 parts of weights below 1 with compel's effect; or compel's `.and()`, `.attend()`,
+            `.blend()`, `.swap()` or `withLora()`, which are more than weights.
 
     Example:
         >>> parse_weights("a (red:1.3) fox", "a1111")
-        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=())
+        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=(), loras=())
         >>> parse_weights("a (red)1.3 fox", "compel").spans
         ((2, 5, 1.3),)
         >>> parse_weights("a fox BREAK a hare", "a1111").breaks
         (6,)
     """
     expand = expand or str
+    text, loras = take_loras(text)
     if syntax is None:
-        return WeightedText(expand(text))
+        return WeightedText(expand(text), loras=loras)
     if syntax == "compel" and _MORE_THAN_WEIGHTS.search(text):
         raise ValueError(
             "The prompt uses compel's .and(), .attend(), .blend(), .swap() or withLora(), which are more than weights:"
             " pass the embeddings of CompelForSDXL(pipe) instead."
         )
+    least = 0.0 if emphasis == "compel" else -MAX_WEIGHT
     plain, spans, breaks = "", [], []
     for part, weight in _runs(text, syntax):
         if weight is None:
             breaks.append(len(plain))
             continue
-        if not 0 <= weight <= MAX_WEIGHT:
-            raise ValueError(f"{part!r:.60} has weight {weight:g}; expected one from 0 to {MAX_WEIGHT:g}.")
+        if not least <= weight <= MAX_WEIGHT:
+            hint = (
+                " with compel's emphasis: A1111's and ComfyUI's take negative ones" if -MAX_WEIGHT <= weight < 0 else ""
+            )
+            raise ValueError(
+                f"{part!r:.60} has weight {weight:g}; expected one from {least:g} to {MAX_WEIGHT:g}{hint}."
+            )
         start, plain = len(plain), plain + expand(part)
         if weight != 1:
             spans.append((start, len(plain), weight))
     weak = sum(weight < 1 for *_, weight in spans)
-    if weak > MAX_WEAK_PARTS:
+    if emphasis == "compel" and weak > MAX_WEAK_PARTS:
         raise ValueError(
             f"The prompt has {weak} parts with weights below 1; expected at most {MAX_WEAK_PARTS}, since each takes"
             " another run of the encoders: take some out."
         )
-    return WeightedText(plain, tuple(spans), tuple(breaks))
+    return WeightedText(plain, tuple(spans), tuple(breaks), loras)
 
 
 @dataclass(frozen=True)
@@ -154,8 +170,8 @@ def weak_parts(rows: Sequence[Sequence[float]], positions: int) -> list[WeakPart
 def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """States moved away from the empty prompt's states, or towards them: `empty + weight · (states − empty)`.
 
-    Source: compel (`EmbeddingsProvider.build_weighted_embedding_tensor`). A1111 multiplies the states instead, and
-    scales all of them so that their mean stays. For weights below 1, `blend_without` comes next.
+    Source: ComfyUI (`ClipTokenWeightEncoder.encode_token_weights` in `comfy/sd1_clip.py`), and compel
+    (`EmbeddingsProvider.build_weighted_embedding_tensor`). In compel, `blend_without` comes next for weights below 1.
 
     Args:
         states: (batch, tokens, dim).
@@ -169,6 +185,36 @@ def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     """
     factors = weights[..., None].to(states.dtype)
     return (empty + factors * (states - empty)).where(factors != 1, states)  # 1 changes no bit
+
+
+def multiply_states(states: Tensor, weights: Tensor, restore_mean: bool) -> Tensor:
+    """States times their weights, as A1111 has it, window by window.
+
+    Source: A1111 (`EmphasisOriginal` and `EmphasisOriginalNoNorm` in `modules/sd_emphasis.py`). It takes the mean over
+    all that it encodes at once, which is one text as a rule; here it is over each window of each text.
+
+    Args:
+        states: (batch, windows · positions, dim).
+        weights: weight of each token, (batch, windows, positions).
+        restore_mean: scale the states of each window so that their mean stays what it was.
+
+    Example:
+        >>> import torch
+        >>> states = torch.tensor([[[1.0], [3.0]]])
+        >>> multiply_states(states, torch.tensor([[[1.0, 3.0]]]), restore_mean=False)[0, :, 0]
+        tensor([1., 9.])
+        >>> multiply_states(states, torch.tensor([[[1.0, 3.0]]]), restore_mean=True)[0, :, 0]
+        tensor([0.4000, 3.6000])
+    """
+    by_window = states.unflatten(1, weights.shape[1:])
+    weighted = by_window * weights[..., None].to(states.dtype)
+    if restore_mean:
+        before, after = (part.float().mean(dim=(2, 3), keepdim=True) for part in (by_window, weighted))
+        # Where the weights leave a mean of 0, there is nothing to scale.
+        weighted = weighted * (before / after).where(after != 0, 1.0).to(states.dtype)
+    is_weighted = (weights != 1).any(dim=2)[..., None, None]
+    changed: Tensor = weighted.where(is_weighted, by_window).flatten(1, 2)  # a window without weights changes no bit
+    return changed
 
 
 def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) -> Tensor:
@@ -249,7 +295,7 @@ def _pieces(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:
         elif found.get("signs"):
             pieces.append([found["word"], _factor(syntax, "", found["signs"])])
         else:
-            pieces.append([found["escaped"] or match[0], 1.0])
+            pieces.append([match[0] if found["escaped"] is None else found["escaped"], 1.0])
     if syntax == "a1111":
         for bracket, starts in opened.items():
             while starts:

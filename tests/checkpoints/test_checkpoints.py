@@ -1,6 +1,7 @@
 """Loading a FineLIP: every layout gives the same model, and everything else is refused in one sentence."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -593,6 +594,50 @@ def fg_clip(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
     return save_folder(folder, tensors, clip.config.to_dict()), reference_encoder(clip, first, second, long_projection)
 
 
+def himo_clip(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """HiMo-CLIP (`himo-clip_L.pt`): Long-CLIP's layout with both tables, as its code stores it, in two precisions."""
+    clip, first, second = published_tables()
+    # Its `convert_weights` halves linear and convolution layers and the projections, not tables and norms.
+    halved = {key: tensor.half() if is_linear(key) else tensor for key, tensor in clip.state_dict().items()}
+    tensors = to_openai_layout(halved) | {"positional_embedding": first, "positional_embedding_res": second}
+    torch.save(tensors, folder / "himo-clip_L.pt")
+    clip.load_state_dict(halved)
+    return folder / "himo-clip_L.pt", reference_encoder(clip, first, second, clip.text_projection.weight)
+
+
+def is_linear(key: str) -> bool:
+    """Whether a key is one of a linear or convolution layer, by transformers' names."""
+    return bool(re.search(r"self_attn\.|\.mlp\.|patch_embedding|^(text|visual)_projection", key))
+
+
+def longer_clip_l(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """One file of the text tower and its projection under transformers' names, with one table of 248 rows, as ComfyUI
+    takes it (`Anzhc/SDXL-Text-Encoder-Longer-CLIP-L`; its 495 MB are these in float32)."""
+    clip, first, _ = published_tables()
+    tensors = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith(("text_model.", "text_proj"))}
+    tensors |= {POSITION_TABLE: first, "text_model.embeddings.position_ids": torch.arange(248)[None]}
+    save_file(tensors, folder / "longer_clip_l.safetensors")
+    expected = reference_encoder(clip, first, first, clip.text_projection.weight)
+    return folder / "longer_clip_l.safetensors", expected
+
+
+def long_clip_text_file(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """The text tower without its projection in one file (`LongCLIP-L-Text-Encoder-HF-only.safetensors`)."""
+    clip, first, _ = published_tables()
+    tensors = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith("text_model.")}
+    save_file({**tensors, POSITION_TABLE: first}, folder / "HF-only.safetensors")
+    return folder / "HF-only.safetensors", reference_encoder(clip, first, first, clip.text_projection.weight)
+
+
+def long_clip_diffusers(folder: Path) -> tuple[Path, CLIPTextModelWithProjection]:
+    """A `CLIPTextModel` whose config says 248 (`zer0int/LongCLIP-L-Diffusers`)."""
+    clip, first, _ = published_tables()
+    tensors = {key: tensor for key, tensor in clip.state_dict().items() if key.startswith("text_model.")}
+    config = clip.config.text_config.to_dict() | {"architectures": ["CLIPTextModel"], "max_position_embeddings": 248}
+    expected = reference_encoder(clip, first, first, clip.text_projection.weight)
+    return save_folder(folder, {**tensors, POSITION_TABLE: first}, config), expected
+
+
 def save_folder(folder: Path, tensors: dict[str, Tensor], config: dict) -> Path:
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -600,7 +645,10 @@ def save_folder(folder: Path, tensors: dict[str, Tensor], config: dict) -> Path:
 
 
 OtherClip = Callable[[Path], tuple[Path, CLIPTextModelWithProjection]]
-other_clips = pytest.mark.parametrize("publish", [long_clip, smart_clip, long_clip_port, long_clip_text_port, fg_clip])
+TEXT_ALONE = (long_clip_text_port, longer_clip_l, long_clip_text_file, long_clip_diffusers)
+other_clips = pytest.mark.parametrize(
+    "publish", [long_clip, smart_clip, long_clip_port, fg_clip, himo_clip, *TEXT_ALONE]
+)
 
 
 @other_clips
@@ -615,8 +663,11 @@ def test_other_clips_of_248_positions_give_the_outputs_of_their_published_code(p
     with torch.no_grad():
         found, wanted = model.encode_text(ids), expected(ids)
     torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
-    torch.testing.assert_close(found.embeds, wanted.text_embeds)
-    assert (model.vision_model is None) == (publish is long_clip_text_port)
+    if publish in (long_clip_text_file, long_clip_diffusers):  # published without the projection
+        assert found.embeds is None
+    else:
+        torch.testing.assert_close(found.embeds, wanted.text_embeds)
+    assert (model.vision_model is None) == (publish in TEXT_ALONE)
 
 
 @other_clips

@@ -149,6 +149,7 @@ class FakeComparison:
         overflow="window",
         hidden_states="last",
         weighting="a1111",
+        emphasis="comfyui",
     )
     loaded: dict
     drawn: list
@@ -216,7 +217,7 @@ def test_compare_draws_columns_and_seeds_into_one_picture(fake, picture, capsys)
     assert (found["width"], found["refiner"], found["negative_prompt"]) == (64, "some/refiner", "large")
     assert (found["short_prompt_encoder"], found["overflow"], found["weighting"]) == ("original", "window", "a1111")
     assert comparison.Settings.from_parameters(found) == replace(
-        fake.drawn[0][1], hidden_states="last", weighting="a1111"
+        fake.drawn[0][1], hidden_states="last", weighting="a1111", emphasis="comfyui"
     )
 
 

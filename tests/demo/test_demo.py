@@ -247,6 +247,7 @@ def test_the_api_counts_tokens(client) -> None:
         ("a star", {"columns": ["other"]}, "`column` must be one of"),
         ("a star", {"columns": []}, "No column is chosen"),
         ("a star", {"columns": "stock"}, "`columns` must be a list of 'stock', 'compel', 'finelip', but is 'stock'"),
+        ("a star", {"emphasis": "a1112"}, "`emphasis` must be one of 'compel', 'a1111', 'a1111_no_norm', 'comfyui'"),
         ("a star", {"weighting": "other"}, "`weighting` must be one of 'none', 'compel', 'a1111'"),
         ("a star", {"columns": ["stock"] * 300}, "`columns` names 'stock' 300 times"),
         ("a star", {"columns": ["finelip", "stock", "finelip"]}, "`columns` names 'finelip' 2 times"),
@@ -298,6 +299,7 @@ CALL = {
     "hidden_states": "null",
     "seed": "0",
     "weighting": "null",
+    "emphasis": "null",
 }
 OTHER_KINDS = ["NaN", "-1e999", "[]", "[1, [2]]", "{}", '"<img src=x>"', "true", "2.5", "-3", "1e300"]
 
@@ -331,8 +333,8 @@ def test_the_api_refuses_what_is_of_another_kind_in_a_sentence(demo, monkeypatch
     [
         ("tokens", [], "/tokens takes 1 value in this order: prompt; but it got 0. Pass"),
         ("tokens", ["a star", "a fox"], "/tokens takes 1 value in this order: prompt; but it got 2"),
-        ("compare", ["a star"], "/compare takes 11 values in this order: prompt, columns, negative_prompt, "),
-        ("compare", ["a star"] * 12, "seed, weighting; but it got 12. Pass each of them"),
+        ("compare", ["a star"], "/compare takes 12 values in this order: prompt, columns, negative_prompt, "),
+        ("compare", ["a star"] * 13, "seed, weighting, emphasis; but it got 13. Pass each of them"),
     ],
 )
 def test_too_few_and_too_many_values_are_refused_in_a_sentence(demo, capsys, name, values, message) -> None:
@@ -465,6 +467,7 @@ VALUES = [
     1.0,
     "penultimate",
     "none",
+    "compel",
     0,
     True,
 ]  # the page's fields, and the seed is kept
@@ -509,18 +512,20 @@ def test_a_seed_is_new_each_time_unless_it_is_kept(demo, monkeypatch) -> None:
     assert next(demo.page.draw_columns(Visitor(), *VALUES, ["stock"]))[0] == 0
 
 
-def test_weights_are_taken_as_they_are_chosen(demo, monkeypatch) -> None:
+def test_weights_and_their_effect_are_taken_as_they_are_chosen(demo, monkeypatch) -> None:
     counts = {
         weighting: len(demo.comparison.plan("a (red)1.5 star", ["finelip"], weighting)["finelip"].windows[0].token_ids)
         for weighting in ("none", "compel")
     }
     assert counts["compel"] == 3 < counts["none"]
     seen = []
-    monkeypatch.setattr(demo.comparison, "_draw", lambda *job: seen.append(job[1].weighting) or 1 / 0)
+    monkeypatch.setattr(
+        demo.comparison, "_draw", lambda *job: seen.append((job[1].weighting, job[1].emphasis)) or 1 / 0
+    )
     values = [*VALUES]
-    values[8] = "compel"
+    values[8:10] = "compel", "comfyui"
     events_until_error(demo.page.draw_columns(Visitor(), *values, ["finelip"]))
-    assert seen == ["compel"]
+    assert seen == [("compel", "comfyui")]
 
 
 def test_the_page_opens_with_the_pictures_of_its_first_example_drawn_once(demo, monkeypatch) -> None:

@@ -1,5 +1,7 @@
 """A tiny SDXL with random weights: its tokenizers, text encoders and UNet; and tiny sizes for code of SDXL's sizes."""
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
@@ -74,21 +76,23 @@ def make_text_encoders() -> dict[str, PreTrainedModel]:
     }
 
 
-def make_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=1,
-        projection_class_embeddings_input_dim=6 * 8 + 24,
-        cross_attention_dim=32 + 48,
-        norm_num_groups=8,
-    ).eval()
+def make_unet(**changes: Any) -> UNet2DConditionModel:
+    """The tiny UNet, with changes of its config."""
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "transformer_layers_per_block": 1,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
+        "cross_attention_dim": 32 + 48,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **changes}).eval()

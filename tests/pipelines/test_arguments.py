@@ -22,7 +22,7 @@ from tests.helpers.prompts import ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_text_encoder
 
 PIPELINES = [
-    getattr(finelip_sdxl.pipelines, name) for name in finelip_sdxl.pipelines.__all__ if name != "LongPromptMixin"
+    getattr(finelip_sdxl.pipelines, name) for name in finelip_sdxl.pipelines.__all__ if name.startswith("FineLIP")
 ]
 WEIGHTED = "a red (fox:1.4) and a [[quiet]] hare"
 
@@ -33,6 +33,7 @@ OPTIONS = {
     "overflow": ("truncate", ENDLESS),
     "length_buckets": (None, LONG),
     "weighting": ("a1111", WEIGHTED),
+    "emphasis": ("a1111", WEIGHTED),
     "conditioning_adapter_scale": (0.25, LONG),
 }
 
@@ -144,6 +145,8 @@ def test_a_parent_that_passes_all_arguments_on_is_no_hindrance(components) -> No
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_of_a_call_is_that_of_the_pipeline_for_this_call(pipe, name) -> None:
     value, prompt = OPTIONS[name]
+    if name == "emphasis":
+        pipe.weighting = "a1111"
     usual, own = draw(pipe, prompt), getattr(pipe, name)
     found, found_embeddings = draw(pipe, prompt, **{name: value}), embeddings(pipe, prompt, **{name: value})
     assert getattr(pipe, name) == own
@@ -170,6 +173,8 @@ def test_a_plan_takes_options_too(pipe) -> None:
     ("options", "said"),
     [
         ({"weighting": "sdxl"}, "`weighting` must be one of None, 'compel', 'a1111'"),
+        ({"emphasis": "a1112"}, "`emphasis` must be one of 'compel', 'a1111', 'a1111_no_norm', 'comfyui'"),
+        ({"emphasis": None}, "`emphasis` must be one of"),
         ({"overflow": None}, "`overflow` must be one of 'window', 'truncate', 'error'"),
         ({"hidden_states": "published"}, "`hidden_states` must be one of"),
         ({"short_prompt_encoder": True}, "`short_prompt_encoder` must be one of"),
@@ -237,7 +242,7 @@ def test_signature_and_docstring_hold_every_argument(ours) -> None:
     parent = inspect.signature(ours._stock_class().__call__).parameters
     shown = inspect.signature(ours.__call__).parameters
     theirs = [name for name, parameter in parent.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    own = [*OPTIONS, "encoder_fingerprint"]
+    own = [*OPTIONS, "lora_dir", "encoder_fingerprint"]
     assert [*shown] == [*theirs, *own]
     assert all(shown[name] == parent[name] for name in theirs)
     assert all(shown[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)

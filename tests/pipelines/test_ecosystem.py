@@ -1,7 +1,6 @@
 """What SDXL's users already have, on prompts of every length: LoRAs, textual inversions, IP-Adapters, ControlNets."""
 
 import copy
-import inspect
 import json
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
-    ControlNetUnionModel,
     DDIMScheduler,
     MultiAdapter,
     StableDiffusionXLAdapterPipeline,
@@ -25,7 +23,6 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
-    T2IAdapter,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -315,34 +312,6 @@ def test_an_ip_adapter_acts_beside_the_prompt(components, tmp_path, prompt) -> N
 # Image to image, inpainting, ControlNets, T2I-Adapters
 
 
-@pytest.fixture
-def controlnet_union() -> ControlNetUnionModel:
-    torch.manual_seed(3)
-    tiny = {
-        "num_trans_channel": 16,
-        "num_trans_head": 2,
-        "num_proj_channel": 16,
-        "conditioning_embedding_out_channels": (16, 32),
-    }
-    shape = make_unet().config
-    shared = {
-        name: shape[name] for name in inspect.signature(ControlNetUnionModel.__init__).parameters if name in shape
-    }
-    model = ControlNetUnionModel(**{**shared, **tiny})
-    with torch.no_grad():
-        for block in [*model.controlnet_down_blocks, model.controlnet_mid_block]:
-            torch.nn.init.normal_(block.weight, std=0.5)
-    return model.eval()
-
-
-@pytest.fixture
-def t2i_adapter() -> T2IAdapter:
-    torch.manual_seed(3)
-    return T2IAdapter(
-        in_channels=3, channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter_xl"
-    ).eval()
-
-
 IMAGE = np.random.RandomState(0).rand(1, 16, 16, 3).astype(np.float32)
 CONTROL = torch.from_numpy(IMAGE).permute(0, 3, 1, 2)
 MASK = (IMAGE[..., :1] > 0.5).astype(np.float32)
@@ -533,11 +502,3 @@ def test_stock_becomes_ours_and_ours_stock(components, dtype) -> None:
     back = FineLIPSDXLPipeline.from_pipe(again)
     assert_reads_248_in(back, dtype)
     assert read_as_stock(back) == [True, True]
-
-
-@pytest.mark.parametrize("auto", [AutoPipelineForText2Image, AutoPipelineForImage2Image, AutoPipelineForInpainting])
-def test_perturbed_attention_guidance_is_told_to_be_absent(components, auto) -> None:
-    pipe = FineLIPSDXLPipeline(**components)
-    with pytest.raises(ValueError, match="no pipelines with perturbed-attention guidance"):
-        auto.from_pipe(pipe, enable_pag=True)
-    assert type(auto.from_pipe(pipe, enable_pag=False)).__name__.startswith("FineLIPSDXL")

@@ -43,6 +43,12 @@ def difference(states: torch.Tensor, others: torch.Tensor) -> float:
         ("a1111", "((((([[[[[red]]]]]))))) ([a]) (fox:1)", "red a fox", []),  # 1.1⁵ / 1.1⁵ is not quite 1
         ("a1111", r"\(red\) \[fox\] (a \(hare\):1.2)", "(red) [fox] a (hare)", [1.2]),
         ("a1111", "a) red] fox:1.3)", "a) red] fox:1.3)", []),
+        (
+            "a1111",
+            r"a \ red \\ fox\, (a \hare:1.2)",
+            r"a  red \ fox, a hare",
+            [1.2],
+        ),  # as A1111, which drops a lone one
         ("a1111", "a (red fox", "a red fox", [1.1]),
         ("a1111", "(red:1.2)fox", "red fox", [1.2]),
         ("a1111", "(re:1)d BREAKfast", "red BREAKfast", []),
@@ -96,7 +102,11 @@ def test_compel_s_own_parser_finds_the_same_weights(text) -> None:
     ("syntax", "text", "message"),
     [
         ("a1111", "(red:11)", "'red' has weight 11; expected one from 0 to 10"),
-        ("a1111", "(red:-1)", "'red' has weight -1"),
+        (
+            "a1111",
+            "(red:-1)",
+            "'red' has weight -1; expected one from 0 to 10 with compel's emphasis: A1111's and Comfy",
+        ),
         ("compel", "(red)11", "'red' has weight 11"),
         ("a1111", "(" * 2000, f"more than {MAX_DEPTH} nested brackets"),
         ("compel", "(" * 2000, f"more than {MAX_DEPTH} nested brackets"),
