@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
-from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from benchmarks import real_size
 from finelip_sdxl import FineLIPConfig, FineLIPModel
+from finelip_sdxl.data import load_image_processor
 from finelip_sdxl.sdxl_sizes import CLIP_L
 from finelip_sdxl.training import precompute, task
 from finelip_sdxl.training.health import Health
@@ -59,7 +60,7 @@ def train(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, size: str) -> dict[str
     """A step with all losses; at real size of a CLIP ViT-L/14 with the miniature's words and scenes."""
     if size == "real":
         monkeypatch.setattr(train_finelip, "load_finelip", lambda name: vit_l())
-        processor = CLIPImageProcessor(size={"shortest_edge": VIT_L["image_size"]})
+        processor = load_image_processor(tmp_path, VIT_L["image_size"])  # CLIP's own, since the folder has none
         monkeypatch.setattr(train_finelip, "load_image_processor", lambda name, size: processor)
     flags = {"data": "miniature:10", "eval-data": "none", "max-steps": 1, "batch-size": 5, "output-dir": tmp_path}
     losses = {f"{name}-weight": 1 for name in ("triplet", "contrastive", "region", "distillation")}
