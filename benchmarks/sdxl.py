@@ -3,14 +3,17 @@
     python benchmarks/sdxl.py
     python benchmarks/sdxl.py --device cuda --compile
     python benchmarks/sdxl.py --only operations
+    python benchmarks/sdxl.py --markdown docs/results/speed.md
 
-Nothing is downloaded. Tables:
+Nothing is downloaded. The page of `--markdown` has a part for the CPU and one for a GPU; a run writes its device's and
+leaves the other as it is. Tables:
 
 - operations: of one step of the UNet, both halves of guidance, at 1024 × 1024 pixels, counted and exact;
 - encoding: of a prompt and an empty negative prompt;
 - pictures: a step of the UNet, and a whole picture, from the text to its pixels; on a GPU with its peak memory, also
   with offloading and, by `--compile`, with the UNet's repeated blocks compiled;
-- loading: of stock SDXL, and of the same with a FineLIP in place of its first encoder, each in a process of its own.
+- loading: of stock SDXL, and of the same with a FineLIP in place of its first encoder, each in a process of its own,
+  until every weight is in memory.
 
 All ways of a table take turns, so that a machine that becomes slower does so for all; ratios are medians over turns.
 """
@@ -25,15 +28,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from finelip_sdxl.console import COUNT, Parser, number, quiet_diffusers
+from finelip_sdxl.files import check_file, written_whole
 from finelip_sdxl.report import command_line, report_header
 
 TABLES = ("operations", "encoding", "pictures", "loading")
@@ -51,7 +56,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--turns", type=COUNT, metavar="N", help="measured turns (default: 5 on a GPU, else 1)")
     add("--compile", action="store_true", help="pictures with compiled blocks, too")
     add("--offload", action="store_true", help="on a GPU: pictures with offloading, too")
-    return flags.parse_args(arguments)
+    add("--markdown", type=Path, metavar="FILE", help="page to write the tables to, beside those of the other device")
+    options = flags.parse_args(arguments)
+    if options.markdown is not None:
+        try:
+            check_file(options.markdown)
+        except OSError as error:
+            flags.error(str(error))
+    return options
 
 
 if __name__ == "__main__":  # wrong flags are refused before the imports that take seconds
@@ -132,6 +144,49 @@ def timed(action: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+PARTS = {"cpu": "CPU", "cuda": "GPU"}  # headings of the page
+
+
+def page(before: str, device: str, tables: str) -> str:
+    """The page of results with new tables of a device, and the other device's as they were."""
+    found = dict(part.split("\n", 1) for part in f"\n{before}".split("\n## ")[1:])
+    parts = []
+    for kind, heading in PARTS.items():
+        missing = f"Not measured: run `python benchmarks/sdxl.py --device {kind} --markdown FILE` on such a machine."
+        parts.append(f"## {heading}\n\n{(tables if kind == device else found.get(heading, missing)).strip()}\n")
+    about = "Random weights of real size; ratios are to stock SDXL at 77 positions in the same run."
+    return "\n".join(["# Speed and memory of SDXL with long prompts\n", f"{about}\n", *parts])
+
+
+@contextmanager
+def also_written(file: Path | None, device: str) -> Iterator[None]:
+    """What is printed within this context goes to the page, too, once it is complete."""
+    if file is None:
+        yield
+        return
+    printed = Printed(sys.stdout)
+    with redirect_stdout(cast(TextIO, printed)):
+        yield
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(file) as temporary:
+        temporary.write_text(page(before, device, "".join(printed.parts)), encoding="utf-8")
+
+
+class Printed:
+    """A stream that keeps what it passes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.parts = stream, list[str]()
+
+    def write(self, text: str) -> int:
+        self.parts.append(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def print_row(*cells: object) -> None:
@@ -316,13 +371,17 @@ def write_models(folder: Path) -> None:
 
 
 def loaded(folder: Path, has_finelip: bool) -> tuple[float, int]:
-    """Seconds, and growth of the process at its peak in bytes."""
+    """Seconds until every weight is in memory, and growth of the process at its peak in bytes."""
     before, started = most_memory(), time.perf_counter()
     options = {"dtype": torch.bfloat16}
     if has_finelip:
-        FineLIPSDXLPipeline.from_pretrained(folder / "sdxl", folder / "finelip", **options)
+        pipe = FineLIPSDXLPipeline.from_pretrained(folder / "sdxl", folder / "finelip", **options)
     else:
-        StableDiffusionXLPipeline.from_pretrained(folder / "sdxl", **options)
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder / "sdxl", **options)
+    # Files are only mapped so far: a weight is read at its first use, such as the move to a GPU.
+    for part in pipe.components.values():
+        for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            weight.detach().aminmax()
     return time.perf_counter() - started, most_memory() - before
 
 
@@ -355,6 +414,12 @@ def main() -> None:
         sys.exit("sdxl.py: error: --device cuda: this machine has no CUDA device, use --device cpu")
     if arguments.offload and not on_gpu:
         sys.exit("sdxl.py: error: --offload measures the memory of a GPU: use --device cuda")
+    with also_written(arguments.markdown, device):
+        print_tables(arguments, device)
+
+
+def print_tables(arguments: argparse.Namespace, device: str) -> None:
+    on_gpu = device == "cuda"
     resolution = arguments.resolution or (1024 if on_gpu else 512)
     steps, turns = arguments.steps or (30 if on_gpu else 2), arguments.turns or (5 if on_gpu else 1)
 

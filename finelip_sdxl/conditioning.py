@@ -56,7 +56,7 @@ class Conditioning(Mapping[str, Any]):
           window 1, 5 tokens: "a red star"
         >>> pipe.text_encoder = pipe.text_encoder_2 = None
         >>> pipe(**conditioning, num_inference_steps=2).images[0].size
-        (96, 96)
+        (192, 192)
     """
 
     prompt_embeds: Tensor

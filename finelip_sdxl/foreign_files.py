@@ -134,12 +134,19 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
         Traceback (most recent call last):
         ValueError: x.pt holds NaN or infinite values in 1 of 1 weights, such as 'a': its training has diverged, ...
     """
-    broken = [key for key, tensor in tensors.items() if not tensor.is_meta and not tensor.isfinite().all()]
+    broken = [key for key, tensor in tensors.items() if not tensor.is_meta and not _is_finite(tensor)]
     if broken:
         raise ValueError(
             f"{name} holds NaN or infinite values in {len(broken)} of {len(tensors)} weights, such as {broken[0]!r}:"
             " its training has diverged, or the file is damaged; use an earlier checkpoint, or fetch it again."
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # NaN spreads to both. `isfinite` of all weights takes thirty times as long, more than the rest of loading.
+    return all(end.isfinite() for end in tensor.aminmax())
 
 
 def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str, largest: int = _LARGEST_NUMBER) -> None:

@@ -1,5 +1,6 @@
 """What an installation puts where: one package, with pipelines and the weights of the miniature."""
 
+import ast
 import json
 import os
 import shutil
@@ -58,6 +59,29 @@ def test_names_and_version_are_known_without_torch() -> None:
     assert names.split() == [version("finelip-sdxl"), *sorted(finelip_sdxl.__all__)]
     assert imported == ""
     assert {"FineLIPSDXLPipeline", "__version__", "load_finelip"} <= set(names.split())
+
+
+def test_help_imports_safetensors_alone() -> None:
+    done = run(
+        "import sys; before = {*sys.modules}\n"
+        "from finelip_sdxl.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print({name.partition('.')[0] for name in {*sys.modules} - before})"
+    )
+    imported = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert imported - sys.stdlib_module_names == {"finelip_sdxl", "safetensors"}
+
+
+@pytest.mark.slow
+def test_pipelines_import_no_more_packages_than_stock() -> None:
+    done = run(
+        "import sys\n"
+        "from diffusers import AutoPipelineForText2Image, StableDiffusionXLPipeline\n"
+        "before = {name.partition('.')[0] for name in sys.modules}\n"
+        "import finelip_sdxl.pipelines\n"
+        "print({name.partition('.')[0] for name in sys.modules} - before)"
+    )
+    assert ast.literal_eval(done.stdout.splitlines()[-1]) == {"finelip_sdxl"}
 
 
 def test_all_public_names_exist() -> None:

@@ -45,7 +45,7 @@ def long_prompts(pipeline_class: type[DiffusionPipeline]) -> type[LongPromptMixi
         >>> guided = long_prompts(StableDiffusionXLPAGPipeline).from_pipe(pipe)
         >>> guided.set_progress_bar_config(disable=True)
         >>> guided("A red star is in the top left. " * 12, pag_scale=1.0, num_inference_steps=2).images[0].size
-        (96, 96)
+        (192, 192)
     """
     if isinstance(pipeline_class, DiffusionPipeline):
         raise TypeError(

@@ -252,7 +252,7 @@ class LongPromptMixin(EncoderSwapMixin):
             >>> pipe.set_progress_bar_config(disable=True)
             >>> pipe.enable_text_projection_cache()
             >>> pipe("a red star", num_inference_steps=2).images[0].size
-            (96, 96)
+            (192, 192)
         """
         self._caches_text_projections = True
 

@@ -55,6 +55,10 @@ EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
 _locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
 _locks_lock = Lock()
 
+# States and pooled vectors in one call, by encoder, `clip_skip` and token ids. Each is computed once: windows of the
+# empty prompt fill the shorter of two texts, and weights are relative to it.
+_Runs = dict[tuple[TextEncoder, int | None, tuple[tuple[int, ...], ...]], tuple[torch.Tensor, torch.Tensor | None]]
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -414,12 +418,13 @@ class PromptEncodingMixin(_Parent):
                         " ".join(loras),
                     )
                 with self._scaled_lora(lora_scale):
+                    runs: _Runs = {}
                     if prompts:
-                        prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip)
+                        prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip, runs)
                         pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
                     if negatives:  # stock does not apply clip_skip to them
                         negative_prompt_embeds, pooled = self._encode(
-                            encoders, plan.negative_prompts, plan.windows, clip_skip=None
+                            encoders, plan.negative_prompts, plan.windows, clip_skip=None, runs=runs
                         )
                         if negative_pooled_prompt_embeds is None:
                             negative_pooled_prompt_embeds = pooled
@@ -577,9 +582,12 @@ class PromptEncodingMixin(_Parent):
         plans: Mapping[str, Sequence[EncoderPlan]],
         windows: int,
         clip_skip: int | None,
+        runs: _Runs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (batch, windows · positions, dim of both encoders) and pooled vector (batch, pooled dim)."""
-        encoded = [self._encode_by(encoder, plans[encoder.spec.encoder], windows, clip_skip) for encoder in encoders]
+        encoded = [
+            self._encode_by(encoder, plans[encoder.spec.encoder], windows, clip_skip, runs) for encoder in encoders
+        ]
         pooled = next((part.pooled for part in encoded if part.pooled is not None), None)
         if self.conditioning_adapter is not None and not all(part.as_stock for part in encoded):
             encoded, pooled = self._adapt(encoded, pooled, clip_skip)
@@ -587,7 +595,7 @@ class PromptEncodingMixin(_Parent):
         return torch.cat([part.weighted() for part in encoded], dim=-1), pooled
 
     def _encode_by(
-        self, encoder: _CallEncoder, plans: Sequence[EncoderPlan], windows: int, clip_skip: int | None
+        self, encoder: _CallEncoder, plans: Sequence[EncoderPlan], windows: int, clip_skip: int | None, runs: _Runs
     ) -> _Encoded:
         """The states and pooled vector of a batch from one encoder, and its weights."""
         tokenizer, as_stock, positions = encoder.spec.tokenizer, plans[0].as_stock, plans[0].positions
@@ -595,27 +603,31 @@ class PromptEncodingMixin(_Parent):
         model, position_ids = original or (encoder.model, None)
         device = get_module_execution_device(model)
         run = partial(model, position_ids=position_ids, output_hidden_states=True)
-        token_ids = torch.tensor(padded_token_ids(plans, tokenizer, windows), device=device)
-        states, pooled = [], None
-        for window in token_ids.unbind(dim=1):
-            with _ending_at(model, tokenizer.eos_token_id, plans):
-                output = run(window)
-            states.append(self._states(output, as_stock, clip_skip))
-            if pooled is None and output[0].ndim == 2:  # the projected end token, of the first window
-                pooled = output[0]
+
+        def encode(ids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+            """States and pooled vector of one window of each text."""
+            key = model, clip_skip, tuple(map(tuple, ids))
+            if key not in runs:
+                with _ending_at(model, tokenizer.eos_token_id, plans):
+                    output = run(torch.tensor(ids, device=device))
+                runs[key] = self._states(output, as_stock, clip_skip), output[0] if output[0].ndim == 2 else None
+            return runs[key]
+
+        token_ids = padded_token_ids(plans, tokenizer, windows)
+        by_window = [encode(window) for window in zip(*token_ids, strict=True)]
+        states, pooled = [states for states, _ in by_window], by_window[0][1]
 
         weighting, rows = None, padded_weights(plans, windows)
         if rows is not None:
             empty = None
             if self.emphasis in ("compel", "comfyui"):
-                nothing = torch.tensor([empty_row(tokenizer, positions)], device=device)
-                empty = self._states(run(nothing), as_stock, clip_skip)
+                empty, _ = encode([empty_row(tokenizer, positions)])
             parts = weak_parts(rows, positions) if self.emphasis == "compel" else []
             without = []
             for part in parts:
                 mask = torch.ones(1, positions, dtype=torch.long, device=device)
                 mask[:, part.first : part.stop] = 0
-                output = run(token_ids[part.row, part.window][None], attention_mask=mask)
+                output = run(torch.tensor([token_ids[part.row][part.window]], device=device), attention_mask=mask)
                 without.append(self._states(output, as_stock, clip_skip))
             weights = torch.tensor(rows, device=device)
             missing = torch.cat(without) if without else None

@@ -47,6 +47,28 @@ def test_loading_is_measured(monkeypatch, tmp_path) -> None:
         assert seconds > 0 <= grown
 
 
+def test_a_page_keeps_the_tables_of_the_other_device(tmp_path, capsys) -> None:
+    file = tmp_path / "results" / "speed.md"
+    for device in ("cpu", "cuda", "cpu"):
+        if device == "cuda":
+            assert "## GPU\n\nNot measured: run `python benchmarks/sdxl.py --device cuda" in file.read_text()
+        with sdxl.also_written(file, device):
+            sdxl.print_title("encoding", f"of {device}")
+    text = file.read_text()
+    cpu, gpu = text.index("## CPU\n\n| encoding | of cpu |"), text.index("## GPU\n\n| encoding | of cuda |")
+    assert cpu < gpu
+    assert text.count("| encoding |") == 2
+    assert "| encoding | of cuda |" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_leaves_the_page_alone(tmp_path) -> None:
+    file = tmp_path / "speed.md"
+    file.write_text("# Before\n")
+    with pytest.raises(KeyboardInterrupt), sdxl.also_written(file, "cpu"):
+        raise KeyboardInterrupt
+    assert file.read_text() == "# Before\n"
+
+
 @pytest.mark.parametrize("arguments", [["--steps", "1"], ["--turns", "0"], ["--resolution", "1"], ["--only", "all"]])
 def test_flags_out_of_range_are_refused(capsys, arguments) -> None:
     with pytest.raises(SystemExit):

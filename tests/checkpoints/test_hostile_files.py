@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline, load_finelip
-from finelip_sdxl.foreign_files import read_json, read_tensors, shard_names
+from finelip_sdxl.foreign_files import check_finite, read_json, read_tensors, shard_names
 from finelip_sdxl.text_encoders import check_tokenizer, text_encoder_tensors
 from tests.helpers.tiny_sdxl import make_text_encoder, make_tokenizer
 
@@ -483,3 +483,18 @@ def test_an_encoder_in_memory_with_a_changed_config_is_read_by_its_tensors(encod
         text_encoder_tensors(load_finelip(model).to_text_encoder(projection=True))["text_projection.weight"],
         model.text_projection.weight,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype, value) -> None:
+    weight = torch.randn(37, 5).to(dtype)
+    largest = torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
+    check_finite({"weight": weight, "largest": largest, "empty": weight[:0], "ids": torch.arange(3)}, "clip.pt")
+    for place in range(weight.numel()):
+        broken = weight.clone()
+        broken.view(-1)[place] = value
+        with pytest.raises(
+            ValueError, match=r"clip\.pt holds NaN or infinite values in 1 of 1 weights, such as 'weight'"
+        ):
+            check_finite({"weight": broken}, "clip.pt")

@@ -241,6 +241,26 @@ def test_windows_are_encoded_alone_and_joined(components) -> None:
     assert draw(pipe, ENDLESS).shape == (1, 16, 16, 3)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "negative", "runs"),
+    [
+        (SHORT, "large", 2),
+        ("", "", 1),
+        (ENDLESS, "", 4),  # three windows, and the empty one, of which the negative prompt has three
+        (ENDLESS, "large", 5),
+        (f"{ENDLESS} (a hare)2.0", "large", 5),  # weights are relative to the empty window
+        (f"{ENDLESS} (a hare)0.5", "large", 6),  # and those below 1 to a window without the part
+    ],
+)
+def test_equal_windows_are_encoded_once(components, prompt, negative, runs) -> None:
+    pipe = FineLIPSDXLPipeline(**stretched(components), weighting="compel")
+    counts: Counter[str] = Counter()
+    for name in ("text_encoder", "text_encoder_2"):
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: counts.update([name]))
+    embeddings(pipe, prompt=prompt, negative_prompt=negative)
+    assert counts == {"text_encoder": runs, "text_encoder_2": runs}
+
+
 def test_truncate_reads_the_beginning_and_logs_what_is_lost(components, caplog) -> None:
     pipe = FineLIPSDXLPipeline(**stretched(components), overflow="truncate")
     stock = StableDiffusionXLPipeline(**stretched(components))
