@@ -186,7 +186,7 @@ def test_an_ip_adapters_image_tokens_are_left_out(components, tmp_path) -> None:
         (FineLIPSDXLControlNetPipeline, {"image": GRAY}),
         (FineLIPSDXLControlNetPipeline, {"image": GRAY, "guess_mode": True}),
     ],
-    ids=str,
+    ids=("img2img", "inpaint", "ControlNet", "ControlNet, guess mode"),  # a picture's own name has its address
 )
 def test_other_pipelines(components, controlnet, attentions, pipeline, arguments) -> None:
     is_controlled = pipeline is FineLIPSDXLControlNetPipeline
