@@ -94,7 +94,7 @@ def test_maps_in_the_objects_cells_are_hits_and_others_are_none(fake, monkeypatc
     assert all(float(cell.split()[0]) > 90 for cell in row(printed, ALIGNED)[2:6])  # the mass, and right objects
     assert all(cell.startswith("0.0") for cell in row(printed, "stock, cut at 77")[:2])
     assert "| last token alone | 100.0" in printed
-    assert "3 scenes, 20 steps, guidance 3" in printed
+    assert "3 scenes, 20 steps, guidance 5" in printed
 
 
 def test_a_stopped_run_goes_on_and_the_page_is_whole(fake, monkeypatch, capsys, tmp_path) -> None:
@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_and_the_page_is_whole(fake, monkeypatch, capsys, 
     assert fake.drawn == 2
     run(monkeypatch, "--scenes", "2", "--json", str(results), "--report", str(page))
     assert fake.drawn == 2 * len(WAYS) + 1  # one more for the sheet
-    assert len(json.loads(results.read_text())["2 scenes, 20 steps, guidance 3"]) == len(WAYS)
+    assert len(json.loads(results.read_text())["2 scenes, 20 steps, guidance 5"]) == len(WAYS)
     text = page.read_text(encoding="utf-8")
     assert f"`python benchmarks/miniature_attribution.py --scenes 2 --json {results}" in text
     for name in ("attribution-plot.png", "attribution-sheet.png"):
