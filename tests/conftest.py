@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from finelip_sdxl import FineLIPSDXLPipeline
 from tests.helpers.tiny_sdxl import make_text_encoders, make_tokenizer, make_unet
 
 # Reasons for which a test may be skipped in CI: the machine has no GPU.
@@ -107,6 +108,15 @@ def controlnet(session_components) -> ControlNetModel:
 def components(session_components) -> dict:
     """Components of the tiny SDXL, this test's own."""
     return copy.deepcopy(session_components)
+
+
+@pytest.fixture
+def pipe(components) -> FineLIPSDXLPipeline:
+    """A tiny SDXL whose text encoders are stretched; a module may have a `pipe` of its own."""
+    pipe = FineLIPSDXLPipeline(**components)
+    pipe.swap_text_encoders()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")

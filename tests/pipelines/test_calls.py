@@ -5,17 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from finelip_sdxl import FineLIPSDXLPipeline
 from tests.helpers.drawing import draw
 from tests.helpers.prompts import ALL_LENGTHS, ENDLESS, LONG, SHORT
-
-
-@pytest.fixture
-def pipe(components) -> FineLIPSDXLPipeline:
-    pipe = FineLIPSDXLPipeline(**components)
-    pipe.swap_text_encoders()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def seeds(*numbers: int) -> list[torch.Generator]:

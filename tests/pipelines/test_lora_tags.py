@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.cli.main import main
 from tests.helpers.drawing import draw, embeddings
 from tests.helpers.prompts import ALL_LENGTHS, LONG, SHORT
@@ -17,14 +16,6 @@ LAYERS = {
     "unet": ["down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"],
     "text_encoder": [f"text_model.encoder.layers.0.self_attn.{layer}" for layer in ("q_proj", "out_proj")],
 }
-
-
-@pytest.fixture
-def pipe(components) -> FineLIPSDXLPipeline:
-    pipe = FineLIPSDXLPipeline(**components)
-    pipe.swap_text_encoders()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

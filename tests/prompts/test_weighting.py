@@ -18,14 +18,6 @@ from tests.helpers.prompts import ALL_LENGTHS, ENDLESS, LONG, SHORT
 from tests.helpers.tiny_sdxl import make_tokenizer
 
 
-@pytest.fixture
-def pipe(components) -> FineLIPSDXLPipeline:
-    pipe = FineLIPSDXLPipeline(**components)
-    pipe.swap_text_encoders()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def difference(states: torch.Tensor, others: torch.Tensor) -> float:
     """The largest, as a share of the largest state."""
     return ((states - others).abs().max() / states.abs().max()).item()
