@@ -20,10 +20,10 @@ import gradio as gr
 from gradio.blocks import BlockFunction
 from PIL import Image
 
-from demo import meter, scoring_view
+from demo import meter, phrases_view, scoring_view
 from demo.progress import Line, Place, Progress, Stopped, Visitors, Waiting, follow
 from demo.rendering import render
-from demo.theme import ABOUT_MINIATURE, DRAW, DRAW_ALL, bar, heading, intro, sources_line, status_line
+from demo.theme import ABOUT_MINIATURE, DRAW, DRAW_ALL, PHRASES_SCRIPT, bar, heading, intro, sources_line, status_line
 from finelip_sdxl.comparison.comparison import MIN_REFINED_STEPS, Comparison, Picture, label_pictures
 from finelip_sdxl.comparison.settings import MAX_SEED, MIN_SIDE, Settings, check_columns, check_number
 from finelip_sdxl.images import read_parameters, save_png
@@ -40,6 +40,7 @@ MAX_SEEDS = 8
 MAX_WAITING = 20
 KEPT_SECONDS = 3600  # pictures of visitors who never announce that they leave, such as clients of the API
 OUTPUTS = 5  # components of each column
+MAPS = "maps-"  # first part of the names of files with heat maps
 PICTURE_HEIGHT = 300  # with everything above it, it fits into a window of 900 pixels
 # The settings in the order of the events' inputs.
 FIELDS = (
@@ -56,6 +57,8 @@ FIELDS = (
     "seed",
 )
 _ENDPOINTS = ("tokens", "compare")  # of the API
+# Tells `scripts/phrases.js` that the pictures are there.
+PHRASE_SHOWN = "() => document.querySelector('#phrases .phrases')?.dispatchEvent(new Event('shown', {bubbles: true}))"
 # An event of the page alone. Gradio's own signs of progress would cover the page's.
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 # Drawing waits in the page's own line, which can say how long, and not in Gradio's queue.
@@ -136,14 +139,24 @@ class _Page:
                     False, label="Keep the seed", container=False, min_width=140, elem_id="keep-seed"
                 )
             boxes, outputs = self._build_columns()
+            phrases = gr.HTML(elem_id="phrases", elem_classes="drawn", js_on_load=PHRASES_SCRIPT)
             fields, columns, upload = self._build_options(prompt, seed)
             inputs = [*fields, keep_seed, columns]
             draw_grid, stop_grid, seeds, grid_outputs = self._build_grid()
             self._build_notes()
 
             controls = [draw, stop, draw_grid, stop_grid, bar_html]
-            self._start(draw, self.draw_columns, inputs, [seed, *outputs, draw, bar_html], controls)
+            self._start(draw, self.draw_columns, inputs, [seed, *outputs, phrases, draw, bar_html], controls)
             self._start(draw_grid, self.draw_grid, [*inputs, seeds], [seed, *grid_outputs, draw_grid], controls)
+            # What is pressed follows what is shown.
+            phrases.select(
+                self.show_phrase,
+                None,
+                outputs[1::OUTPUTS],
+                trigger_mode="always_last",
+                **_PRIVATE,
+                **_UNLIMITED,
+            ).success(None, None, None, js=PHRASE_SHOWN, **_PRIVATE)
             for button in (stop, stop_grid):
                 button.click(self.stop, queue=False, api_visibility="private")
             # compel's parser takes seconds for long texts: its part follows, and typing does not wait for it.
@@ -156,7 +169,7 @@ class _Page:
             upload.upload(self.load_settings, upload, [*fields, keep_seed], **_PRIVATE)
             columns.change(self.show_columns, columns, boxes, queue=False, **_PRIVATE)
             self._keep_prompt(page, prompt)
-            page.load(self.open, None, outputs, **_PRIVATE, **_UNLIMITED)
+            page.load(self.open, None, [*outputs, phrases], **_PRIVATE, **_UNLIMITED)
             page.unload(self.leave)
             gr.api(self.tokens, api_name="tokens", queue=False)
             gr.api(self.compare, api_name="compare", **_UNLIMITED)
@@ -392,7 +405,6 @@ class _Page:
     def ask(self, request: gr.Request) -> list[Any]:
         """Note a run, and return the buttons of a visitor for whom something runs."""
         self.visitors.ask(_session(request))
-        shutil.rmtree(self._folder_of(request), ignore_errors=True)  # of pictures that the page no longer shows
         draw, stop = gr.update(value="Drawing…", interactive=False), gr.update(interactive=True)
         return [draw, stop, draw, stop]
 
@@ -406,7 +418,7 @@ class _Page:
 
     def leave(self, request: gr.Request) -> None:
         self.visitors.leave(_session(request))
-        shutil.rmtree(self._folder_of(request), ignore_errors=True)
+        self._delete_pictures(request)
 
     def show_columns(self, columns: list[str]) -> list[Any]:
         return [gr.update(visible=column in columns) for column in COLUMNS]
@@ -418,7 +430,7 @@ class _Page:
         if not self.comparison.is_miniature and self.comparison.pipe._execution_device.type == "cpu":
             return  # they would take minutes
         if not self._opening:
-            waits = [gr.skip()] * (OUTPUTS * len(COLUMNS))
+            waits = [gr.skip()] * (OUTPUTS * len(COLUMNS) + 1)
             waits[2::OUTPUTS] = [status_line("the first example is being drawn")] * len(COLUMNS)
             yield waits
         with _answered():
@@ -426,7 +438,8 @@ class _Page:
             if not self.visitors.is_busy(_session(request)):
                 described = self._describe(self.defaults.prompt)
                 flag = threading.Event()  # nothing runs that could be stopped
-                yield [part for picture in pictures for part in self._show(picture, described, request, flag)]
+                shown = [part for picture in pictures for part in self._show(picture, described, request, flag)]
+                yield [*shown, _render_phrases(pictures)]
 
     def _draw_opening(self) -> list[Picture]:
         with self._opening_lock:
@@ -437,7 +450,7 @@ class _Page:
                     drawn = [
                         event
                         for column in COLUMNS
-                        for event in self._follow(column, self.defaults, threading.Event(), place)
+                        for event in self._follow(column, self.defaults, threading.Event(), place, traced=True)
                     ]
                 self._opening = [event for event in drawn if isinstance(event, Picture)]
             return self._opening
@@ -449,20 +462,21 @@ class _Page:
             settings = self.settings(_with_seed(values, keeps_seed))
             columns = self._check_columns(columns, settings)
             described = self._describe(settings.prompt)
+            self._delete_pictures(request)  # which the page shows no longer
             shown: list[Any] = [settings.seed]
             for column in COLUMNS:
                 waits = "waits" if column in columns else "left out"
                 shown += [heading(column), None, status_line(waits), gr.update(value=None, interactive=False), ""]
-            yield [*shown, gr.update(value="Drawing…"), ""]
-            unchanged: list[Any] = [gr.skip()] * (len(shown) + 2)
-            unfinished = set(columns)
+            yield [*shown, "", gr.update(value="Drawing…"), ""]
+            unchanged: list[Any] = [gr.skip()] * (len(shown) + 3)
+            finished: list[Picture] = []
             try:
                 with self.line.join(self._work(settings) * len(columns)) as place:
                     for waiting in place.wait(flag):
                         yield [*unchanged[:-2], gr.update(value=_waiting(waiting)), ""]
                     for drawn, column in enumerate(column for column in COLUMNS if column in columns):
                         first = 1 + OUTPUTS * list(COLUMNS).index(column)
-                        for event in self._follow(column, settings, flag, place):
+                        for event in self._follow(column, settings, flag, place, traced=True):
                             shown = [*unchanged]
                             if isinstance(event, Progress):
                                 done = (drawn + event.step / event.steps) / len(columns)
@@ -472,14 +486,15 @@ class _Page:
                                 shown[-2:] = gr.update(value=text), bar(text, done)
                                 shown[first + 2] = _steps_done(event)
                             else:
-                                unfinished.discard(column)
                                 shown[first : first + OUTPUTS] = self._show(event, described, request, flag)
+                                finished.append(event)
+                                shown[-3] = _render_phrases(finished)
                             yield shown
             except Exception as error:
                 stopped = isinstance(error, Stopped)
                 shown = [*unchanged]
                 for number, name in enumerate(COLUMNS):
-                    if name in unfinished:
+                    if name in columns and not any(picture.column == name for picture in finished):
                         shown[1 + OUTPUTS * number + 2] = status_line("stopped" if stopped else "not drawn")
                 yield shown
                 if stopped:
@@ -500,6 +515,34 @@ class _Page:
         file = self._save_picture(drawn, request, flag)
         status = status_line(done, prompt=drawn.settings.prompt)
         return heading(drawn.column, share), picture, status, _file_to_download(file), details
+
+    def show_phrase(self, data: gr.EventData, request: gr.Request) -> list[Any]:
+        """The columns' pictures with the overlay of a phrase, or, for none, whole as they were drawn."""
+        with _answered("Not shown"):
+            number, text = _asked(data._data)
+            folder = self._folder_of(request)
+            kept = {column: folder / f"{MAPS}{column}.png" for column in COLUMNS}
+            about = {column: read_parameters(file) for column, file in kept.items() if file.exists()}
+            rows = phrases_view.match({column: found["phrases"] for column, found in about.items()})
+            is_here = number is None or (number < len(rows) and phrases_view.letters(rows[number].text) == text)
+            if not about or not is_here:
+                raise ValueError("The pictures of this phrase are here no longer: draw the prompt again.")
+            shown: list[Any] = []
+            for column in COLUMNS:
+                if column not in about:
+                    shown.append(gr.skip())
+                    continue
+                with Image.open(folder / about[column]["picture"]) as image:
+                    picture = image.convert("RGB")
+                described = self._describe(about[column]["prompt"])
+                place = None if number is None else rows[number].numbers.get(column)
+                if place is None:
+                    shown.append(scoring_view.judge(picture, described)[0])
+                    continue
+                whole = scoring_view.judge(picture, None if described is None else ())[0]
+                with Image.open(kept[column]) as tiles:
+                    shown.append(phrases_view.overlay_phrase(whole, tiles, place, len(about[column]["phrases"])))
+            return shown
 
     def draw_grid(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Draw every column from each seed, then put all pictures into one."""
@@ -589,9 +632,10 @@ class _Page:
                         yield files
 
     def _follow(
-        self, column: str, settings: Settings, flag: threading.Event, place: Place
+        self, column: str, settings: Settings, flag: threading.Event, place: Place, traced: bool = False
     ) -> Iterator[Progress | Picture]:
-        for event in follow(lambda on_step: self.comparison.draw(column, settings, on_step), flag):
+        options: dict[str, Any] = {"traced": True} if traced else {}
+        for event in follow(lambda on_step: self.comparison.draw(column, settings, on_step, **options), flag):
             if isinstance(event, Progress):
                 place.advance(self._work(settings) / event.steps)
             yield event
@@ -616,8 +660,17 @@ class _Page:
     # Files
 
     def _save_picture(self, picture: Picture, request: gr.Request, flag: threading.Event) -> Path:
+        """The picture's file; the maps of its phrases lie beside it."""
         name = f"finelip-sdxl-{picture.column}-{picture.settings.seed}.png"
+        phrases = phrases_view.list_phrases(picture.trace)
+        if picture.trace is not None and phrases:
+            about = {**picture.parameters, "phrases": [phrase.text for phrase in phrases], "picture": name}
+            tiles = phrases_view.tile_maps(picture.trace, phrases, picture.image.size)
+            self._save(f"{MAPS}{picture.column}.png", tiles, about, request, flag)
         return self._save(name, picture.image, picture.parameters, request, flag)
+
+    def _delete_pictures(self, request: gr.Request) -> None:
+        shutil.rmtree(self._folder_of(request), ignore_errors=True)
 
     def _save(
         self, name: str, image: Image.Image, parameters: dict[str, Any], request: gr.Request, flag: threading.Event
@@ -694,6 +747,25 @@ def _too_long(text: str) -> str:
 
 def _hint(sentence: str) -> str:
     return render("hint", sentence=sentence)
+
+
+def _render_phrases(pictures: Sequence[Picture]) -> str:
+    """The list of the phrases of pictures of one prompt; empty where none was traced."""
+    if not any(picture.trace for picture in pictures):
+        return ""
+    drawn = {picture.column: phrases_view.list_phrases(picture.trace) for picture in pictures}
+    return phrases_view.render_phrases(pictures[0].settings.prompt, drawn)
+
+
+def _asked(data: Any) -> tuple[int | None, str | None]:
+    """The number and the letters of the phrase that an event asks for; None for none."""
+    asked = data if isinstance(data, dict) else {}
+    number, text = _whole(asked.get("number")), asked.get("text")
+    if number is None and text is None and "number" in asked:
+        return None, None
+    if type(number) is not int or number < 0 or not isinstance(text, str):
+        raise ValueError(f"The phrase is {data!r:.60}; expected its number in the list and its text.")
+    return number, phrases_view.letters(text)
 
 
 def _with_seed(values: list[Any], keeps_seed: bool) -> tuple[Any, ...]:

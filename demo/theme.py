@@ -70,8 +70,8 @@ THEME = gr.themes.Soft(
     button_secondary_background_fill_hover_dark="*neutral_700",
 )
 
-SCRIPT = read_script("page")
-STYLE = "\n".join(map(read_style, ("meter", "verdict", "page")))
+SCRIPT, PHRASES_SCRIPT = read_script("page"), read_script("phrases")
+STYLE = "\n".join(map(read_style, ("meter", "verdict", "phrases", "page")))
 
 
 def intro(is_miniature: bool) -> str:

@@ -140,7 +140,9 @@ class AttentionTrace:
         """The prompt of a picture, as the first text encoder gets it: without the syntax of weights."""
         return self._text_places(index)[0].text
 
-    def heat_map(self, phrase: str | tuple[int, int], index: int = 0) -> np.ndarray:
+    def heat_map(
+        self, phrase: str | tuple[int, int], index: int = 0, size: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """Where a phrase acted.
 
         The states of a phrase's last token know the whole phrase, so it is that token's map (with a mark behind it:
@@ -150,13 +152,13 @@ class AttentionTrace:
             phrase: a part of the prompt, at its first place there; or its first and one past its last character in
                 `text()`.
             index: number of the picture in the call's output.
+            size: height and width of the map; by default those of the picture.
 
         Returns:
-            Values from 0 to 1 in the size of the picture, (height, width), in float32; the largest is 1. All are 0 if
-            the phrase is cut.
+            Values from 0 to 1, (height, width), in float32; the largest is 1. All are 0 if the phrase is cut.
         """
         heat, _ = self._heat(*self._find(phrase, index))
-        sized = F.interpolate(heat[None, None], self._size, mode="bicubic").clamp(min=0)[0, 0]
+        sized = F.interpolate(heat[None, None], size or self._size, mode="bicubic").clamp(min=0)[0, 0]
         scaled: np.ndarray = (sized / sized.max().clamp(min=torch.finfo().tiny)).numpy()
         return scaled
 

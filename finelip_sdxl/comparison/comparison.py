@@ -48,6 +48,7 @@ from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
 from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, PromptPlan, plan_prompts
 from finelip_sdxl.prompts.specs import sdxl_specs
+from finelip_sdxl.prompts.weighting import is_more_than_weights
 from finelip_sdxl.provenance import public_name
 from finelip_sdxl.recommended import Recommended, recommended_of
 from finelip_sdxl.text_encoders import TextEncoder, num_positions, unstretch_text_encoder, with_max_length
@@ -307,7 +308,9 @@ class Comparison:
             settings: prompt, seed and all other settings.
             on_step: called after each step with its number and the number of all steps. An error that it raises ends
                 the drawing.
-            traced: note where each phrase of the prompt acts (`trace_attention`). A refiner's steps are left out.
+            traced: note where each phrase of the prompt acts (`trace_attention`). A refiner's steps are left out. A
+                prompt with compel's `.and()`, `.blend()` and the like has no trace in compel's column, whose tokens
+                are not those of one text.
 
         Raises:
             ValueError: the column is unknown, the model cannot draw this size, compel cannot parse the prompt, or the
@@ -414,6 +417,7 @@ class _Stage:
         self, column: str, settings: Settings, traced: bool = False, **arguments: Any
     ) -> tuple[Any, AttentionTrace | None]:
         embeddings = self._encode_once(column, settings, arguments)
+        traced = traced and not (column == "compel" and is_more_than_weights(settings.prompt))
         tracing = trace_attention(self.pipe, self._plan(column, settings, embeddings)) if traced else nullcontext()
         with tracing as trace:
             return self.pipe(**embeddings, **arguments).images, trace

@@ -62,6 +62,17 @@ class WeightedText:
         return weight if character < stop else 1.0
 
 
+def is_more_than_weights(text: str) -> bool:
+    """Whether a text for compel has parts that it encodes by themselves: `.and()`, `.attend()`, `.blend()`, `.swap()`
+    or `withLora()`.
+
+    Example:
+        >>> is_more_than_weights('("a fox", "a hare").blend(1, 1)'), is_more_than_weights("a (fox)1.2")
+        (True, False)
+    """
+    return _MORE_THAN_WEIGHTS.search(text) is not None
+
+
 def parse_weights(
     text: str, syntax: Weighting | None, expand: Callable[[str], str] | None = None, emphasis: Emphasis = "compel"
 ) -> WeightedText:
@@ -97,7 +108,7 @@ def parse_weights(
     text, loras = take_loras(text)
     if syntax is None:
         return WeightedText(expand(text), loras=loras)
-    if syntax == "compel" and _MORE_THAN_WEIGHTS.search(text):
+    if syntax == "compel" and is_more_than_weights(text):
         raise ValueError(
             "The prompt uses compel's .and(), .attend(), .blend(), .swap() or withLora(), which are more than weights:"
             " pass the embeddings of CompelForSDXL(pipe) instead."

@@ -304,6 +304,14 @@ def test_a_phrase_at_any_position(pipe, phrase) -> None:
     assert (by_range.min() >= 0, by_range.max()) == (True, 1.0)
 
 
+def test_a_map_of_another_size(pipe) -> None:
+    trace = traced(pipe)
+    for size in ((4, 4), (3, 7)):
+        heat = trace.heat_map("the hare.", size=size)
+        assert heat.shape == size
+        assert (heat.min() >= 0, heat.max()) == (True, 1)
+
+
 def test_a_phrase_is_its_last_token_held_against_the_other_phrases(pipe) -> None:
     trace = traced(pipe)
     maps = trace._drawn()[0]

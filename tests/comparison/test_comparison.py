@@ -748,6 +748,12 @@ def test_a_traced_picture_is_the_same_and_knows_its_phrases(comparison, column, 
     assert [phrase.is_encoded for phrase in traced.trace.phrases()][::40] == [True, column != "stock"]
 
 
+def test_what_is_more_than_weights_has_no_trace_in_compels_column(comparison) -> None:
+    prompt = f'("{SENTENCE * 5}", "{SENTENCE * 5}").blend(0.5, 0.5)'
+    traces = [comparison.draw(column, Settings(prompt, steps=1), traced=True).trace for column in COLUMNS]
+    assert [trace is None for trace in traces] == [column == "compel" for column in COLUMNS]
+
+
 def test_a_refiner_is_no_part_of_the_trace(components) -> None:
     refiner = FineLIPSDXLImg2ImgPipeline(**copy.deepcopy(components))
     refiner.swap_text_encoders()

@@ -141,6 +141,7 @@ def test_a_long_prompt_is_measured_drawn_downloaded_and_loaded_again(open_page, 
     page = open_page()
     page.get_by_text("Short one by night").wait_for()
     write(page, LONG)
+    page.locator("#meter .meter-line", has_text="in 2 windows of 77").wait_for()  # the first example's has 4
     stock, compel, finelip = meter_lines(page)
     assert re.fullmatch(r"Stock SDXL encodes 77 of \d+ tokens; \d+ are left out", stock)
     assert re.fullmatch(r"compel encodes all \d+ tokens in 2 windows of 77", compel)
@@ -198,12 +199,12 @@ def test_a_run_is_stopped_at_the_next_step_and_the_next_one_works(open_page) -> 
 def test_closing_the_page_ends_its_run_and_deletes_its_pictures(demo, open_page, monkeypatch) -> None:
     seen, draw = [], demo.comparison.draw
 
-    def watched(column, settings, on_step) -> object:
+    def watched(column, settings, on_step, **options) -> object:
         def noticed(step: int, steps: int) -> None:
             seen.append(step)
             on_step(step, steps)
 
-        return draw(column, settings, noticed)
+        return draw(column, settings, noticed, **options)
 
     monkeypatch.setattr(demo.comparison, "draw", watched)
     of_others = set((demo.folder / "pictures").glob("*"))  # pages that were closed just before
@@ -244,10 +245,10 @@ def test_a_long_text_is_not_cut_in_silence(open_page) -> None:
 def test_columns_that_an_error_leaves_undrawn_say_so(open_page, demo, monkeypatch) -> None:
     draw = demo.comparison.draw
 
-    def run_out(column: str, *rest) -> object:
+    def run_out(column: str, *rest, **options) -> object:
         if column == "compel":
             raise MemoryError("The memory did not suffice.")
-        return draw(column, *rest)
+        return draw(column, *rest, **options)
 
     monkeypatch.setattr(demo.comparison, "draw", run_out)
     page = open_page()
@@ -471,6 +472,72 @@ def test_the_page_keeps_its_width_while_the_prompt_grows(open_page) -> None:
         page.locator("#meter", has_text=said).wait_for()
         widths.append(page.locator(".gradio-container").bounding_box()["width"])
     assert widths[0] == widths[1]
+
+
+SHOWN = "[...document.querySelectorAll('.phrase')].filter(phrase => phrase.ariaPressed == 'true').map(e => e.innerText)"
+
+
+def pictures(page) -> list[str]:
+    return page.evaluate("[...document.querySelectorAll('.column .picture img')].map(image => image.src)")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_phrase_is_shown_by_click_and_by_key_and_a_button_takes_it_away(open_page, width, scheme) -> None:
+    page = open_page(width, 844, scheme)
+    prompt, whole = page.locator("#prompt textarea").input_value(), pictures(page)
+    phrases = page.locator(".phrase")
+    assert page.locator(".phrases-whole").is_hidden()
+    phrases.nth(2).click()
+    page.wait_for_function(f"{SHOWN}.length == 1")
+    clicked = pictures(page)
+    assert len({*whole, *clicked}) == 6, "each column shows another picture"
+    assert page.evaluate("document.activeElement.dataset.number") == "2"
+    for _ in range(7):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{SHOWN}[0] == document.querySelectorAll('.phrase')[9].innerText")
+    assert len({*whole, *clicked, *pictures(page)}) >= 8  # stock cuts it
+    picture, pressed = (page.locator(one).bounding_box() for one in ("#column-stock .picture", ".phrase >> nth=9"))
+    assert 0 <= picture["y"] < picture["y"] + picture["height"] <= pressed["y"] < 844, "both are in sight"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)  # colors fade in
+    assert page.evaluate(FAINT) == []
+
+    page.get_by_role("button", name="Show the whole pictures").click()
+    page.wait_for_function(f"{SHOWN}.length == 0")
+    assert page.locator("#column-finelip .verdict").is_visible()
+    assert page.evaluate("document.activeElement.dataset.number") == "9"
+    page.keyboard.press("Space")
+    page.wait_for_function(f"{SHOWN}.length == 1")
+    page.keyboard.press("Space")  # the phrase itself takes it away, too
+    page.wait_for_function(f"{SHOWN}.length == 0")
+    assert page.locator("#prompt textarea").input_value() == prompt
+
+
+def test_phrases_are_those_of_the_pictures(open_page) -> None:
+    page = open_page()
+    page.locator(".phrase").first.click()
+    page.wait_for_function(f"{SHOWN}.length == 1")
+    write(page, "A red star is in the top left. A blue ring is in the center.")
+    page.locator("#phrases").get_by_text("Of an earlier prompt").wait_for()
+    set_steps(page, 2)
+    page.click("#draw")
+    page.wait_for_function("document.querySelectorAll('.phrase').length == 2")
+    wait_until_drawn(page)
+    assert page.evaluate(SHOWN) == []
+    assert page.locator("#phrases").get_by_text("Of an earlier prompt").is_hidden()
+    page.locator(".phrase", has_text="blue ring").click()
+    page.wait_for_function(f"{SHOWN}.length == 1")
+
+
+def test_a_phrase_whose_pictures_are_gone_says_so_and_is_not_pressed(open_page, demo) -> None:
+    page = open_page()
+    for folder in (demo.folder / "pictures").glob("*"):
+        shutil.rmtree(folder)
+    page.locator(".phrase").first.click()
+    page.locator(".toast-body", has_text="The pictures of this phrase are here no longer").wait_for()
+    assert page.evaluate(SHOWN) == []
 
 
 # What stands out too little: text below a contrast of 4.5 to what is behind it, boxes to tick below one of 3. Colors
