@@ -87,14 +87,15 @@ def write(page, prompt: str) -> None:
     page.locator("#prompt textarea").fill(prompt)
 
 
-# compel's part follows, and that of the text before may come between.
-METER_IS_WHOLE = """() => !document.querySelector("#meter .meter-pending")
-    && document.querySelector("#meter .meter-text").textContent == document.querySelector("#prompt textarea").value"""
+# The meter's lines once compel's part is there, in one look: the part of the text before may come between, and what
+# was whole is planned again if the page sends the same text twice.
+WHOLE_METER = """() => !document.querySelector("#meter .meter-pending")
+    && document.querySelector("#meter .meter-text").textContent == document.querySelector("#prompt textarea").value
+    && [...document.querySelectorAll("#meter .meter-line")].map((line) => line.innerText.replaceAll("\\n", " "))"""
 
 
 def meter_lines(page) -> list[str]:
-    page.wait_for_function(METER_IS_WHOLE)
-    return [line.replace("\n", " ") for line in page.locator("#meter .meter-line").all_inner_texts()]
+    return page.wait_for_function(WHOLE_METER).json_value()
 
 
 def set_number(page, slider: str, value: int) -> None:

@@ -43,7 +43,7 @@ def session(name: str) -> Any:
 
 
 def values(prompt: str, weighting: str = "none") -> list[Any]:
-    return [prompt, "", 2, 3.0, IMAGE_SIZE, IMAGE_SIZE, 1.0, "penultimate", weighting, 0, True]
+    return [prompt, "", 2, 3.0, IMAGE_SIZE, IMAGE_SIZE, 1.0, "penultimate", weighting, "compel", 0, True]
 
 
 def draw(demo: Demo, name: str, prompt: str = LONG, columns: tuple[str, ...] = tuple(COLUMNS), **other: Any) -> Any:

@@ -59,7 +59,7 @@ class UnsavedRun(SimpleNamespace):
 def train(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, size: str) -> dict[str, Any]:
     """A step with all losses; at real size of a CLIP ViT-L/14 with the miniature's words and scenes."""
     if size == "real":
-        monkeypatch.setattr(train_finelip, "load_finelip", lambda name: vit_l())
+        monkeypatch.setattr(train_finelip, "load_finelip", lambda name, **stretch: vit_l())
         processor = load_image_processor(tmp_path, VIT_L["image_size"])  # CLIP's own, since the folder has none
         monkeypatch.setattr(train_finelip, "load_image_processor", lambda name, size: processor)
     flags = {"data": "miniature:10", "eval-data": "none", "max-steps": 1, "batch-size": 5, "output-dir": tmp_path}
