@@ -207,7 +207,7 @@ def area_with_interval(scenes: list[list[dict[str, Any]]], resamples: int = 300)
 def area_under_curve(pairs: Sequence[tuple[float, int]]) -> float:
     """Probability that a right object has a higher strength than a wrong one; equal ones count half.
 
-    Example:
+    Examples:
         >>> area_under_curve([(0.9, 1), (0.4, 1), (0.4, 0), (0.1, 0)])
         0.875
     """

@@ -39,7 +39,7 @@ def render_meter(
         HTML, with all text escaped. Where a column's windows do not join to the prompt (compel takes its syntax of
         weights out first), they are counted but not marked in the text.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.prompts.plan import Window
         >>> windows = (Window("a fox & ", (320, 3240, 261)), Window("a hare", (320, 14036)))
         >>> plan = EncoderPlan("text_encoder", "prompt", 0, windows, positions=5)

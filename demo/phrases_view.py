@@ -46,7 +46,7 @@ def match(texts: Mapping[str, Sequence[str]]) -> list[Row]:
     Args:
         texts: by column, the texts of its phrases.
 
-    Example:
+    Examples:
         >>> match({"stock": ["A (red)1.5 star.", "A ring."], "compel": ["A red star."]})[0]
         Row(text='A (red)1.5 star.', numbers={'stock': 0, 'compel': 0})
     """

@@ -192,7 +192,7 @@ def follow(draw: Callable[[Callable[[int, int], None]], Any], flag: threading.Ev
         Stopped: the flag was set.
         Exception: the error of `draw`.
 
-    Example:
+    Examples:
         >>> list(follow(lambda on_step: on_step(1, 1) or "a picture", threading.Event()))[-1]
         'a picture'
     """

@@ -31,7 +31,7 @@ def render(name: str, **values: Any) -> str:
         name: its file in `templates/`, without `.html`.
         **values: its variables.
 
-    Example:
+    Examples:
         >>> render("hint", sentence="a < b")
         '<div class="meter-hint">a &lt; b</div>'
     """

@@ -87,7 +87,7 @@ def heading(column: str, share: str = "") -> str:
 def sources_line(sources: Mapping[str, str]) -> str:
     """The names of the parts that draw, from the `sources` of a comparison.
 
-    Example:
+    Examples:
         >>> sources_line({"base": "sdxl-base", "finelip": "longclip", "dtype": "float16"})
         'Model: sdxl-base · FineLIP: longclip'
     """

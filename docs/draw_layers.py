@@ -52,7 +52,7 @@ def find_arrows(layers: list[list[str]]) -> set[tuple[str, str]]:
 def without_implied(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """The arrows that no chain of others leads along.
 
-    Example:
+    Examples:
         >>> sorted(without_implied({("a", "b"), ("b", "c"), ("a", "c")}))
         [('a', 'b'), ('b', 'c')]
     """
@@ -73,7 +73,7 @@ def without_implied(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
 def draw(layers: list[list[str]], arrows: set[tuple[str, str]]) -> str:
     """The drawing as SVG.
 
-    Example:
+    Examples:
         >>> layers = [["finelip_sdxl.cli"], ["finelip_sdxl.prompts"]]
         >>> picture = draw(layers, {("finelip_sdxl.cli", "finelip_sdxl.prompts")})
         >>> picture.count("<rect class='box'"), picture.count("<path class='down'")

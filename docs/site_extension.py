@@ -58,7 +58,7 @@ def parser_of(program: str) -> Callable[[list[str]], Any]:
 def help_of(command: str) -> str:
     """What a command prints with `--help`.
 
-    Example:
+    Examples:
         >>> help_of("finelip-sdxl tokens").splitlines()[0][:40]
         'usage: finelip-sdxl tokens [-h] [--promp'
     """
@@ -83,7 +83,7 @@ def help_of(command: str) -> str:
 def math(source: str, *_: Any, **__: Any) -> str:
     """An equation in LaTeX as a paragraph of MathML.
 
-    Example:
+    Examples:
         >>> math("s^2")[:28]
         '<div class="math"><math xmln'
     """

@@ -47,7 +47,7 @@ class Conditioning(Mapping[str, Any]):
         encoder_fingerprint: fingerprint of the text encoders and the conditioning adapter, see `fingerprint`; empty if
             it is unknown.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
         >>> pipe.set_progress_bar_config(disable=True)
@@ -191,7 +191,7 @@ def fingerprint(models: Iterable[nn.Module | None]) -> str:
         16 hexadecimal digits; empty if there are no models, or their weights are quantized or held elsewhere
         (sequential offloading).
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(8, 8)
         >>> fingerprint([layer]) == fingerprint([layer.half()])

@@ -24,7 +24,7 @@ class ConditioningAdapter(ModelMixin, ConfigMixin):
     Raises:
         ValueError: a width is no whole number of at least 1, or `state_dims` is empty.
 
-    Example:
+    Examples:
         >>> import torch
         >>> adapter = ConditioningAdapter(state_dims=(8, 16), pooled_dim=16, hidden_dim=4)
         >>> states, pooled = adapter([torch.randn(2, 77, 8), torch.randn(2, 77, 16)], torch.randn(2, 16))

@@ -37,7 +37,7 @@ _ARGUMENT = re.compile(
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line. For an unknown flag it names the nearest one.
 
-    Example:
+    Examples:
         >>> parser = Parser(prog="draw")
         >>> _ = parser.add_argument("--guidance-scale")
         >>> parser.parse_args(["--guidence-scale", "3"])
@@ -91,7 +91,7 @@ def number(
         most: the highest number that is allowed. Without any bound the number may also be infinite or none (NaN).
         below: in place of `most`, the lowest number that is too high.
 
-    Example:
+    Examples:
         >>> number(int, above=0)("8")
         8
         >>> number(float, least=0, below=1)("1")
@@ -128,7 +128,7 @@ COUNT = number(int, least=1)
 def is_first_process() -> bool:
     """Whether this is the first process that a launcher has started, or the only one, before they know of each other.
 
-    Example:
+    Examples:
         >>> is_first_process()
         True
     """
@@ -153,7 +153,7 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
         message: the message.
         flags: flags by the names of arguments; other names stay.
 
-    Example:
+    Examples:
         >>> with_flags('`steps` is 0; set overflow="window", or pass dtype=.', {"steps": "--steps", "dtype": "--dtype"})
         '--steps is 0; set overflow="window", or pass --dtype.'
     """
@@ -169,7 +169,7 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 def announce(text: str) -> None:
     """Print a line in a terminal before seconds without a word. What only reads errors gets errors alone.
 
-    Example:
+    Examples:
         >>> announce("Opening miniature…")
     """
     if sys.stderr is not None and sys.stderr.isatty():
@@ -225,7 +225,7 @@ def messages_with_flags(flags: Mapping[str, str]) -> Iterator[None]:
     Args:
         flags: see `with_flags`.
 
-    Example:
+    Examples:
         >>> with messages_with_flags({"dtype": "--dtype"}):
         ...     pass
     """
@@ -255,7 +255,7 @@ def printing_stops_nothing() -> Iterator[None]:
     Characters that the terminal does not know are printed by their numbers, and text after a closed pipe (`| head -1`)
     is dropped.
 
-    Example:
+    Examples:
         >>> with printing_stops_nothing():
         ...     print("a fox")
         a fox

@@ -38,7 +38,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         OSError: they cannot.
 
-    Example:
+    Examples:
         >>> check_writable(Path("not/yet/there"))
     """
     with writing_errors(folder):
@@ -57,7 +57,7 @@ def check_file(file: Path) -> None:
     Raises:
         OSError: it is a directory, its name is too long, or nothing can be written in its place.
 
-    Example:
+    Examples:
         >>> check_file(Path("not/yet/there.txt"))
     """
     with writing_errors(file):
@@ -80,7 +80,7 @@ def written_whole(file: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; nothing has changed.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     with written_whole(Path(folder, "a.txt")) as temporary:
@@ -127,7 +127,7 @@ def written_folder(folder: Path, replaced: Callable[[Path], Collection[str]] | N
             folder has the name of a file that is kept.
         OSError: the folder cannot be written; nothing has changed.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as parent:
         ...     with written_folder(Path(parent, "a")) as new:
@@ -166,7 +166,7 @@ def writing_errors(target: Path) -> Iterator[None]:
     Raises:
         OSError: `target` cannot be written to, and the reason.
 
-    Example:
+    Examples:
         >>> with writing_errors(Path("model")):
         ...     raise OSError(28, "No space left on device")
         Traceback (most recent call last):
@@ -196,7 +196,7 @@ def stopped_by_signals() -> Iterator[None]:
     Raises:
         Stopped: one of these signals came.
 
-    Example:
+    Examples:
         >>> with stopped_by_signals():
         ...     pass
     """

@@ -37,7 +37,7 @@ def read_json(file: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is no JSON, no object, larger or deeper than any config, or holds text that is no Unicode.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     _ = Path(folder, "config.json").write_text('{"hidden_size": 64}')
@@ -128,7 +128,7 @@ def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     Raises:
         ValueError: a weight is; the message names it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> check_finite({"a": torch.tensor([1.0, torch.nan])}, "x.pt")
         Traceback (most recent call last):
@@ -163,7 +163,7 @@ def check_numbers(config: Mapping[str, Any], weights: int, file: Path | str, lar
     Raises:
         ValueError: a number or list is too large; the message names its field.
 
-    Example:
+    Examples:
         >>> check_numbers({"layers_per_block": 10**6}, weights=400, file="unet/config.json")
         Traceback (most recent call last):
         ValueError: unet/config.json says layers_per_block 1000000, but there are only 400 weights beside it: ...

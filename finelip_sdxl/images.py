@@ -50,7 +50,7 @@ def to_image(pixels: Any) -> Image.Image:
     Raises:
         ValueError: a pixel is NaN.
 
-    Example:
+    Examples:
         >>> import torch
         >>> to_image(torch.ones(3, 8, 8)).getpixel((0, 0))
         (255, 255, 255)
@@ -84,7 +84,7 @@ def save_png(image: Image.Image, file: str | os.PathLike[str], parameters: dict[
     Raises:
         OSError: the file cannot be written.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     save_png(Image.new("RGB", (8, 8)), f"{folder}/a.png", {"prompt": "a red star", "steps": 20})
@@ -105,7 +105,7 @@ def save_compact(image: Image.Image, file: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the file cannot be written to.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_compact(Image.new("RGB", (8, 8), "red"), Path(folder, "red.png"))
@@ -123,7 +123,7 @@ def infotext(parameters: dict[str, Any]) -> str:
     Args:
         parameters: as for `save_png`.
 
-    Example:
+    Examples:
         >>> print(infotext({"prompt": "a red star", "negative_prompt": "text", "steps": 20, "sampler": "Euler"}))
         a red star
         Negative prompt: text
@@ -149,7 +149,7 @@ def infotext(parameters: dict[str, Any]) -> str:
 def sampler_name(scheduler: Any) -> str:
     """A1111's name of a Diffusers scheduler, or its own name if A1111 has none.
 
-    Example:
+    Examples:
         >>> from diffusers import EulerAncestralDiscreteScheduler
         >>> sampler_name(EulerAncestralDiscreteScheduler())
         'Euler a'
@@ -224,7 +224,7 @@ def label_grid(
     Raises:
         ValueError: no pictures, pictures of several sizes, or too few or too many labels or captions.
 
-    Example:
+    Examples:
         >>> star = Image.new("RGB", (96, 96), "red")
         >>> grid = label_grid([[star, star]], ["seed 0"], ["Stock SDXL", "FineLIP-SDXL"], title="a red star")
         >>> grid.width > 2 * 256

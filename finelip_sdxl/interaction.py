@@ -49,7 +49,7 @@ def late_interaction(
     Raises:
         ValueError: shapes do not match, a mask has a row without any token, or an option has another value.
 
-    Example:
+    Examples:
         >>> image = torch.eye(3)[None]               # one image of three orthogonal tokens
         >>> texts = torch.eye(3)[:, None]            # three texts of one token each
         >>> late_interaction(image, texts)           # 1, the text token's best, plus the mean of (1, 0, 0)

@@ -27,7 +27,7 @@ def triplet_margin_loss(similarity: Tensor, ids: Tensor, margin: float = MARGIN,
     Raises:
         ValueError: `similarity` is not square, or there is not one id for each pair.
 
-    Example:
+    Examples:
         >>> similarity = torch.tensor([[0.9, 0.5], [0.8, 0.7]])
         >>> triplet_margin_loss(similarity, torch.tensor([0, 1]))  # 0.3 for the second image, 0.1 for the first text
         tensor(0.4000)
@@ -58,7 +58,7 @@ def contrastive_loss(similarity: Tensor, ids: Tensor, scale: Tensor | float) -> 
     Raises:
         ValueError: `similarity` is not square, or there is not one id for each pair.
 
-    Example:
+    Examples:
         >>> contrastive_loss(torch.eye(2), torch.tensor([0, 1]), scale=100.0)
         tensor(0.)
     """

@@ -52,7 +52,7 @@ class FineLIPConfig(PreTrainedConfig):
         initializer_factor: scale of the random weights of a new model, as in CLIP.
         initializer_range: standard deviation of the random weights of new refinement layers.
 
-    Example:
+    Examples:
         >>> config = FineLIPConfig(text_config={"hidden_size": 128, "max_position_embeddings": 248})
         >>> config.text_config.max_position_embeddings, config.vision_config
         (248, None)
@@ -159,7 +159,7 @@ class FineLIPModel(CLIPPreTrainedModel):
     Weights come from `finelip_sdxl.load_finelip`, or from `from_pretrained` for a directory that `save_pretrained`
     wrote. Its keys are transformers' `CLIPModel`'s, plus `image_refinement.*` and `text_refinement.*`.
 
-    Example:
+    Examples:
         >>> config = FineLIPConfig(
         ...     text_config={"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
         ...                  "max_position_embeddings": 248},
@@ -415,7 +415,7 @@ def end_positions(input_ids: Tensor, end_token: int) -> Tensor:
         input_ids: (batch, n), with an end token in each row.
         end_token: `eos_token_id` of the text config.
 
-    Example:
+    Examples:
         >>> end_positions(torch.tensor([[7, 3, 8, 8], [7, 3, 4, 8]]), end_token=8)
         tensor([2, 3])
     """

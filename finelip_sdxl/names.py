@@ -89,7 +89,7 @@ _MODELS = {
 def bundled_model(name: Any) -> BundledModel | None:
     """The CLIP or FineLIP that ships under this name; None for all other names.
 
-    Example:
+    Examples:
         >>> bundled_model("miniature-finelip-2").config.parent.name
         'finelip_2'
         >>> bundled_model("openai/clip-vit-large-patch14") is None
@@ -101,7 +101,7 @@ def bundled_model(name: Any) -> BundledModel | None:
 def bundled_sdxl(name: Any) -> BundledSDXL | None:
     """The SDXL that ships under this name; None for all other names.
 
-    Example:
+    Examples:
         >>> bundled_sdxl("miniature").folder.name
         'stock'
     """
@@ -111,7 +111,7 @@ def bundled_sdxl(name: Any) -> BundledSDXL | None:
 def sdxl_path(name: str | os.PathLike[str]) -> str:
     """The name of an SDXL for Diffusers: the folder of one that ships with the package, any other name unchanged.
 
-    Example:
+    Examples:
         >>> sdxl_path("stabilityai/stable-diffusion-xl-base-1.0")
         'stabilityai/stable-diffusion-xl-base-1.0'
     """
@@ -247,7 +247,7 @@ def resolve(name: str | os.PathLike[str], expected: str = "a directory or a hub 
     Raises:
         FileNotFoundError: the name is no path here, and cannot be a hub id.
 
-    Example:
+    Examples:
         >>> resolve("miniature").find("model_index.json").name
         'model_index.json'
         >>> resolve("/nowhere")
@@ -283,7 +283,7 @@ def check_models(models: Mapping[str, str | None], sdxls: Collection[str] = (), 
         OSError: a model is not there.
         ValueError: a file was passed for a folder.
 
-    Example:
+    Examples:
         >>> check_models({"base": "miniature", "finelip": "gone.pt"}, sdxls=["base"])
         Traceback (most recent call last):
         FileNotFoundError: gone.pt does not exist: pass a directory, a file or a hub id.
@@ -338,7 +338,7 @@ def data_place(name: str, images: str | os.PathLike[str] | None = None, prompts:
         FileNotFoundError: a file or folder is not there.
         ValueError: the kind is unknown, a path or a number is missing, or the data takes no folder of images.
 
-    Example:
+    Examples:
         >>> data_place("miniature:500")
         ('miniature', '500')
         >>> data_place("csv:gone.csv")

@@ -14,7 +14,7 @@ _RENAMED: dict[str, tuple[str, dict[str, str]]] = {
 def with_new_names(index: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a `model_index.json`, with today's option names and values.
 
-    Example:
+    Examples:
         >>> with_new_names({"short_prompt": "stretched", "long_prompt": "truncate", "hidden_states": "penultimate"})
         {'short_prompt_encoder': 'long', 'overflow': 'truncate', 'hidden_states': 'penultimate'}
     """

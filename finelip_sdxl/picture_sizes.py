@@ -21,7 +21,7 @@ def check_side(name: str, pixels: Any, factor: int) -> None:
     Raises:
         ValueError: the message names the nearest smaller side.
 
-    Example:
+    Examples:
         >>> check_side("width", 200, factor=16)
         Traceback (most recent call last):
         ValueError: `width` is 200; expected a multiple of 16, such as 192.
@@ -34,7 +34,7 @@ def check_side(name: str, pixels: Any, factor: int) -> None:
 def side_factor(pipe: Any) -> int:
     """The factor of a pipeline.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> side_factor(FineLIPSDXLPipeline.from_pretrained("miniature"))
         16
@@ -53,7 +53,7 @@ def read_side_factor(base: str) -> int:
     Raises:
         OSError, ValueError: the config cannot be read.
 
-    Example:
+    Examples:
         >>> read_side_factor("miniature"), read_side_factor("some/sdxl")
         (16, 8)
     """

@@ -39,7 +39,7 @@ class Provenance:
         made_from: the source of the weights that replaced an SDXL's own.
         merged_with: the source of the weights in a delta merge.
 
-    Example:
+    Examples:
         >>> from transformers import CLIPTextConfig
         >>> config = CLIPTextConfig(max_position_embeddings=248)
         >>> Provenance(stretched_from=77, stretch_keep=20, stretch_factor=4).write(config)
@@ -120,7 +120,7 @@ class Provenance:
 def forget_stretch(config: Any) -> None:
     """Remove the record of a stretch from a text encoder's config, in place: training changes all rows.
 
-    Example:
+    Examples:
         >>> from transformers import CLIPTextConfig
         >>> config = CLIPTextConfig(stretched_from=77, stretch_keep=20, stretch_factor=4, made_from="me/clip")
         >>> forget_stretch(config)
@@ -146,7 +146,7 @@ def public_name(source: Any) -> str:
     A hub id stays as it is. An address loses its user, password and query. A path, on this machine or another, keeps
     its last part only.
 
-    Example:
+    Examples:
         >>> public_name("zer0int/LongCLIP-L-Diffusers")
         'zer0int/LongCLIP-L-Diffusers'
         >>> public_name(__file__)

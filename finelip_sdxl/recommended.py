@@ -34,7 +34,7 @@ def recommended_of(config: Mapping[str, Any]) -> Recommended | None:
     Raises:
         ValueError: it is no recommendation.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.foreign_files import read_json
         >>> from finelip_sdxl.miniature import miniature_path
         >>> recommended_of(read_json(miniature_path() / "model_index.json"))
@@ -61,7 +61,7 @@ def recommended_arguments(config: Mapping[str, Any], given: Container[str]) -> d
         config: the pipeline's config.
         given: names of the arguments that the caller passes.
 
-    Example:
+    Examples:
         >>> config = {_KEY: {"num_inference_steps": 20, "guidance_scale": 3}}
         >>> recommended_arguments(config, given=["prompt", "guidance_scale"])
         {'num_inference_steps': 20}

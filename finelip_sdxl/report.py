@@ -21,7 +21,7 @@ def report_header(day: str | None = None, device: str | None = None) -> str:
         day: the day or days of the figures (default: today).
         device: further hardware beside the CPU's cores, such as the name of a GPU.
 
-    Example:
+    Examples:
         >>> report_header("2026-11-27", "1 threads")  # doctest: +ELLIPSIS
         '2026-11-27, ... cores, 1 threads, torch ...'
     """
@@ -55,7 +55,7 @@ def report_entries(command: str, device: torch.device) -> dict[str, Any]:
 def command_line(program: str, arguments: Sequence[str]) -> str:
     """A command, quoted for a shell.
 
-    Example:
+    Examples:
         >>> command_line("finelip-sdxl", ["tokens", "a red star"])
         "finelip-sdxl tokens 'a red star'"
     """

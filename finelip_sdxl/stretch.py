@@ -31,7 +31,7 @@ def stretch_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> 
     Raises:
         ValueError: the table is no floating (positions >= 2, dim) tensor, or `keep` or `factor` is out of range.
 
-    Example:
+    Examples:
         >>> stretch_positions(torch.arange(4.0).reshape(4, 1), keep=2, factor=2).flatten().tolist()
         [0.0, 1.0, 2.0, 2.5, 3.0, 3.5]
         >>> stretch_positions(torch.zeros(77, 768)).shape
@@ -71,7 +71,7 @@ def stretched_row_indices(num_positions: int, keep: int = KEEP, factor: int = FA
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> stretched_row_indices(5, keep=2, factor=4).tolist()
         [0, 1, 2, 6, 10]
     """
@@ -85,7 +85,7 @@ def check_stretch(num_positions: int, keep: int, factor: int) -> None:
     Raises:
         ValueError: an argument is no whole number, or out of range.
 
-    Example:
+    Examples:
         >>> check_stretch(77, keep=20, factor=0)
         Traceback (most recent call last):
         ValueError: factor is 0; expected a whole number from 1 to 1000.

@@ -37,7 +37,7 @@ TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 def num_positions(encoder: TextEncoder) -> int:
     """Number of an encoder's positions: the rows of its positional table, not the number in its config.
 
-    Example:
+    Examples:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
         >>> num_positions(CLIPTextModel(config))
         77
@@ -69,7 +69,7 @@ def stretch_text_encoder(encoder: TextEncoder, keep: int = KEEP, factor: int = F
     Raises:
         ValueError: the encoder is stretched already, quantized or has adapters; or `keep` or `factor` is out of range.
 
-    Example:
+    Examples:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
         >>> stretched = stretch_text_encoder(CLIPTextModel(config))
         >>> num_positions(stretched), stretched.config.max_position_embeddings, stretched.config.stretched_from
@@ -102,7 +102,7 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
     Raises:
         ValueError: the encoder was not stretched, or was trained afterwards.
 
-    Example:
+    Examples:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
         >>> num_positions(unstretch_text_encoder(stretch_text_encoder(CLIPTextModel(config))))
         77
@@ -152,7 +152,7 @@ def check_tokenizer(tokenizer: CLIPTokenizer, name: str) -> None:
     Raises:
         ValueError: it has no merges, or too few for its words.
 
-    Example:
+    Examples:
         >>> check_tokenizer(CLIPTokenizer(), "tokenizer")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: tokenizer knows no words, ...
@@ -198,7 +198,7 @@ def build_text_encoder(config: CLIPTextConfig, tensors: Mapping[str, Tensor]) ->
     Raises:
         ValueError: a tensor is missing, unknown or of another shape than in `config`.
 
-    Example:
+    Examples:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
         >>> tensors = text_encoder_tensors(CLIPTextModel(config))
         >>> type(build_text_encoder(config, tensors)).__name__
@@ -276,7 +276,7 @@ def check_text_config(config: CLIPTextConfig, shapes: Shapes, name: str) -> None
     Raises:
         ValueError: a field is wrong; the message names it.
 
-    Example:
+    Examples:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
         >>> tensors = text_encoder_tensors(CLIPTextModel(config))
         >>> config.eos_token_id = -1

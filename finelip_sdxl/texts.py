@@ -29,7 +29,7 @@ def lines_of(text: str) -> list[tuple[int, str]]:
     Lines end at a line feed, a carriage return, or both. (`str.splitlines` also breaks at U+2028, a form feed and
     others, and captions hold these.)
 
-    Example:
+    Examples:
         >>> lines_of("A fox.\\u2028It sleeps.\\r\\n\\nA hare.")
         [(1, 'A fox.\\u2028It sleeps.'), (3, 'A hare.')]
     """

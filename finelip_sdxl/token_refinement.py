@@ -20,7 +20,7 @@ class TokenRefinement(nn.Module):
     Raises:
         ValueError: `dim` or `num_tokens` is too small.
 
-    Example:
+    Examples:
         >>> refine = TokenRefinement(dim=64, num_tokens=3)
         >>> refine(torch.randn(2, 16, 64)).shape
         torch.Size([2, 3, 64])

@@ -72,7 +72,7 @@ class ChangedCaptions(CaptionDataset):
 def drop_half_the_words(caption: str, rng: random.Random) -> str:
     """A random half of the words, in their order.
 
-    Example:
+    Examples:
         >>> drop_half_the_words("one two three four", random.Random(0))
         'two four'
     """
@@ -83,7 +83,7 @@ def drop_half_the_words(caption: str, rng: random.Random) -> str:
 def shuffle_sentences(caption: str, rng: random.Random) -> str:
     """All sentences, in random order.
 
-    Example:
+    Examples:
         >>> shuffle_sentences("One. Two. Three.", random.Random(1))
         'One. Three. Two.'
     """
@@ -94,7 +94,7 @@ def shuffle_sentences(caption: str, rng: random.Random) -> str:
 def keep_two_sentences(caption: str, rng: random.Random) -> str:
     """Two random sentences, in their order.
 
-    Example:
+    Examples:
         >>> keep_two_sentences("One. Two. Three.", random.Random(0))
         'Two. Three.'
     """
@@ -114,7 +114,7 @@ PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
 def prefixes(caption: str, count: int) -> tuple[str, ...]:
     """The beginnings of a caption, of about 1/count, 2/count, … of its sentences.
 
-    Example:
+    Examples:
         >>> prefixes("One. Two. Three. Four.", 2)
         ('One. Two.', 'One. Two. Three. Four.')
     """

@@ -96,7 +96,7 @@ def write_page(page: Path, cells: Cells, command: str) -> list[Path]:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown.
 
-    Example:
+    Examples:
         >>> print(table(["a", "b"], [["1", "2"]]))
         | a | b |
         |---|---|

@@ -30,7 +30,7 @@ def overlay(image: Image.Image, heat: np.ndarray[Any, Any]) -> Image.Image:
     Raises:
         TypeError: `image` is no picture of Pillow's.
 
-    Example:
+    Examples:
         >>> heat = np.zeros((8, 8), dtype=np.float32)
         >>> heat[:4, :4] = 1
         >>> shown = overlay(Image.new("RGB", (64, 64), "red"), heat)

@@ -36,7 +36,7 @@ def split_phrases(text: str, unit: Unit | None = None) -> list[tuple[int, int]]:
         The first and one past the last character of each phrase, without white space around it and with its marks. A
         part without letters or digits is no phrase.
 
-    Example:
+    Examples:
         >>> text = "A fox, 3.5 feet tall. A hare!"
         >>> [text[start:end] for start, end in split_phrases(text)]
         ['A fox, 3.5 feet tall.', 'A hare!']
@@ -74,7 +74,7 @@ class TokenPlaces:
     def of(cls, plan: EncoderPlan, tokenizer: CLIPTokenizer) -> TokenPlaces:
         """The tokens of a plan.
 
-        Example:
+        Examples:
             >>> from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
             >>> from finelip_sdxl.prompts.vocabulary import clip_tokenizer
             >>> spec = EncoderSpec("text_encoder", clip_tokenizer(), positions=4)

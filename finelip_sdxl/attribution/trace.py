@@ -89,7 +89,7 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
     Source: DAAM (arXiv 2210.04885), which averages the maps of a word's tokens. Here a phrase's map is that of its last
     token, since CLIP's text encoders are causal, and phrases are held against one another.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import FineLIPSDXLPipeline, trace_attention
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
         >>> pipe.set_progress_bar_config(disable=True)

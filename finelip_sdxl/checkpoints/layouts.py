@@ -77,7 +77,7 @@ def to_clip_keys(tensors: dict[str, Tensor], name: str) -> tuple[dict[str, Tenso
     Raises:
         ValueError: this is no CLIP with a text tower, or its image tower is no ViT.
 
-    Example:
+    Examples:
         >>> weights = {"token_embedding.weight": torch.zeros(9, 4), "ln_final.bias": torch.ones(4)}
         >>> sorted(to_clip_keys(weights, "x.pt")[0])
         ['text_model.embeddings.token_embedding.weight', 'text_model.final_layer_norm.bias']
@@ -125,7 +125,7 @@ def to_openai_keys(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         Contiguous tensors that share no memory with one another.
 
-    Example:
+    Examples:
         >>> sorted(to_openai_keys({POSITION_TABLE: torch.zeros(248, 4), "image_refinement.scale": torch.ones(1)}))
         ['cross_net.aggr_net.scale', 'positional_embedding', 'positional_embedding_res']
     """
@@ -182,7 +182,7 @@ _OTHER_WEIGHTS = (
 def describe_weights(keys: Iterable[str]) -> str:
     """A description of a state dict for people, by its keys.
 
-    Example:
+    Examples:
         >>> describe_weights(["down_blocks.0.resnets.0.conv1.weight", "add_embedding.linear_1.weight"])
         'the UNet of an SDXL'
     """

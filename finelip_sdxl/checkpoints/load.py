@@ -84,7 +84,7 @@ def load_finelip(
         ValueError: the weights are no CLIP's (the message describes them), incomplete, not finite, or do not match the
             config; a file holds, or leads to, more than weights; or an argument is out of range.
 
-    Example:
+    Examples:
         >>> from transformers import CLIPTextConfig, CLIPTextModel
         >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
         >>> model = load_finelip(stock)
@@ -169,7 +169,7 @@ def save_openai_layout(model: FineLIPModel, path: str | Path) -> None:
             are not 64 wide, GELU, or positions, image sizes or end tokens other than the tensors suggest.
             `save_pretrained` writes such models.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from transformers import CLIPTextConfig, CLIPTextModel
         >>> stock = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1))
@@ -218,7 +218,7 @@ def convert_weights(
     Raises:
         ValueError: see `load_finelip`.
 
-    Example:
+    Examples:
         >>> from transformers import CLIPConfig, CLIPModel
         >>> with torch.device("meta"):
         ...     weights = CLIPModel(CLIPConfig()).state_dict()

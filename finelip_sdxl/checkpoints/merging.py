@@ -21,7 +21,7 @@ def add_difference(own: TextEncoder, finelip: TextEncoder, base: TextEncoder) ->
     Raises:
         ValueError: the three differ in their keys or shapes, or have adapters.
 
-    Example:
+    Examples:
         >>> from transformers import CLIPTextConfig, CLIPTextModel
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
         >>> own, finelip, base = (CLIPTextModel(config) for _ in range(3))

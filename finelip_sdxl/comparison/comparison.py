@@ -96,7 +96,7 @@ def label_pictures(pictures: Sequence[Picture], described: Sequence[DescribedObj
     Raises:
         ValueError: there are no pictures, or a column was not drawn from every seed.
 
-    Example:
+    Examples:
         >>> star = Picture("stock", Image.new("RGB", (96, 96)), Settings("a red star", seed=7), seconds=1.0)
         >>> label_pictures([star]).mode
         'RGB'
@@ -181,7 +181,7 @@ class Comparison:
         Raises:
             ValueError, OSError: the base or another part cannot be loaded.
 
-        Example:
+        Examples:
             >>> comparison = Comparison.load("miniature")
             >>> comparison.plan("a red star")["finelip"].tokens
             5

@@ -41,7 +41,7 @@ def open_compel(stock: DiffusionPipeline, device: str) -> Callable[[str, str | N
         A function of the prompt and the negative prompt. For a negative prompt of None it returns no negative
         embeddings.
 
-    Example:
+    Examples:
         >>> from diffusers import StableDiffusionXLPipeline
         >>> from finelip_sdxl import miniature_path
         >>> encode = open_compel(StableDiffusionXLPipeline.from_pretrained(miniature_path()), "cpu")
@@ -112,7 +112,7 @@ def parsing(*texts: str) -> Iterator[None]:
     Raises:
         ValueError: brackets nest too deep, or the parser failed.
 
-    Example:
+    Examples:
         >>> with parsing("(" * 10 + "a fox"):
         ...     pass
         Traceback (most recent call last):

@@ -37,7 +37,7 @@ class Settings:
     Raises:
         ValueError, TypeError: a setting is out of range, or of another type.
 
-    Example:
+    Examples:
         >>> Settings("a red star", steps=0)
         Traceback (most recent call last):
         ValueError: `steps` is 0; expected a whole number from 1 to 200.
@@ -93,7 +93,7 @@ class Settings:
     def filled(self, recommended: Recommended) -> Settings:
         """These settings, with the steps and the guidance scale that a model recommends where they are None.
 
-        Example:
+        Examples:
             >>> Settings("a red star", steps=4).filled(Recommended(steps=20, guidance_scale=3.0)).guidance_scale
             3.0
         """
@@ -120,7 +120,7 @@ class Settings:
         Raises:
             ValueError, TypeError: the parameters hold no prompt, or one of them is out of range.
 
-        Example:
+        Examples:
             >>> Settings.from_parameters({"prompt": "a red star", "steps": 20, "base": "miniature"}).steps
             20
         """
@@ -141,7 +141,7 @@ def check_columns(columns: Any) -> list[str]:
         TypeError: `columns` is no list of strings.
         ValueError: `columns` is empty, or a column is unknown or there twice.
 
-    Example:
+    Examples:
         >>> check_columns(("stock", "finelip"))
         ['stock', 'finelip']
     """

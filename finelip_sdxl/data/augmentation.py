@@ -25,7 +25,7 @@ class CaptionAugmentation:
     Raises:
         ValueError: an argument is out of range.
 
-    Example:
+    Examples:
         >>> CaptionAugmentation(drop_first=1.0)("A quiet street. A fox sleeps. It is night.", random.Random(0))
         'A fox sleeps. It is night.'
     """

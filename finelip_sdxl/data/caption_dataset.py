@@ -62,7 +62,7 @@ class CaptionDataset(ABC):
 def caption_fault(caption: Any) -> str | None:
     """Returns a caption's fault, as the end of a sentence; None if it has none.
 
-    Example:
+    Examples:
         >>> caption_fault("A fox."), caption_fault(["A fox."]), caption_fault(" ")
         (None, "is ['A fox.'], where text was expected", 'is empty')
     """
@@ -84,7 +84,7 @@ def half_character(text: str) -> str | None:
 def split_sentences(text: str) -> list[str]:
     """Returns the sentences of a text, at least one, without the white space between them.
 
-    Example:
+    Examples:
         >>> split_sentences("A fox sleeps. The moon is 3.5 hours old! Is it?")
         ['A fox sleeps.', 'The moon is 3.5 hours old!', 'Is it?']
     """

@@ -28,7 +28,7 @@ class FileDataset(CaptionDataset):
         FileNotFoundError: `skip_missing` leaves out all images.
         ValueError: there is no image, or an image has no caption, or one that is no text or too long.
 
-    Example:
+    Examples:
         >>> FileDataset([(Path("fox.jpg"), ["A fox\\nsleeps.", "It is night."])]).captions(0)
         ('A fox sleeps.', 'It is night.')
     """
@@ -77,7 +77,7 @@ class FileDataset(CaptionDataset):
 class LineDataset(FileDataset):
     """Captions without images, for training on texts alone; a record holds a line's place instead of an image's file.
 
-    Example:
+    Examples:
         >>> LineDataset([(Path("captions.txt, line 3"), ["A fox sleeps."])]).captions(0)
         ('A fox sleeps.',)
     """

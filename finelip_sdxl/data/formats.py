@@ -70,7 +70,7 @@ def open_dataset(
         FileNotFoundError: a file or folder is missing, or with `skip_missing` all images are.
         ValueError: the spec or the split is unknown, or an entry is faulty (the message names its place).
 
-    Example:
+    Examples:
         >>> scenes = open_dataset("miniature:10")
         >>> len(scenes), scenes.image(3).size
         (10, (192, 192))

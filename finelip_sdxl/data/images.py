@@ -59,7 +59,7 @@ def middle(width: int, height: int) -> tuple[int, int, int, int]:
     For use before an image is scaled, and a square is cut from its middle: to scale all of an image of 20,000 by 1
     pixels would need gigabytes. Ordinary images stay whole.
 
-    Example:
+    Examples:
         >>> middle(640, 480), middle(20_000, 1)
         ((0, 0, 640, 480), (9992, 0, 10008, 1))
     """

@@ -39,7 +39,7 @@ def load_tokenizer(source: str | os.PathLike[str], positions: int = POSITIONS) -
         OSError: the hub cannot be reached, or refuses.
         ValueError: its files are broken, or lack the words.
 
-    Example:
+    Examples:
         >>> load_tokenizer("miniature-finelip-1").model_max_length
         248
     """
@@ -72,7 +72,7 @@ def load_image_processor(source: str | os.PathLike[str], image_size: int) -> CLI
         OSError: the hub cannot be reached, or refuses.
         ValueError: its `preprocessor_config.json` is broken.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> processor = load_image_processor("miniature-clip-1", image_size=96)
         >>> processor(Image.new("RGB", (96, 96)), return_tensors="pt").pixel_values.shape
@@ -109,7 +109,7 @@ def tokenize(
     Returns:
         (texts, n), with the length n of the longest text.
 
-    Example:
+    Examples:
         >>> tokenize(load_tokenizer("miniature-clip-1"), ["a red star", "a"], prefix=[1, 0])
         tensor([[858,   0, 320, 730, 789, 859],
                 [858, 320, 859, 859, 859, 859]])

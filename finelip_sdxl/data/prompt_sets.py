@@ -96,7 +96,7 @@ benchmark has some prompts several times, and each is drawn once |
         FileNotFoundError: a file or folder is missing.
         ValueError: the spec is unknown, there is no prompt, or an entry is faulty (the message names its place).
 
-    Example:
+    Examples:
         >>> scenes = open_prompts("miniature:10")
         >>> len(scenes.prompts), scenes.prompts[3].name, len(scenes.images)
         (10, '00003', 10)

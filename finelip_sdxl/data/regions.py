@@ -33,7 +33,7 @@ def follow_regions(regions: Iterable[Region], before: str, after: str) -> list[R
         before: the whole caption.
         after: some of its sentences, unchanged.
 
-    Example:
+    Examples:
         >>> star = Region(start=13, end=20, box=(0, 0, 1, 1), label="star")
         >>> follow_regions([star], "It is quiet. A star is here. A fox sleeps.", "A star is here.")
         [Region(start=0, end=7, box=(0, 0, 1, 1), label='star', weight=1.0)]

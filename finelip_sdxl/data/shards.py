@@ -52,7 +52,7 @@ class TrainingShards(IterableDataset[list[dict[str, Any]]]):
         ValueError: an epoch is smaller than a batch; during iteration, there are fewer shards than workers, or no
             samples in them.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_image_processor
         >>> processor = load_image_processor("miniature-clip-1", 96)
         >>> TrainingShards("webdataset:/data/laion-{0..99}.tar", processor, batch_size=64, epoch_size=10**6)

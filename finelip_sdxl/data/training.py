@@ -35,7 +35,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         augmentation: random changes of the captions.
         seed: seed of the captions that are drawn, and of their changes.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_image_processor, open_dataset
         >>> pairs = ImageTextDataset(open_dataset("miniature:5"), load_image_processor("miniature-clip-1", 96))
         >>> pairs[2]["id"], pairs[2]["pixel_values"].shape, pairs[2]["skipped"]
@@ -116,7 +116,7 @@ def collate(tokenizer: CLIPTokenizer) -> Callable[[Sequence[dict[str, Any]]], di
     the messages of all items; and `regions`, of phrases that were not cut: `row`, `token` (the phrase's last), `label`
     (equal numbers for equal labels), `weight`, (regions,), and `box`, (regions, 4).
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_dataset
         >>> pairs = ImageTextDataset(open_dataset("miniature:5"), load_image_processor("miniature-clip-1", 96))
         >>> batch = collate(load_tokenizer("miniature-clip-1"))([pairs[0], pairs[1]])
@@ -179,7 +179,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: `batch_size` is no multiple of `group_size`, or the data does not fill one batch.
 
-    Example:
+    Examples:
         >>> batches = ResumableBatchSampler(size=8, group_size=2, batch_size=4, seed=0)
         >>> batches.set_epoch(3, first_batch=1)
         >>> len(batches), len(list(batches)[0])

@@ -29,7 +29,7 @@ def fid(real: Tensor, drawn: Tensor, real_weights: Tensor | None = None, drawn_w
         real, drawn: features, (pictures, dim).
         real_weights, drawn_weights: how often each picture counts, (pictures,); once by default.
 
-    Example:
+    Examples:
         >>> pictures = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
         >>> round(fid(pictures, pictures), 6), round(fid(pictures, pictures + 2), 6)
         (0.0, 16.0)

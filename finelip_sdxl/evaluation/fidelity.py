@@ -162,7 +162,7 @@ class Sentence:
 def sentences_of(tokenizer: CLIPTokenizer, text: str) -> tuple[list[Sentence], int]:
     """Returns the sentences of a text that stock's 77 positions take, and the number of longer ones.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> found, too_long = sentences_of(load_tokenizer("miniature-clip-1", 77), "A red star. " * 30)
         >>> [found[index].part for index in (0, 29)], too_long

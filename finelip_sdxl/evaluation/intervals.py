@@ -35,7 +35,7 @@ class Interval:
 def bootstrap_counts(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Returns how often each prompt is in each resample, (resamples, prompts); a row adds up to `prompts`.
 
-    Example:
+    Examples:
         >>> bootstrap_counts(4, resamples=2).sum(axis=1).tolist()
         [4, 4]
     """
@@ -64,7 +64,7 @@ def mean_interval(values: Sequence[float | None]) -> Interval | None:
     Args:
         values: a figure for each prompt; None for prompts without one, which do not count.
 
-    Example:
+    Examples:
         >>> found = mean_interval([0.2, None, 0.4])
         >>> round(found.value, 2), round(found.low, 2), round(found.high, 2), found.count
         (0.3, 0.2, 0.4, 2)

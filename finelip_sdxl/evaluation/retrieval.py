@@ -143,7 +143,7 @@ def evaluate_retrieval(
         ValueError: `max_tokens` is not from 3 to the model's positions, the tokenizer has tokens that the model does
             not know, the model has no image tower, or no image can be read.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import load_finelip
         >>> from finelip_sdxl.data import load_image_processor, load_tokenizer, open_dataset
         >>> name = "miniature-clip-1"
@@ -273,7 +273,7 @@ def retrieval_ranks(
     Returns:
         (weights, images) and (weights, texts), whole numbers, on the CPU.
 
-    Example:
+    Examples:
         >>> pairs = EncodedPairs(torch.eye(3), torch.eye(3)[[0, 1, 1]], image_of_text=torch.arange(3))
         >>> of_images, of_texts = retrieval_ranks(pairs)  # the last image looks like no text, and its text like another
         >>> of_images.tolist(), of_texts.tolist()

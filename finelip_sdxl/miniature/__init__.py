@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def miniature_path() -> Path:
     """The folder of the stock miniature SDXL: two CLIP text encoders of 77 positions, UNet, VAE, Euler scheduler.
 
-    Example:
+    Examples:
         >>> from diffusers import StableDiffusionXLPipeline
         >>> stock = StableDiffusionXLPipeline.from_pretrained(miniature_path())
         >>> stock.tokenizer.model_max_length
@@ -37,7 +37,7 @@ def miniature_clip(pair: int) -> CLIPModel:
     Raises:
         ValueError: `pair` is neither 1 nor 2.
 
-    Example:
+    Examples:
         >>> miniature_clip(1).config.vision_config.image_size
         96
     """
@@ -55,7 +55,7 @@ def miniature_finelip(pair: int) -> FineLIPModel:
     Raises:
         ValueError: `pair` is neither 1 nor 2.
 
-    Example:
+    Examples:
         >>> miniature_finelip(1).config.text_config.max_position_embeddings
         248
     """

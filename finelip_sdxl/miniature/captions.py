@@ -124,7 +124,7 @@ class Caption:
 def short_caption(scene: Scene, name: str) -> Caption:
     """A caption of 3 to 8 objects and at most 75 words and marks, so it fits in 77 tokens.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.miniature.world import make_scene
         >>> len(count_words(short_caption(make_scene("unseen-0"), "unseen-0").text)) <= 75
         True
@@ -145,7 +145,7 @@ def long_caption(scene: Scene, name: str, first: Sequence[int] = ()) -> Caption:
         name: name of the caption; equal scenes and names have equal captions on every machine.
         first: indices of the objects to describe first, in this order.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.miniature.world import make_scene
         >>> 200 <= len(count_words(long_caption(make_scene("unseen-0"), "unseen-0").text)) <= 246
         True

@@ -23,7 +23,7 @@ class MiniatureScenes(CaptionDataset):
         split: `"train"` or `"test"`, with different scenes, or any other word for further scenes.
         size: number of scenes.
 
-    Example:
+    Examples:
         >>> scenes = MiniatureScenes("test", size=10)
         >>> len(scenes), scenes.image(0).size, len(scenes.captions(0))
         (10, (192, 192), 1)

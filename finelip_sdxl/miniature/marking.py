@@ -41,7 +41,7 @@ def mark_objects(
     Raises:
         ValueError: there is not one score for each object.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.miniature.drawing import draw_scene
         >>> from finelip_sdxl.miniature.parsing import parse_description
         >>> from finelip_sdxl.miniature.scoring import score_objects

@@ -29,7 +29,7 @@ def notice(prompt: str, choose: str) -> list[str]:
         prompt: the text.
         choose: the way to a real SDXL, such as a flag with its value.
 
-    Example:
+    Examples:
         >>> notice("A red star is in the top left.", "--base some/sdxl") == [DRAWS]
         True
         >>> notice("a cat on a sofa", "--base some/sdxl")[1][:61]

@@ -46,7 +46,7 @@ def parse_description(text: str) -> tuple[DescribedObject, ...]:
     Args:
         text: any text, such as a typed prompt.
 
-    Example:
+    Examples:
         >>> text = "A red star is in the upper left. The center holds a small ring that has the color of the star."
         >>> for thing in parse_description(text):
         ...     print(thing.place, thing.size, thing.color, thing.shape, thing.linked)
@@ -67,7 +67,7 @@ def is_of_world(text: str) -> bool:
 
     Few is one in eight. A text of spaces alone is of every world.
 
-    Example:
+    Examples:
         >>> is_of_world("a red star"), is_of_world("Draw a red star in the top left")
         (True, True)
         >>> is_of_world("a cat on a sofa"), is_of_world("A knight with a red heart in the center of a shield")
@@ -82,7 +82,7 @@ def is_of_world(text: str) -> bool:
 def foreign_words(text: str) -> list[str]:
     """The words of a text that the miniature does not know, in their order, repeated ones too.
 
-    Example:
+    Examples:
         >>> foreign_words("A cat under a red star")
         ['cat', 'under']
     """

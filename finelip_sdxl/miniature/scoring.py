@@ -75,7 +75,7 @@ def read_picture(image: Image.Image) -> PictureReading:
     Args:
         image: Any size and mode; anything but 192 × 192 RGB is resized and converted first.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.miniature.drawing import draw_scene
         >>> from finelip_sdxl.miniature.world import make_scene
         >>> scene = make_scene("unseen-0")
@@ -95,7 +95,7 @@ def read_picture(image: Image.Image) -> PictureReading:
 def score_picture(image: Image.Image, scene: Scene) -> tuple[ObjectScore, ...]:
     """A score for each of the scene's nine objects, in their order.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.miniature.drawing import draw_scene
         >>> from finelip_sdxl.miniature.world import make_scene
         >>> scene = make_scene("unseen-0")
@@ -108,7 +108,7 @@ def score_picture(image: Image.Image, scene: Scene) -> tuple[ObjectScore, ...]:
 def score_objects(image: Image.Image, objects: Iterable[Thing]) -> tuple[ObjectScore, ...]:
     """A score for each object, in their order, whatever else the picture shows and however many share a place.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.miniature.drawing import draw_scene
         >>> from finelip_sdxl.miniature.parsing import parse_description
         >>> from finelip_sdxl.miniature.world import make_scene
@@ -145,7 +145,7 @@ def drawing_errors(image: Image.Image) -> np.ndarray:
     Returns:
         float32, (9,), in the order of `PLACES`; infinite where nothing is shown.
 
-    Example:
+    Examples:
         >>> from PIL import ImageFilter
         >>> from finelip_sdxl.miniature.drawing import draw_scene
         >>> from finelip_sdxl.miniature.world import make_scene

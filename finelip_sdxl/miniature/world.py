@@ -75,7 +75,7 @@ class Scene:
 def make_scene(name: str) -> Scene:
     """The scene of this name; equal names have equal scenes on every machine.
 
-    Example:
+    Examples:
         >>> make_scene("unseen-0") == make_scene("unseen-0")
         True
     """
@@ -98,7 +98,7 @@ def make_family(name: str, count: int, shared: int) -> tuple[list[Scene], list[i
     Returns:
         The scenes, and the indices of the shared objects in `Scene.objects`, in random order.
 
-    Example:
+    Examples:
         >>> (first, second), shared = make_family("unseen-0", count=2, shared=4)
         >>> [first.objects[k] == second.objects[k] for k in shared]
         [True, True, True, True]

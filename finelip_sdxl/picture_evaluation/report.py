@@ -137,7 +137,7 @@ def figure_table(scores: Scores, columns: Sequence[str]) -> list[str]:
 def interval_text(interval: Interval | None, digits: int) -> str:
     """Returns a figure with its interval.
 
-    Example:
+    Examples:
         >>> interval_text(Interval(0.25, 0.2, 0.3, 10), digits=2), interval_text(None, digits=2)
         ('0.25 (0.20 to 0.30)', '–')
     """

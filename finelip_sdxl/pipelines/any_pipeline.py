@@ -38,7 +38,7 @@ def long_prompts(pipeline_class: type[DiffusionPipeline]) -> type[LongPromptMixi
     Raises:
         TypeError: it is no class of a pipeline; or its `encode_prompt` has other arguments, as Kolors' has.
 
-    Example:
+    Examples:
         >>> from diffusers.pipelines.pag.pipeline_pag_sd_xl import StableDiffusionXLPAGPipeline
         >>> from finelip_sdxl import FineLIPSDXLPipeline, long_prompts
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")

@@ -90,7 +90,7 @@ def check_numbers(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: steps or a side of the picture are no whole number in range, or a guidance scale is no number.
 
-    Example:
+    Examples:
         >>> check_numbers({"prompt": "a fox", "num_inference_steps": -1})
         Traceback (most recent call last):
         ValueError: `num_inference_steps` is -1; expected a whole number from 1 to 10,000.
@@ -129,7 +129,7 @@ def refuse_unknown(method: str, given: Iterable[str], known: Iterable[str]) -> N
     Raises:
         TypeError: a name is unknown; the message holds the nearest known one, if one is near.
 
-    Example:
+    Examples:
         >>> refuse_unknown("pipe", ["weightin"], ["prompt", "weighting"])
         Traceback (most recent call last):
         TypeError: `weightin` is no argument of pipe: did you mean `weighting`?

@@ -157,7 +157,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
                 has no base; or an option has an unknown value.
             OSError: the model or a checkpoint is not there.
 
-        Example:
+        Examples:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature", overflow="truncate")
             >>> pipe.tokenizer.model_max_length, pipe.overflow
@@ -318,7 +318,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             TypeError: an argument has an unknown name.
             ValueError: the other lacks a component of this class.
 
-        Example:
+        Examples:
             >>> from finelip_sdxl import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
             >>> FineLIPSDXLImg2ImgPipeline.from_pipe(pipe).unet is pipe.unet

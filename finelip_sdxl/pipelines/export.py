@@ -39,7 +39,7 @@ def stock_pipeline(pipe: LongPromptPipeline) -> Any:
     Raises:
         ValueError: LoRA layers are loaded.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter=None)
         >>> type(stock_pipeline(pipe)).__name__
@@ -83,7 +83,7 @@ def save_comfyui(pipe: LongPromptPipeline, folder: Path) -> list[Path]:
     Raises:
         ValueError: the pipeline has no text encoder, or LoRA layers are loaded.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature", conditioning_adapter=None)

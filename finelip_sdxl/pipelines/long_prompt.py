@@ -220,7 +220,7 @@ class LongPromptMixin(EncoderSwapMixin):
         Raises:
             ValueError: the scale is out of range.
 
-        Example:
+        Examples:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
             >>> pipe.set_conditioning_adapter_scale(0.5)
@@ -246,7 +246,7 @@ class LongPromptMixin(EncoderSwapMixin):
 
         This belongs to the pipeline. `from_pipe` copies it to the new one; `save_pretrained` does not save it.
 
-        Example:
+        Examples:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
             >>> pipe.set_progress_bar_config(disable=True)
@@ -354,7 +354,7 @@ def _spell_out_call(cls: type) -> None:
 
 def _with_arguments(doc: str | None, ours: str | None) -> str:
     """A docstring with the arguments of another after its own."""
-    parts = re.split(r"\n(?=Returns:|Example:)", inspect.cleandoc(doc or ""), maxsplit=1)
+    parts = re.split(r"\n(?=Returns:|Examples:)", inspect.cleandoc(doc or ""), maxsplit=1)
     before = parts[0].rstrip() if "\nArgs:\n" in parts[0] else f"{parts[0].rstrip()}\n\nArgs:"
     arguments = inspect.cleandoc(ours or "").partition("Args:\n")[2].partition("\n\n")[0]
     return "\n".join([before, f"{indent(dedent(arguments), '    ')}\n", *parts[1:]])

@@ -32,7 +32,7 @@ def model_card(pipe: LongPromptPipeline, repo_id: str) -> ModelCard:
     Raises:
         ValueError: `repo_id` is no name that the hub allows.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
         >>> print(model_card(pipe, "me/tiny").content.split("## ")[1])  # doctest: +NORMALIZE_WHITESPACE

@@ -210,7 +210,7 @@ class PromptEncodingMixin(_Parent):
         Raises:
             TypeError, ValueError: as in `encode_prompt`; or the pipeline has no text encoders.
 
-        Example:
+        Examples:
             >>> from finelip_sdxl import FineLIPSDXLPipeline
             >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
             >>> plan = pipe.describe_prompt("a red square above a blue ring")

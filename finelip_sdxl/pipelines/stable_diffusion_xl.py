@@ -30,7 +30,7 @@ class FineLIPSDXLPipeline(LongPromptMixin, StableDiffusionXLPipeline):
     as stock SDXL does, a longer one whole; past 248 tokens it is encoded in several windows. `describe_prompt` reports
     how. A call takes all arguments of Diffusers' `StableDiffusionXLPipeline`, and the options below for itself.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl import FineLIPSDXLPipeline
         >>> pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
         >>> pipe.set_progress_bar_config(disable=True)

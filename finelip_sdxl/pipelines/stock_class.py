@@ -42,7 +42,7 @@ def check_stock_class(pipeline_class: type[DiffusionPipeline]) -> None:
     Raises:
         TypeError: its `encode_prompt` has other arguments, or the class has other components.
 
-    Example:
+    Examples:
         >>> from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
         >>> check_stock_class(DDPMPipeline)
         Traceback (most recent call last):

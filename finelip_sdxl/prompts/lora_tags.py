@@ -52,7 +52,7 @@ class LoraTag:
 def take_loras(text: str) -> tuple[str, tuple[LoraTag, ...]]:
     """A prompt without its LoRAs, and these.
 
-    Example:
+    Examples:
         >>> text, (lora,) = take_loras("a fox <lora:ink style:0.8> in the snow")
         >>> text, lora.name, lora.scale
         ('a fox  in the snow', 'ink style', 0.8)
@@ -68,7 +68,7 @@ def find_loras(tags: list[LoraTag], folder: Path) -> dict[Path, float]:
     Raises:
         ValueError: a tag has no name or no scale that is a number; or no file, or two, have the name.
 
-    Example:
+    Examples:
         >>> find_loras([], Path("."))
         {}
     """

@@ -198,7 +198,7 @@ def plan_prompts(
         ValueError: a text does not fit the encoders and `overflow="error"`; a text does not fit `shape` and must not
             be cut; or the windows of a text have more than `MAX_POSITIONS` in all.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.prompts.vocabulary import clip_tokenizer
         >>> spec = EncoderSpec("text_encoder", clip_tokenizer(), positions=248)
         >>> print(plan_prompts([spec], [["a red square"]]))
@@ -267,7 +267,7 @@ def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, win
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """The tokens of a text without start and end token, and the first and one past the last character of each.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> len(tokenize(load_tokenizer("miniature-clip-1"), "a red star")[0])
         3

@@ -27,7 +27,7 @@ def read_specs(base: str) -> tuple[list[EncoderSpec], dict[str, Any]]:
         OSError: a file is missing, or the hub cannot be reached.
         ValueError: a file is faulty, or the base has not the text encoders of an SDXL.
 
-    Example:
+    Examples:
         >>> [(spec.encoder, spec.positions) for spec in read_specs("miniature")[0]]
         [('text_encoder', 248), ('text_encoder_2', 248)]
     """

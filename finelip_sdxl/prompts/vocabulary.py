@@ -29,7 +29,7 @@ def clip_tokenizer(pad_token: str = END, max_length: int = 77) -> CLIPTokenizer:
         pad_token: SDXL's second tokenizer pads with `"!"`, its first with the end token.
         max_length: number of positions of the text encoder.
 
-    Example:
+    Examples:
         >>> clip_tokenizer()("a photo of a cat").input_ids
         [49406, 320, 1125, 539, 320, 2368, 49407]
     """
@@ -45,7 +45,7 @@ def build_tokenizer(merges: Iterable[str], pad_token: str, max_length: int) -> C
         merges: the merges in their order, each of two parts with a space between.
         pad_token, max_length: as in `clip_tokenizer`.
 
-    Example:
+    Examples:
         >>> build_tokenizer(["f o", "fo x</w>"], pad_token="!", max_length=77)("Fox").input_ids
         [514, 513, 515]
     """
@@ -65,7 +65,7 @@ def name_tokens(tokenizer: CLIPTokenizer) -> str:
 
     Added tokens, such as those of a textual inversion, change nothing.
 
-    Example:
+    Examples:
         >>> name_tokens(clip_tokenizer())
         "SDXL's tokens"
     """

@@ -66,7 +66,7 @@ def is_more_than_weights(text: str) -> bool:
     """Whether a text for compel has parts that it encodes by themselves: `.and()`, `.attend()`, `.blend()`, `.swap()`
     or `withLora()`.
 
-    Example:
+    Examples:
         >>> is_more_than_weights('("a fox", "a hare").blend(1, 1)'), is_more_than_weights("a (fox)1.2")
         (True, False)
     """
@@ -96,7 +96,7 @@ def parse_weights(
             brackets; more than 50 parts of weights below 1 with compel's effect; or compel's `.and()`, `.attend()`,
             `.blend()`, `.swap()` or `withLora()`, which are more than weights.
 
-    Example:
+    Examples:
         >>> parse_weights("a (red:1.3) fox", "a1111")
         WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=(), loras=())
         >>> parse_weights("a (red)1.3 fox", "compel").spans
@@ -162,7 +162,7 @@ def weak_parts(rows: Sequence[Sequence[float]], positions: int) -> list[WeakPart
         rows: weights of all tokens, (batch, windows · positions).
         positions: length of a window.
 
-    Example:
+    Examples:
         >>> weak_parts([[1.0, 0.5, 0.5, 1.0, 1.0, 2.0]], positions=3)
         [WeakPart(row=0, window=0, first=1, stop=3, weight=0.5)]
     """
@@ -189,7 +189,7 @@ def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
         empty: states of the empty prompt at the same positions, (1, tokens, dim).
         weights: weight of each token, (batch, tokens).
 
-    Example:
+    Examples:
         >>> import torch
         >>> apply_weights(torch.ones(1, 1, 1), torch.zeros(1, 1, 1), torch.tensor([[1.5]]))
         tensor([[[1.5000]]])
@@ -209,7 +209,7 @@ def multiply_states(states: Tensor, weights: Tensor, restore_mean: bool) -> Tens
         weights: weight of each token, (batch, windows, positions).
         restore_mean: scale the states of each window so that their mean stays what it was.
 
-    Example:
+    Examples:
         >>> import torch
         >>> states = torch.tensor([[[1.0], [3.0]]])
         >>> multiply_states(states, torch.tensor([[[1.0, 3.0]]]), restore_mean=False)[0, :, 0]
@@ -239,7 +239,7 @@ def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) ->
         parts: parts with weights below 1, in order.
         without: weighted states of each part's window without the part, (parts, positions, dim).
 
-    Example:
+    Examples:
         >>> import torch
         >>> part = WeakPart(row=0, window=0, first=1, stop=2, weight=0.5)
         >>> blend_without(torch.ones(1, 3, 1), [part], torch.zeros(1, 3, 1))[0, :, 0]

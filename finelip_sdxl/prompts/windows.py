@@ -29,7 +29,7 @@ def split_windows(text: str, offsets: Sequence[tuple[int, int]], size: int) -> l
     Raises:
         ValueError: `size` is below 1.
 
-    Example:
+    Examples:
         >>> text = "A fox. A hare, a bee."
         >>> offsets = [(0, 1), (2, 5), (5, 6), (7, 8), (9, 13), (13, 14), (15, 16), (17, 20), (20, 21)]
         >>> [text[offsets[a][0] : offsets[b - 1][1]] for a, b in split_windows(text, offsets, 5)]

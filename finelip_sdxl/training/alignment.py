@@ -48,7 +48,7 @@ def captions_of(data: CaptionDataset, index: int, tokenizer: CLIPTokenizer) -> d
 def fit(text: str, tokenizer: CLIPTokenizer, positions: int) -> str:
     """Returns as many first sentences of a text as fit, or, if none does, the beginning of the first one.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> fit("A star is red. A ring is green.", load_tokenizer("miniature-clip-1"), positions=10)
         'A star is red.'
@@ -76,7 +76,7 @@ def words_of(text: str) -> set[str]:
 def word_rarity(captions: Collection[str]) -> dict[str, float]:
     """Returns the inverse document frequency of each word: 0 for a word in all captions.
 
-    Example:
+    Examples:
         >>> word_rarity(["A red star.", "A star."])["star"], round(word_rarity(["A red star.", "A star."])["red"], 2)
         (0.0, 0.69)
     """
@@ -95,7 +95,7 @@ def build_teacher_contexts(caption: str, tokenizer: CLIPTokenizer, rarity: Mappi
         tokenizer: tokenizer of the student; SDXL's two have one vocabulary.
         rarity: rarity of each word, see `word_rarity`; a word that is not in it counts as the rarest.
 
-    Example:
+    Examples:
         >>> from finelip_sdxl.data import load_tokenizer
         >>> caption = "A star is red. " + "A dull and gray line is here. " * 12 + "The ring is like the star."
         >>> build_teacher_contexts(caption, load_tokenizer("miniature-clip-1"), rarity={"a": 0, "is": 0})[-1].text[:38]
@@ -261,7 +261,7 @@ def relative_error(states: Tensor, target: Tensor, dims: tuple[int, ...]) -> Ten
         target: likewise.
         dims: the width of each encoder.
 
-    Example:
+    Examples:
         >>> relative_error(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([[1.0, 1.0, 2.0]]), (2, 1))
         tensor(0.7500)
     """

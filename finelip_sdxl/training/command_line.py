@@ -83,7 +83,7 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path, models: str
         output_dir: the default folder.
         models: the models that the run writes there beside its checkpoints, for the help text.
 
-    Example:
+    Examples:
         >>> parser = argparse.ArgumentParser()
         >>> add_accelerator_flags(add_run_flags(parser, Path("runs/new"), models="last/ model"))
         >>> parser.parse_args(["--checkpoints-total-limit", "3"])  # doctest: +NORMALIZE_WHITESPACE, +ELLIPSIS
@@ -118,7 +118,7 @@ def add_accelerator_flags(group: FlagGroup) -> None:
 def preset_path(recipe: str, name: str) -> Path:
     """Returns the file of a preset that ships with the package.
 
-    Example:
+    Examples:
         >>> preset_path("train_finelip", "paper").name
         'paper.toml'
     """
@@ -132,7 +132,7 @@ def read_preset(file: Path) -> dict[str, Any]:
         ValueError: it is no TOML.
         OSError: it cannot be read.
 
-    Example:
+    Examples:
         >>> read_preset(preset_path("align_adapter", "sdxl"))["text_steps"]
         1000
     """
@@ -148,7 +148,7 @@ def add_preset_flag(
 ) -> None:
     """Adds a flag with a default in each preset; its help shows all of them.
 
-    Example:
+    Examples:
         >>> parser = argparse.ArgumentParser()
         >>> presets = [preset_path("train_finelip", name) for name in ("paper", "miniature")]
         >>> add_preset_flag(parser, "--batch-size", int, "PAIRS", "pairs in a batch", presets)
@@ -273,7 +273,7 @@ def fixed_settings(arguments: argparse.Namespace, free: Collection[str], process
         free: further flags of the recipe that may change, beside `FREE_RUN_FLAGS`.
         processes: number of processes.
 
-    Example:
+    Examples:
         >>> arguments = argparse.Namespace(base="models/clip", seed=0, epochs=6, output_dir=Path("runs/clip"))
         >>> fixed_settings(arguments, free={"epochs"}, processes=1)
         {'base': 'clip', 'seed': 0, 'processes': 1}
@@ -339,7 +339,7 @@ def say_disk_needs(accelerator: Accelerator, folder: Path, needed: Mapping[str, 
 def in_words(size: int) -> str:
     """Returns a size in the unit that suits it.
 
-    Example:
+    Examples:
         >>> in_words(1_234_567), in_words(98_765_432_100)
         ('1 MB', '99 GB')
     """

@@ -48,7 +48,7 @@ class Health:
 def count_broken(parameters: Iterable[Tensor]) -> Tensor:
     """Returns the number of tensors that hold a number that is not finite.
 
-    Example:
+    Examples:
         >>> count_broken([torch.tensor([1.0, float("nan")]), torch.ones(3)])
         tensor(1.)
     """

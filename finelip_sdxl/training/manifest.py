@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Writes a list of the files in a folder, with sizes and digests, beside them.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     _ = Path(folder, "a.txt").write_text("whole")

@@ -227,7 +227,7 @@ def cut_square(image: Image.Image, resolution: int) -> tuple[Image.Image, list[i
     Time ids are height and width of the original image, top and left of the square in the scaled image, and height and
     width of the result.
 
-    Example:
+    Examples:
         >>> image, time_ids = cut_square(Image.new("RGB", (400, 200)), 100)
         >>> image.size, time_ids
         ((100, 100), [200, 400, 0, 50, 100, 100])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 def learning_rate_factor(step: int, warmup: int, steps: int) -> float:
     """Returns the share of the peak learning rate at a step: a linear warm-up, then half a cosine to 0.
 
-    Example:
+    Examples:
         >>> [round(learning_rate_factor(step, warmup=2, steps=6), 3) for step in range(6)]
         [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """
@@ -36,7 +36,7 @@ def endless(batches: Epoch, set_epoch: Callable[[int, int], None], first: int) -
             above 0 if a run goes on within an epoch.
         first: number of the first batch, counted over all epochs.
 
-    Example:
+    Examples:
         >>> from itertools import islice
         >>> from finelip_sdxl.data import ResumableBatchSampler
         >>> order = ResumableBatchSampler(size=6, group_size=1, batch_size=2, seed=0)

@@ -67,6 +67,13 @@ def test_no_page_names_a_file_of_another_server(site: Path) -> None:
         assert found is None, f"{page.relative_to(site)}: {found[0]}"
 
 
+def test_examples_of_docstrings_are_code(site: Path) -> None:
+    text = (site / "api" / "pipelines" / "index.html").read_text(encoding="utf-8")
+    assert '<span class="gp">&gt;&gt;&gt; </span>' in text
+    for page in (site / "api").rglob("*.html"):
+        assert "<blockquote>" not in page.read_text(encoding="utf-8"), page.name
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="THE SITE IS NOT TESTED IN A BROWSER: there is no Chromium")
 @pytest.mark.parametrize("width", [1360, 390], ids=["wide", "phone"])
 def test_a_browser_fetches_nothing_elsewhere_and_scrolls_no_page_sideways(site: Path, address: str, width: int) -> None:
