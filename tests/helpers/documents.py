@@ -58,7 +58,7 @@ class Block:
     def commands(self) -> Iterator[list[str]]:
         """The commands of a block of shell, in words, without the installation of packages.
 
-        Example:
+        Examples:
             >>> block = Block("a.md", 1, "bash", "pip install -e . && .venv/bin/finelip-sdxl tokens 'a fox'\\n")
             >>> list(block.commands())
             [['finelip-sdxl', 'tokens', 'a fox']]
@@ -84,7 +84,7 @@ def blocks_of(document: Path) -> list[Block]:
 def links_of(text: str) -> list[str]:
     """The targets of the links of a document, without those in code.
 
-    Example:
+    Examples:
         >>> links_of("[one](a.md#b), `[no](c.md)` and ![a picture](d.png)")
         ['a.md#b', 'd.png']
     """
@@ -95,7 +95,7 @@ def links_of(text: str) -> list[str]:
 def anchors_of(text: str) -> set[str]:
     """The anchors of a document's headings, as the forges and the site make them.
 
-    Example:
+    Examples:
         >>> sorted(anchors_of("# A title\\n\\n## With `code`, and more\\n"))
         ['a-title', 'with-code-and-more']
     """
