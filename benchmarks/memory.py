@@ -51,7 +51,7 @@ from torch import nn
 from finelip_sdxl import FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
 from finelip_sdxl.options import ENCODERS
 from finelip_sdxl.report import report_header
-from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L
+from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, VIT_L
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -62,13 +62,6 @@ GIB = 2**30
 PHASES = ("encoding", "denoising", "decoding")
 OFFLOADS = ("none", "model", "group, by blocks", "group, by layers", "sequential")
 PROMPT = "a red star above a blue ring. " * 60
-VIT_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-}
 SWAPS = {
     "CLIP-L, from a whole FineLIP": ("text_encoder",),
     "bigG, from a text tower": ("text_encoder_2",),

@@ -32,6 +32,16 @@ CLIP_L: dict[str, Any] = {
     "num_attention_heads": 12,
 }
 
+VIT_L: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+}
+"""The image tower of CLIP-L, which SDXL leaves out."""
+
 BIG_G: dict[str, Any] = {
     "hidden_size": 1280,
     "intermediate_size": 5120,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import stat
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from tokenizers import Tokenizer, models
 
 from finelip_sdxl import files
 from finelip_sdxl.files import Stopped, check_file, check_writable, stopped_by_signals, written_folder, written_whole
+from tests.helpers.full_disk import files_of_at_most
 
 # A process that is light enough to be forked for every step of a writer, to end or fail there.
 STEPS = """
@@ -423,17 +422,6 @@ def test_what_is_replaced_hands_on_its_mode(tmp_path, umask) -> None:
 # Full disks
 
 
-@contextmanager
-def full_disk(room: int = 1000) -> Iterator[None]:
-    """No file can become larger, which all writers meet as they meet a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 WRITES = {
     "safetensors": lambda file: save_file({"a": torch.zeros(9999)}, file),
     "torch": lambda file: torch.save({"a": torch.zeros(9999)}, file),
@@ -455,7 +443,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, library
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a").write_text("old")
-    with full_disk():
+    with files_of_at_most(1000):
         message = r"cannot be written to \((File too large|not all of it was taken, as by a full disk)\): make room"
         with pytest.raises(OSError, match=message), written_whole(tmp_path / "a") as new:
             write(new)

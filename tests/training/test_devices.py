@@ -15,21 +15,12 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from benchmarks import real_size
 from finelip_sdxl import FineLIPConfig, FineLIPModel
 from finelip_sdxl.data import load_image_processor
-from finelip_sdxl.sdxl_sizes import CLIP_L
+from finelip_sdxl.sdxl_sizes import CLIP_L, VIT_L
 from finelip_sdxl.training import precompute, task
 from finelip_sdxl.training.health import Health
 from tests.helpers.recipes import forget_accelerator
 from tests.helpers.strict_device import DEVICE, StrictDevice
 from training import align_adapter, train_finelip
-
-VIT_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 224,
-}
 
 
 @pytest.fixture(autouse=True)
