@@ -130,7 +130,7 @@ class AttentionTrace:
         self._given = plan
         self._plan: PromptPlan | None = None
         self._places: Mapping[str, Sequence[TokenPlaces]] = {}
-        self._syntax: Any = None
+        self._weights: dict[str, Any] = {"syntax": None}
         self._maps: torch.Tensor | None = None
         self._size = (0, 0)
 
@@ -223,7 +223,7 @@ class AttentionTrace:
         if not isinstance(phrase, str):
             start, end = _check_range(phrase, len(texts[0].text))
             return start, end, index, texts[0]
-        plain = parse_weights(phrase, self._syntax).text.strip()
+        plain = parse_weights(phrase, **self._weights).text.strip()
         for places in texts if plain else ():
             start = places.text.find(plain)
             if start >= 0:
@@ -261,7 +261,7 @@ class AttentionTrace:
         if self._maps is None or latents is None:
             raise ValueError("The UNet has no cross-attention that could be traced: draw without `trace_attention`.")
         self._size = (latents[0] * pipe.vae_scale_factor, latents[1] * pipe.vae_scale_factor)
-        self._syntax = pipe.weighting
+        self._weights = {"syntax": pipe.weighting, "emphasis": pipe.emphasis}
         if self._plan is None:
             return
         planned, drawn = self._plan.windows * self._plan.positions, self._maps.shape[1]

@@ -430,23 +430,25 @@ class _Stage:
         """The plan behind a column's embeddings."""
         if column == "finelip":
             negative = settings.negative_prompt or None if _is_guided(settings) else None
-            weighting = _pick_weighting(settings.weighting, self.pipe.weighting)
-            return self.pipe.describe_prompt(settings.prompt, negative_prompt=negative, weighting=weighting)
+            return self.pipe.describe_prompt(settings.prompt, negative_prompt=negative, **self._weights(settings))
         tokenizer = self.pipe.tokenizer or self.pipe.tokenizer_2
         ways = {"stock": _plan_by_stock, "compel": plan_by_compel}
         windows = embeddings["prompt_embeds"].shape[1] // STOCK_POSITIONS
         return PromptPlan({"text_encoder": (ways[column](tokenizer, settings.prompt),)}, {}, STOCK_POSITIONS, windows)
+
+    def _weights(self, settings: Settings) -> dict[str, Any]:
+        """The syntax and the effect of weights, as options of the pipeline."""
+        return {
+            "weighting": _pick_weighting(settings.weighting, self.pipe.weighting),
+            "emphasis": _pick_emphasis(settings.emphasis, self.pipe.emphasis),
+        }
 
     # Each column's embeddings
 
     def _encode_once(self, column: str, settings: Settings, arguments: dict[str, Any]) -> dict[str, Any]:
         """The embeddings of a column; those of the last picture if they are from the same texts, options and encoders,
         as for pictures that differ in their seeds."""
-        options: dict[str, Any] = {
-            "weighting": _pick_weighting(settings.weighting, self.pipe.weighting),
-            "emphasis": _pick_emphasis(settings.emphasis, self.pipe.emphasis),
-        }
-        options |= {name: arguments[name] for name in _ENCODED_WITH if name in arguments}
+        options = self._weights(settings) | {name: arguments[name] for name in _ENCODED_WITH if name in arguments}
         own = [getattr(self.pipe, name) for name in ("short_prompt_encoder", "hidden_states", "overflow")]
         encoders = self.pipe._fingerprint()
         key = (

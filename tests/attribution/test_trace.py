@@ -338,6 +338,12 @@ def test_sentences_and_clauses(pipe) -> None:
         trace.phrases(unit="word")  # type: ignore[arg-type]
 
 
+def test_a_phrase_with_a_negative_weight_is_found_as_it_was_written(pipe) -> None:
+    pipe.weighting, pipe.emphasis = "a1111", "comfyui"
+    trace = traced(pipe, "a fox, (blur:-0.5)")
+    assert np.array_equal(trace.heat_map("(blur:-0.5)"), trace.heat_map("blur"))
+
+
 def test_weights_are_no_part_of_the_text(pipe) -> None:
     pipe.weighting = "a1111"
     trace = traced(pipe, "a (red:1.4) fox, [the hare] BREAK the blue square")

@@ -748,6 +748,13 @@ def test_a_traced_picture_is_the_same_and_knows_its_phrases(comparison, column, 
     assert [phrase.is_encoded for phrase in traced.trace.phrases()][::40] == [True, column != "stock"]
 
 
+def test_a_negative_weight_is_traced_with_the_effect_that_has_one(comparison) -> None:
+    settings = Settings("a fox, (blur:-0.5)", steps=1, weighting="a1111", emphasis="comfyui")
+    trace = comparison.draw("finelip", settings, traced=True).trace
+    assert trace is not None
+    assert trace.text() == "a fox, blur"
+
+
 def test_what_is_more_than_weights_has_no_trace_in_compels_column(comparison) -> None:
     prompt = f'("{SENTENCE * 5}", "{SENTENCE * 5}").blend(0.5, 0.5)'
     traces = [comparison.draw(column, Settings(prompt, steps=1), traced=True).trace for column in COLUMNS]
