@@ -15,7 +15,6 @@ inputs. An error ends the script if the ways differ in loss or gradients.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from finelip_sdxl import TokenRefinement, late_interaction, triplet_margin_loss
-from finelip_sdxl.report import command_line, report_header
+from finelip_sdxl.report import command_line, most_memory, report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
@@ -108,20 +107,15 @@ def measure(way: str, batch: int, flags: argparse.Namespace) -> Measured:
         return loss.detach()
 
     on_cuda = flags.device == "cuda"
-    before, seconds = torch.cuda.memory_allocated() / 2**20 if on_cuda else peak_of_process(), []
+    before, seconds = torch.cuda.memory_allocated() if on_cuda else most_memory(), []
     step(2)  # starts threads and kernels
     for _ in range(flags.repeats):
         started = time.perf_counter()
         loss = step(batch).item()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else peak_of_process()
+    peak = torch.cuda.max_memory_allocated() if on_cuda else most_memory()
     gradient = torch.stack([tensor.grad.float().norm() for tensor in learned]).norm().item()
-    return Measured(statistics.median(seconds), peak - before, loss, gradient)
-
-
-def peak_of_process() -> float:
-    """Peak memory of this process, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return Measured(statistics.median(seconds), (peak - before) / 2**20, loss, gradient)
 
 
 def measure_apart(way: str, batch: int, flags: argparse.Namespace) -> Measured | None:

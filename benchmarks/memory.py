@@ -18,7 +18,6 @@ included, and the seconds of `swap_text_encoders`.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import tempfile
 import time
@@ -50,7 +49,7 @@ from torch import nn
 
 from finelip_sdxl import FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
 from finelip_sdxl.options import ENCODERS
-from finelip_sdxl.report import report_header
+from finelip_sdxl.report import most_memory, report_header
 from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, VIT_L
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
@@ -176,17 +175,13 @@ def measured_swap(folder: Path, replaced: Collection[str]) -> tuple[float, float
     return most_memory() - before, time.perf_counter() - started
 
 
-def most_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
-
-
 def print_swaps() -> None:
     """Print the table of swaps."""
     print("\n| swap, bfloat16, on the CPU | files | most memory | seconds |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            process.submit(write_checkpoints, folder).result()  # a process begins with its parent's peak
+            process.submit(write_checkpoints, folder).result()
         for what, replaced in SWAPS.items():
             size = sum(file.stat().st_size for part in replaced for file in (folder / part).iterdir())
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:

@@ -7,7 +7,7 @@
 Trains FineLIPs of the miniature with training/train_finelip.py, compares them, draws with them, and writes
 docs/results/paper.md with its plots. Every training and every figure is a cell in --output-dir, kept by its settings
 and made once. So a stopped run, even after kill -9, goes on, and sections can be made one after the other with --only;
-the page then has those that are complete. --estimate says how long it takes: the default is meant for about five
+the page then has those that are complete. --estimate says how long it takes: the default is meant for about four
 hours of two cores. A GPU is used if there is one.
 """
 
@@ -47,10 +47,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page", type=Path, default=page, metavar="FILE", help=f"page to write, with plots beside it {default}")
     text = f"sections to make: {', '.join(SECTION_NAMES)} (default: all)"
     add("--only", nargs="+", choices=SECTION_NAMES, default=SECTION_NAMES, metavar="SECTION", help=text)
-    add("--steps", type=COUNT, default=200, metavar="N", help=f"steps of each training {default}")
+    add("--steps", type=COUNT, default=150, metavar="N", help=f"steps of each training {default}")
     add("--batch-size", type=COUNT, default=40, metavar="PAIRS", help=f"pairs of a step, a multiple of 5 {default}")
     text = f"learning rates, of which each loss gets its best {default}"
-    add("--learning-rates", nargs="+", type=rate, default=[3e-4, 1e-3, 3e-3], metavar="X", help=text)
+    add("--learning-rates", nargs="+", type=rate, default=[1e-4, 3e-4, 1e-3], metavar="X", help=text)
     add("--seeds", type=COUNT, default=3, metavar="N", help=f"seeds of the rows of retrieval {default}")
     add("--ablation-seeds", type=COUNT, default=1, metavar="N", help=f"seeds of the ablations {default}")
     add(

@@ -39,7 +39,7 @@ from typing import Any, TextIO, cast
 
 from finelip_sdxl.console import COUNT, Parser, number, quiet_diffusers
 from finelip_sdxl.files import check_file, written_whole
-from finelip_sdxl.report import command_line, report_header
+from finelip_sdxl.report import command_line, most_memory, report_header
 
 TABLES = ("operations", "encoding", "pictures", "loading")
 
@@ -80,7 +80,6 @@ from finelip_sdxl.pipelines.text_projections import cached_text_projections
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
 from benchmarks import real_size
-from benchmarks.memory import most_memory
 
 LENGTHS = (77, 154, 248, 496)  # tokens, with start and end
 RESOLUTION = 1024  # of counted operations
@@ -150,14 +149,15 @@ PARTS = {"cpu": "CPU", "cuda": "GPU"}  # headings of the page
 
 
 def page(before: str, device: str, tables: str) -> str:
-    """The page of results with new tables of a device, and the other device's as they were."""
-    found = dict(part.split("\n", 1) for part in f"\n{before}".split("\n## ")[1:])
+    """The page of results with new tables of a device. Its beginning and the other device's tables stay as they are."""
+    beginning, *sections = f"\n{before}".split("\n## ")
+    found = dict(section.split("\n", 1) for section in sections)
     parts = []
     for kind, heading in PARTS.items():
         missing = f"Not measured: run `python benchmarks/sdxl.py --device {kind} --markdown FILE` on such a machine."
         parts.append(f"## {heading}\n\n{(tables if kind == device else found.get(heading, missing)).strip()}\n")
-    about = "Random weights of real size; ratios are to stock SDXL at 77 positions in the same run."
-    return "\n".join(["# Speed and memory of SDXL with long prompts\n", f"{about}\n", *parts])
+    about = "# Speed\n\nRandom weights of real size; ratios are to stock SDXL at 77 positions in the same run."
+    return "\n".join([f"{beginning.strip() or about}\n", *parts])
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def print_row(*cells: object) -> None:
 def print_title(*cells: str) -> None:
     print()
     print_row(*cells)
-    print_row(*["---"] * len(cells))
+    print("|---" * len(cells) + "|")
 
 
 # Operations

@@ -1,13 +1,15 @@
-"""Date, machine and command of figures: a line above a table, or entries of a JSON file."""
+"""Date, machine and command of figures: a line above a table, or entries of a JSON file; and a process's memory."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,3 +62,19 @@ def command_line(program: str, arguments: Sequence[str]) -> str:
         "finelip-sdxl tokens 'a red star'"
     """
     return shlex.join([*program.split(), *arguments])
+
+
+def most_memory() -> int:
+    """The most memory that this process has had so far, in bytes; files that it has mapped count where they were read.
+
+    Examples:
+        >>> most_memory() > 2**20
+        True
+    """
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux, where `getrusage` begins with the peak of the process that started this one
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].removesuffix("kB")) * 2**10
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)

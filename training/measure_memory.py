@@ -14,7 +14,6 @@ off the accelerator.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -54,7 +53,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import open_dataset
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
-from finelip_sdxl.report import report_header
+from finelip_sdxl.report import most_memory, report_header
 from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
 
@@ -169,7 +168,7 @@ def memory(device: str) -> float:
     """Return the peak memory so far, in bytes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+    return most_memory()
 
 
 def main() -> None:

@@ -61,6 +61,14 @@ def test_a_page_keeps_the_tables_of_the_other_device(tmp_path, capsys) -> None:
     assert "| encoding | of cuda |" in capsys.readouterr().out
 
 
+def test_a_page_keeps_its_beginning(tmp_path) -> None:
+    file = tmp_path / "speed.md"
+    file.write_text("# Speed\n\nLong prompts are cheap. They were not before.\n\n## CPU\n\nold\n")
+    with sdxl.also_written(file, "cpu"):
+        print("new")
+    assert file.read_text().startswith("# Speed\n\nLong prompts are cheap. They were not before.\n\n## CPU\n\nnew\n")
+
+
 def test_an_unfinished_run_leaves_the_page_alone(tmp_path) -> None:
     file = tmp_path / "speed.md"
     file.write_text("# Before\n")
