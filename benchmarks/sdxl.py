@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 import tempfile
@@ -75,6 +76,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finelip_sdxl import FineLIPConfig, FineLIPModel, FineLIPSDXLPipeline
+from finelip_sdxl.miniature.world import COLORS, SHAPES
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
@@ -84,17 +86,20 @@ from benchmarks import real_size
 LENGTHS = (77, 154, 248, 496)  # tokens, with start and end
 RESOLUTION = 1024  # of counted operations
 GIB = 2**30
-PART, WORDS_OF_A_PART = "a red star,", 4  # with commas: compel's parser takes minutes for words alone
+# With commas: compel's parser takes minutes for words alone. Equal windows of a call are encoded once: none are here.
+PARTS_OF_TEXT = [f"a {color} {shape}," for color, shape in itertools.product(COLORS, SHAPES)]
+TOKENS_OF_A_PART = 4
 
 
 def text_of(tokenizer: Any, length: int) -> str:
     """A text that is padded to `length` positions: it fills all but a few of them."""
     windows = -(-length // 248)
     room = length - 2 * windows  # every window has a start and an end
-    text = " ".join([PART] * ((room - WORDS_OF_A_PART) // WORDS_OF_A_PART))
+    count = (room - TOKENS_OF_A_PART) // TOKENS_OF_A_PART
+    text = " ".join(itertools.islice(itertools.cycle(PARTS_OF_TEXT), count))
     found = len(tokenizer(text, truncation=False, verbose=False).input_ids) - 2
-    if not room - 2 * WORDS_OF_A_PART <= found <= room:
-        raise ValueError(f"A text for {length} positions has {found} tokens: {PART!r} has not {WORDS_OF_A_PART}.")
+    if not room - 2 * TOKENS_OF_A_PART <= found <= room:
+        raise ValueError(f"A text for {length} positions has {found} tokens: a part has not {TOKENS_OF_A_PART}.")
     return text
 
 

@@ -11,8 +11,10 @@ from tests.helpers.tiny_benchmarks import make_tiny
 @pytest.mark.parametrize("length", sdxl.LENGTHS)
 def test_a_text_fills_its_positions(length) -> None:
     pipe = FineLIPSDXLPipeline.from_pretrained("miniature")
-    embeddings = pipe.encode_prompt(sdxl.text_of(pipe.tokenizer, length))[0]
-    assert embeddings.shape[1] == length
+    text = sdxl.text_of(pipe.tokenizer, length)
+    assert pipe.encode_prompt(text)[0].shape[1] == length
+    windows = pipe.describe_prompt(text).plans[0].windows
+    assert len({window.text for window in windows}) == len(windows)  # equal ones would be encoded once
 
 
 @pytest.mark.slow
