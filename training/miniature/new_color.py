@@ -1,4 +1,7 @@
-"""A color that the miniature has never seen, under a word that it does not know: something to fine-tune it on.
+"""The miniature's world with a word for a color that the miniature does not know: something to fine-tune it on.
+
+The word stands in place of a color's own. It is not a color that the miniature has never seen: its VAE, which stays as it
+is, keeps its eight colors alone.
 
 Import this before anything else of the miniature: what draws and scores reads the world's colors once.
 """
@@ -13,13 +16,12 @@ from finelip_sdxl.miniature.world import COLORS, Scene, make_scene
 if "finelip_sdxl.miniature.drawing" in sys.modules:
     raise ImportError("new_color must be imported before finelip_sdxl.miniature.drawing and what uses it.")
 
-# The tokenizer spells the word in three pieces; the VAE, which stays as it is, keeps the color apart from all others.
-NEW_COLOR = "stone"
-COLORS[NEW_COLOR] = (140, 120, 110)
+NEW_COLOR = "stone"  # the tokenizer spells it in three pieces
+COLORS[NEW_COLOR] = COLORS.pop("purple")
 
 
 def make_new_scene(name: str) -> Scene:
-    """A scene of the miniature world in which everything that had one of its colors has the new one."""
+    """A scene in which everything that had one of its colors has the one of the new word."""
     scene = make_scene(name)
     replaced = scene.objects[0].color
     objects = tuple(
