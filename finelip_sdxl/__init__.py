@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         FineLIPSDXLPipeline,
         long_prompts,
     )
+    from finelip_sdxl.pipelines.regional_prompts import regional_prompts
     from finelip_sdxl.stretch import stretch_positions
     from finelip_sdxl.token_refinement import TokenRefinement
 
@@ -59,6 +60,7 @@ _EXPORTS = {
     "miniature_clip": "finelip_sdxl.miniature",
     "miniature_finelip": "finelip_sdxl.miniature",
     "miniature_path": "finelip_sdxl.miniature",
+    "regional_prompts": "finelip_sdxl.pipelines.regional_prompts",
     "save_openai_layout": "finelip_sdxl.checkpoints.load",
     "stretch_positions": "finelip_sdxl.stretch",
     "trace_attention": "finelip_sdxl.attribution.trace",
@@ -91,6 +93,7 @@ __all__ = [
     "miniature_clip",
     "miniature_finelip",
     "miniature_path",
+    "regional_prompts",
     "save_openai_layout",
     "stretch_positions",
     "trace_attention",

@@ -109,7 +109,7 @@ class AttentionSums:
         query, key = self._queries.pop(layer, None), self._keys.pop(layer, None)
         if query is None or key is None or self._latents is None:
             return
-        size = _size_of(query.shape[1], self._latents)
+        size = size_of(query.shape[1], self._latents)
         if size is None:
             return
         rows = self._conditional(len(query))
@@ -159,7 +159,7 @@ def _attention(query: Tensor, key: Tensor, layer: Attention) -> Tensor:
     return total.T / layer.heads
 
 
-def _size_of(places: int, latents: tuple[int, int]) -> tuple[int, int] | None:
+def size_of(places: int, latents: tuple[int, int]) -> tuple[int, int] | None:
     """Height and width of a layer's places: the latents', halved some times; None if it is another number."""
     height, width = latents
     while height * width > places and height * width > 1:

@@ -296,7 +296,7 @@ def traced_call(pipe: Any, given: Mapping[str, Any]) -> Iterator[None]:
             yield
         return
     trace._begin()
-    sums = AttentionSums(lambda rows: _conditional_rows(pipe, rows))
+    sums = AttentionSums(lambda rows: conditional_rows(pipe, rows))
     with sums.summing(pipe.unet):
         yield
     if trace._plan is None and given.get("prompt") is not None:  # encoders of 77 positions: the parent has encoded
@@ -311,7 +311,7 @@ def note_plan(pipe: Any, plan: PromptPlan) -> None:
         trace._note(plan)
 
 
-def _conditional_rows(pipe: Any, rows: int) -> slice:
+def conditional_rows(pipe: Any, rows: int) -> slice:
     """The rows with the prompt, of those that go through the UNet: with guidance those of the negative prompt come
     first, and with perturbed-attention guidance the perturbed ones last."""
     is_guided = bool(pipe.do_classifier_free_guidance)

@@ -201,7 +201,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             if os.path.isdir(base):
                 check_folder(base, leave_out=kwargs)
             if adapter is ... and index.get(ADAPTER):
-                adapter = _own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
+                adapter = own_adapter(base, kwargs.get("variant"), dtype=dtype, **hub_arguments)
             pipe: Self = super().from_pretrained(
                 base, **kwargs, conditioning_adapter=None if adapter is ... else adapter
             )
@@ -554,8 +554,8 @@ def _open_adapter(
         return adapter
 
 
-def _own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
-    """The adapter in a saved pipeline: its files of the variant if it has them, else its plain files."""
+def own_adapter(base: str, variant: str | None, **arguments: Any) -> ConditioningAdapter:
+    """The conditioning adapter in a saved pipeline: its files of the variant if it has them, else its plain files."""
     adapter: ConditioningAdapter
     if variant is not None:
         try:

@@ -30,6 +30,7 @@ from finelip_sdxl.pipelines.calls import OPTIONS, check_numbers, option_in_force
 from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSWAPPED, EncoderSwapMixin
 from finelip_sdxl.pipelines.loras import loras_of
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
+from finelip_sdxl.pipelines.regional_prompts import regional_call
 from finelip_sdxl.pipelines.stock_class import IMAGES, VIDEOS, check_stock_class, encode_prompt_arguments
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
 from finelip_sdxl.recommended import recommended_arguments
@@ -190,7 +191,8 @@ class LongPromptMixin(EncoderSwapMixin):
         denoisers = (self.unet, getattr(self, "controlnet", None)) if self._caches_text_projections else ()
         texts = [given.get(name) for name in ("prompt", "prompt_2")]
         loras = loras_of(self, texts, option_in_force(self, "lora_dir", None))
-        with loras, cached_text_projections(denoisers), traced_call(self, given):
+        # The trace begins after the regions' texts are encoded: it is of the picture's own.
+        with loras, cached_text_projections(denoisers), regional_call(self, given), traced_call(self, given):
             return call(*args, **kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(

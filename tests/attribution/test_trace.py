@@ -137,7 +137,7 @@ def test_large_layers_are_averaged(pipe, monkeypatch) -> None:
     ],
 )
 def test_the_size_of_a_layers_map(places, latents, size) -> None:
-    assert sums._size_of(places, latents) == size
+    assert sums.size_of(places, latents) == size
 
 
 # Together with other parts
