@@ -16,7 +16,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.checkpoints.load import read_finelip
 from finelip_sdxl.options import ENCODERS
 from finelip_sdxl.pipelines.encoder_swap import open_adapter
-from finelip_sdxl.prompts.vocabulary import END, clip_tokenizer
+from finelip_sdxl.prompts.vocabulary import clip_tokenizer
 from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder
 
@@ -24,11 +24,8 @@ from .devices import ManagedModels, to_intermediate
 
 logger = logging.getLogger(__name__)
 
-# How the keys of each text encoder begin in a CLIP of ComfyUI, whether it has a projection, and what pads its texts.
-_IN_CLIP = {
-    "text_encoder": ("clip_l.transformer.", False, END),
-    "text_encoder_2": ("clip_g.transformer.", True, "!"),
-}
+# How the keys of each text encoder begin in a CLIP of ComfyUI, and whether it has a projection.
+_IN_CLIP = {"text_encoder": ("clip_l.transformer.", False), "text_encoder_2": ("clip_g.transformer.", True)}
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -142,14 +139,18 @@ def _pipeline_of(clip: Any, dtype: torch.dtype) -> FineLIPSDXLPipeline:
     tensors = clip.get_sd()
     weights = {
         name: {key.removeprefix(start): weight.cpu() for key, weight in tensors.items() if key.startswith(start)}
-        for name, (start, _, _) in _IN_CLIP.items()
+        for name, (start, _) in _IN_CLIP.items()
     }
     if not all(weights.values()):
         raise ValueError("This CLIP is not an SDXL's, which has two encoders: connect the CLIP of an SDXL checkpoint.")
     parts: dict[str, Any] = {}
-    for name, (_, has_projection, padding) in _IN_CLIP.items():
+    for name, (_, has_projection) in _IN_CLIP.items():
         encoder = read_finelip(weights[name], dtype=dtype).to_text_encoder(projection=has_projection)
+        tokenizer = clip_tokenizer(max_length=num_positions(encoder))
+        if name == "text_encoder_2":
+            # As ComfyUI pads, and SDXL was trained. In Diffusers "!" is the padding, and so in a text no word either.
+            tokenizer.pad_token_id = 0
         if Provenance.of(encoder.config).stretched_from is not None:  # the swap stretches it, and says so
             encoder = unstretch_text_encoder(encoder)
-        parts |= {name: encoder, ENCODERS[name]: clip_tokenizer(padding, num_positions(encoder))}
+        parts |= {name: encoder, ENCODERS[name]: tokenizer}
     return FineLIPSDXLPipeline(**parts, vae=None, unet=None, scheduler=None)

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import save_comfyui, stock_pipeline
+from finelip_sdxl.prompts.plan import empty_row, tokenize
 from finelip_sdxl.prompts.vocabulary import clip_tokenizer
 from finelip_sdxl.text_encoders import num_positions, stretch_text_encoder, text_encoder_tensors
 from tests.helpers.comfy_stand_in import Clip
@@ -201,6 +202,13 @@ def test_the_clip_of_a_checkpoint_is_stretched(nodes, real_vocabulary, text, pos
     assert_encodes_as(outputs, expected.encode(text, negative_prompt=""))
     assert outputs[0][0][0].shape[1] == positions
     assert ("as stock SDXL encodes it" in outputs[2]) == (positions == 77)
+
+
+def test_an_exclamation_mark_is_a_word_with_a_clip_as_in_comfyui(nodes, real_vocabulary) -> None:
+    (encoders,) = nodes.LoadTextEncoders().load(clip=make_clip(real_vocabulary))
+    for tokenizer, padding in ((encoders.pipe.tokenizer, 49407), (encoders.pipe.tokenizer_2, 0)):
+        assert tokenize(tokenizer, "wow!")[0] == [2781, 256]
+        assert empty_row(tokenizer, 4) == [49406, 49407, padding, padding]
 
 
 def test_finelips_of_comfyuis_folder_replace_the_encoders_of_a_clip(nodes, real_vocabulary, tmp_path) -> None:
