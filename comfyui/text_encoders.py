@@ -15,7 +15,7 @@ from torch import nn
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.checkpoints.load import read_finelip
 from finelip_sdxl.options import ENCODERS
-from finelip_sdxl.pipelines.encoder_swap import open_adapter
+from finelip_sdxl.pipelines.encoder_swap import check_adapter, open_adapter
 from finelip_sdxl.prompts.vocabulary import clip_tokenizer
 from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder
@@ -101,6 +101,7 @@ def load_text_encoders(clip: Any, sdxl: str, finelip: str, finelip_2: str, condi
         pipe.swap_text_encoders(first, second)
         if adapter is not None:
             pipe.register_modules(conditioning_adapter=open_adapter(adapter, dtype))
+            check_adapter(pipe)
         return TextEncoders(pipe)
     place = _place(sdxl, "diffusers")
     if os.path.isfile(place):

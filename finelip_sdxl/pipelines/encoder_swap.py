@@ -579,11 +579,15 @@ def _check_parts(pipe: EncoderSwapMixin, source: str) -> None:
         part = getattr(pipe, name)
         if part is not None and not getattr(part, "is_quantized", False):  # torchao's tensors cannot be checked
             check_finite(dict(part.named_parameters()), f"{source}: {name}")
-    _check_adapter(pipe)
+    check_adapter(pipe)
 
 
-def _check_adapter(pipe: EncoderSwapMixin) -> None:
-    """Check that the conditioning adapter has the widths of this SDXL."""
+def check_adapter(pipe: EncoderSwapMixin) -> None:
+    """Check that the conditioning adapter, if there is one, has the widths of this SDXL.
+
+    Raises:
+        ValueError: it has others.
+    """
     adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
     if adapter is None or encoder_2 is None:
         return

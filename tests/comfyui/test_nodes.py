@@ -270,6 +270,11 @@ def test_a_fault_is_one_sentence(nodes, arguments, message) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_an_adapter_of_another_sdxl_is_refused(nodes, real_vocabulary) -> None:
+    with pytest.raises(ValueError, match="this SDXL's are 64, 64, 64: use it with the SDXL that it was trained on"):
+        nodes.LoadTextEncoders().load(clip=make_clip(real_vocabulary), conditioning_adapter="miniature")
+
+
 def test_an_empty_folder_is_named(nodes, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no model_index\.json"):
         nodes.LoadTextEncoders().load(sdxl=str(tmp_path))
