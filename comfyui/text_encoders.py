@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,8 +20,6 @@ from finelip_sdxl.provenance import Provenance
 from finelip_sdxl.text_encoders import num_positions, unstretch_text_encoder
 
 from .devices import ManagedModels, to_intermediate
-
-logger = logging.getLogger(__name__)
 
 # How the keys of each text encoder begin in a CLIP of ComfyUI, and whether it has a projection.
 _IN_CLIP = {"text_encoder": ("clip_l.transformer.", False), "text_encoder_2": ("clip_g.transformer.", True)}
@@ -87,23 +84,21 @@ def load_text_encoders(clip: Any, sdxl: str, finelip: str, finelip_2: str, condi
         ValueError: both `clip` and `sdxl`, or neither; or as in `FineLIPSDXLPipeline.from_pretrained`.
         OSError: something is not there.
     """
-    if (clip is None) == (not sdxl.strip()):
+    place = _place(sdxl, "diffusers")
+    if (clip is None) == (place is None):
         raise ValueError(
-            f"Text encoders come from a CLIP or from an SDXL, but there {'are both' if sdxl.strip() else 'is neither'}:"
+            f"Text encoders come from a CLIP or from an SDXL, but there {'are both' if place else 'is neither'}:"
             " connect the CLIP of an SDXL checkpoint, or write the folder or hub id of an SDXL."
         )
     dtype = _dtype()
-    first, second, adapter = (
-        _place(name, "text_encoders") if name.strip() else None for name in (finelip, finelip_2, conditioning_adapter)
-    )
-    if clip is not None:
+    first, second, adapter = (_place(name, "text_encoders") for name in (finelip, finelip_2, conditioning_adapter))
+    if place is None:
         pipe = _pipeline_of(clip, dtype)
         pipe.swap_text_encoders(first, second)
         if adapter is not None:
             pipe.register_modules(conditioning_adapter=open_adapter(adapter, dtype))
             check_adapter(pipe)
         return TextEncoders(pipe)
-    place = _place(sdxl, "diffusers")
     if os.path.isfile(place):
         raise ValueError(f"{place} is a single file: load it with Load Checkpoint, and connect its CLIP here instead.")
     parts: dict[str, Any] = {"unet": None, "vae": None}
@@ -122,9 +117,15 @@ def _dtype() -> torch.dtype:
     return chosen if chosen in _DTYPES else torch.float16
 
 
-def _place(name: str, kind: str) -> str:
-    """A file or folder of ComfyUI's models, by its name there; any other name unchanged, for the package to find."""
-    name = name.strip().strip('"')  # Windows copies paths with quotation marks
+def _place(name: str, kind: str) -> str | None:
+    """A file or folder of ComfyUI's models, by its name there; any other name unchanged, for the package to find.
+
+    Returns:
+        None for an empty name.
+    """
+    name = name.strip(' "')  # Windows copies paths with quotation marks
+    if not name:
+        return None
     there = (os.path.join(folder, name) for folder in folder_paths.get_folder_paths(kind))
     return next((path for path in there if os.path.exists(path)), name)
 
@@ -135,8 +136,8 @@ def _pipeline_of(clip: Any, dtype: torch.dtype) -> FineLIPSDXLPipeline:
     Raises:
         ValueError: it is no CLIP of an SDXL.
     """
-    if clip.patcher.patches:
-        logger.warning("The CLIP has a LoRA, which is left out: these text encoders are those of its checkpoint.")
+    # As ComfyUI saves a CLIP: the LoRAs on it are in its weights then, and those of its copies are not.
+    comfy.model_management.load_models_gpu([clip.load_model()], force_patch_weights=True)
     tensors = clip.get_sd()
     weights = {
         name: {key.removeprefix(start): weight.cpu() for key, weight in tensors.items() if key.startswith(start)}

@@ -44,9 +44,9 @@ def real_vocabulary() -> dict:
     }
 
 
-def make_clip(encoders: dict, **arguments) -> Clip:
+def make_clip(encoders: dict) -> Clip:
     names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-    return Clip({names[name]: text_encoder_tensors(encoder) for name, encoder in encoders.items()}, **arguments)
+    return Clip({names[name]: text_encoder_tensors(encoder) for name, encoder in encoders.items()})
 
 
 def make_pipe(encoders: dict) -> FineLIPSDXLPipeline:
@@ -172,8 +172,8 @@ def test_comfyui_loads_all_models_in_full_before_they_encode(nodes, comfy) -> No
     (encoders,) = nodes.LoadTextEncoders().load(sdxl="miniature")
     assert comfy.loaded == []
     nodes.EncodePrompt().encode(encoders, SHORT)
-    (((container,), in_full),) = comfy.loaded
-    assert in_full
+    (((container,), options),) = comfy.loaded
+    assert options == {"force_full_load": True}
     names = {name for name, part in encoders.pipe.components.items() if isinstance(part, torch.nn.Module)}
     assert dict(container.named_children()).keys() == names >= {"text_encoder", "conditioning_adapter"}
 
@@ -247,15 +247,11 @@ def test_a_clip_of_248_positions_stays_as_it_is(nodes, real_vocabulary, caplog) 
 # Faults
 
 
-def test_a_lora_on_the_clip_is_not_left_out_in_silence(nodes, real_vocabulary, caplog) -> None:
-    nodes.LoadTextEncoders().load(clip=make_clip(real_vocabulary, patches={"some.key": []}))
-    assert "The CLIP has a LoRA, which is left out" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, r"there is neither: connect the CLIP"),
+        ({"sdxl": ' "" '}, r"there is neither"),
         ({"sdxl": "miniature", "clip": Clip({})}, r"there are both"),
         ({"clip": Clip({"clip_l": {"text_model.x": torch.zeros(1)}})}, r"^This CLIP is not an SDXL's"),
         ({"sdxl": "/gone"}, r"^/gone does not exist: pass"),

@@ -28,11 +28,11 @@ class StandIn:
 
     Attributes:
         modules: the modules by their names.
-        loaded: the models of each call that loads them, with whether in full.
+        loaded: the models of each call that loads them, with its options.
     """
 
     def __init__(self, models: Path) -> None:
-        self.loaded: list[tuple[list[torch.nn.Module], bool]] = []
+        self.loaded: list[tuple[list[Any], dict[str, bool]]] = []
         cpu = torch.device("cpu")
         management = _module("comfy.model_management")
         for name in ("text_encoder_device", "text_encoder_offload_device", "vae_device", "vae_offload_device"):
@@ -51,8 +51,11 @@ class StandIn:
             setattr(comfy, module.__name__.removeprefix("comfy."), module)
         self.modules = {module.__name__: module for module in (comfy, management, patcher, paths, *unused)}
 
-    def _load(self, patchers: list[ModelPatcher], force_full_load: bool = False) -> None:
-        self.loaded.append(([patcher.model for patcher in patchers], force_full_load))
+    def _load(self, patchers: list[Any], **options: bool) -> None:
+        self.loaded.append(([patcher.model for patcher in patchers], options))
+        for patcher in patchers:
+            if isinstance(patcher, Clip):
+                patcher.is_patched = options == {"force_patch_weights": True}
 
 
 class Clip:
@@ -60,15 +63,22 @@ class Clip:
 
     Args:
         encoders: weights of each encoder under transformers' keys, by ComfyUI's names of them.
-        patches: the patches of its weights, such as a LoRA's.
+
+    Attributes:
+        model: itself, as its patcher's.
+        is_patched: whether its LoRAs are in its weights.
     """
 
-    def __init__(self, encoders: dict[str, dict[str, torch.Tensor]], patches: dict[str, Any] | None = None) -> None:
+    def __init__(self, encoders: dict[str, dict[str, torch.Tensor]]) -> None:
         self._encoders = encoders
-        self.patcher = _module("patcher")
-        self.patcher.patches = patches or {}
+        self.model = self
+        self.is_patched = False
+
+    def load_model(self) -> Clip:
+        return self
 
     def get_sd(self) -> dict[str, torch.Tensor]:
+        assert self.is_patched, "the weights are without the LoRAs, or with those of a copy"
         tensors = {
             f"{name}.transformer.{key}": weight
             for name, weights in self._encoders.items()
