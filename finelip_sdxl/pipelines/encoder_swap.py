@@ -196,7 +196,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
             raise ValueError(f"{base} is a {index.get('_class_name')}; expected an SDXL: pass another base.")
         adapter = kwargs.pop(ADAPTER, None if brings_finelip or absent else ...)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, dtype, hub_arguments)
+            adapter = open_adapter(adapter, dtype, **hub_arguments)
         with loading_errors(base, kwargs.get("variant")):
             if os.path.isdir(base):
                 check_folder(base, leave_out=kwargs)
@@ -285,7 +285,7 @@ class EncoderSwapMixin(PromptEncodingMixin):
         hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         adapter = kwargs.pop(ADAPTER, None)
         if isinstance(adapter, str | os.PathLike):
-            adapter = _open_adapter(adapter, kwargs["dtype"], hub_arguments)
+            adapter = open_adapter(adapter, kwargs["dtype"], **hub_arguments)
         index: dict[str, Any] = {}
         with single_file_errors(file, config := kwargs.pop("config", None)), tempfile.TemporaryDirectory() as folder:
             if config is not None:
@@ -526,10 +526,13 @@ def _locate(name: str | os.PathLike[str], expected: str, hub_arguments: Mapping[
     return resolve(name, expected, **{key: value for key, value in hub_arguments.items() if key != "proxies"})
 
 
-def _open_adapter(
-    source: str | os.PathLike[str], dtype: torch.dtype, hub_arguments: Mapping[str, Any]
-) -> ConditioningAdapter:
-    """The adapter of a directory, a hub id or, by its name, an SDXL that ships with the package."""
+def open_adapter(source: str | os.PathLike[str], dtype: torch.dtype, **hub_arguments: Any) -> ConditioningAdapter:
+    """The adapter of a directory, a hub id or, by its name, an SDXL that ships with the package.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is another model, or damaged.
+    """
     bundled = bundled_sdxl(source)
     place = source if bundled is None else bundled.conditioning_adapter
     location = _locate(place, "the directory or hub id of a conditioning adapter", hub_arguments)
@@ -576,11 +579,15 @@ def _check_parts(pipe: EncoderSwapMixin, source: str) -> None:
         part = getattr(pipe, name)
         if part is not None and not getattr(part, "is_quantized", False):  # torchao's tensors cannot be checked
             check_finite(dict(part.named_parameters()), f"{source}: {name}")
-    _check_adapter(pipe)
+    check_adapter(pipe)
 
 
-def _check_adapter(pipe: EncoderSwapMixin) -> None:
-    """Check that the conditioning adapter has the widths of this SDXL."""
+def check_adapter(pipe: EncoderSwapMixin) -> None:
+    """Check that the conditioning adapter, if there is one, has the widths of this SDXL.
+
+    Raises:
+        ValueError: it has others.
+    """
     adapter, encoder_2 = pipe.conditioning_adapter, pipe.text_encoder_2
     if adapter is None or encoder_2 is None:
         return
