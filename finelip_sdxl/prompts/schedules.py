@@ -106,8 +106,8 @@ def split_conjunction(text: str) -> list[tuple[str, float]]:
         ValueError: a weight is too large for a number.
 
     Examples:
-        >>> split_conjunction("a cat :1.2 AND a dog:.5 AND a FAND")
-        [('a cat', 1.2), (' a dog', 0.5), (' a FAND', 1.0)]
+        >>> split_conjunction("a cat :1.2 AND a dog:.5 AND a BRAND")
+        [('a cat', 1.2), (' a dog', 0.5), (' a BRAND', 1.0)]
     """
     parts = _AND.split(text)
     return [_weighted(part) for part in parts] if len(parts) > 1 else [(text, 1.0)]

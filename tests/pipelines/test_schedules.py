@@ -569,6 +569,19 @@ def test_encoders_of_77_positions_read_no_schedule(components) -> None:
         draw(stock, "a [red:blue:1] fox")
 
 
+# The miniature
+
+
+@pytest.mark.slow
+def test_a_color_that_changes_early_is_the_color_of_the_picture() -> None:
+    pipe = FineLIPSDXLPipeline.from_pretrained("miniature", weighting="a1111")
+    rest = " star is in the center. A green ring is in the top left."
+    red, changed, blue = (
+        draw(pipe, f"A {word}{rest}", num_inference_steps=10) for word in ("red", "[red:blue:1]", "blue")
+    )
+    assert np.abs(changed - blue).mean() < np.abs(changed - red).mean() / 5
+
+
 # The command line
 
 
