@@ -54,7 +54,6 @@ from finelip_sdxl.text_encoders import TextEncoder, num_positions
 
 logger = logging.getLogger(__name__)
 
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 _locks: WeakKeyDictionary[Any, RLock] = WeakKeyDictionary()
@@ -241,7 +240,7 @@ class PromptEncodingMixin(_Parent):
         self._check_weighting(specs)
         given = {"num_inference_steps": num_inference_steps}
         check_numbers(given)
-        texts = dict(zip(TEXTS, (prompt, prompt_2, negative_prompt, negative_prompt_2), strict=True))
+        texts = {"prompt": [*chain(*prompts)], "negative_prompt": [*chain(*negatives or ())]}
         steps = count_steps(self, given)[0] if has_several_texts(self, texts) else None
         return self._plan(specs, prompts, negatives, steps=steps)
 
@@ -285,9 +284,10 @@ class PromptEncodingMixin(_Parent):
         Raises:
             TypeError: a prompt is not a string or a list of strings; or an argument has an unknown name.
             ValueError: an empty list; batches of different sizes; a text of more than 20,000 characters, or of more
-                windows than `finelip_sdxl.options.MAX_POSITIONS` allows; a text that does not fit, where
-                `overflow="error"` or embeddings passed beside it fix the length; weights that `parse_weights` refuses;
-                a `clip_skip` beyond an encoder's layers; fewer than one image; or embeddings of other shapes.
+                windows than `finelip_sdxl.options.MAX_POSITIONS` allows; a prompt with a schedule or `AND`, which only
+                a call draws; a text that does not fit, where `overflow="error"` or embeddings passed beside it fix the
+                length; weights that `parse_weights` refuses; a `clip_skip` beyond an encoder's layers; fewer than one
+                image; or embeddings of other shapes.
         """
         embeddings, _ = self._encode_prompt(
             prompt,
@@ -396,19 +396,13 @@ class PromptEncodingMixin(_Parent):
         clip_skip: int | None = None,
     ) -> tuple[tuple[Any, Any, Any, Any], PromptPlan | None]:
         """The results of `encode_prompt`, and the plan; None if the parent encoded, or there were no texts."""
-        self._check_embeddings(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-        )
-        given = dict(
-            zip(
-                EMBEDDINGS,
-                (prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds),
-                strict=True,
-            )
-        )
+        given = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        self._check_embeddings(**given)
         plan, encoded = None, dict[str, Any]()
         images = num_images_per_prompt
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:

@@ -419,6 +419,20 @@ def test_and_with_the_text_projection_cache_and_several_pictures(pipe) -> None:
     assert not differ(found[1], draw(pipe, "a fox AND a hare", latents=noise[1:])[0])
 
 
+def test_the_parts_of_and_in_a_video(components, motion_adapter) -> None:
+    pipe = build(long_prompts(AnimateDiffSDXLPipeline), {**components, "motion_adapter": motion_adapter})
+
+    def frames(prompt: str, scale: float) -> np.ndarray:
+        noise = torch.Generator().manual_seed(0)
+        drawn = pipe(
+            prompt, num_frames=2, num_inference_steps=2, guidance_scale=scale, generator=noise, output_type="np"
+        )
+        return np.asarray(drawn.frames)
+
+    assert not differ(frames("a fox AND a fox :0.5", 4.0), frames("a fox", 6.0))
+    assert differ(frames("a fox AND a hare", 4.0), frames("a fox", 6.0))
+
+
 def test_and_leaves_the_unet_as_it_was(pipe) -> None:
     usual = draw(pipe, SHORT)
     assert differ(draw(pipe, f"{SHORT} AND a hare"), usual)
