@@ -82,9 +82,10 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
 
     Raises:
         TypeError: `pipe` is no pipeline of this package, or `plan` no plan.
+        ValueError: `plan` is of several texts for one picture.
 
     A call of the pipeline raises:
-        ValueError: the UNet is compiled.
+        ValueError: the UNet is compiled, or the prompt is drawn with several texts, by a schedule, `AND` or `.blend()`.
 
     Source: DAAM (arXiv 2210.04885), which averages the maps of a word's tokens. Here a phrase's map is that of its last
     token, since CLIP's text encoders are causal, and phrases are held against one another.
@@ -108,6 +109,8 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
         )
     if not isinstance(plan, PromptPlan | None):
         raise TypeError(f"`plan` is {plan!r:.60}; expected the plan that `pipe.describe_prompt` returns, or none.")
+    if plan is not None:
+        _check_one_text(plan)
     trace, before = AttentionTrace(plan), _traces.get(pipe)
     _traces[pipe] = trace
     try:
@@ -254,6 +257,7 @@ class AttentionTrace:
         self._plan, self._places, self._maps = self._given, {}, None
 
     def _note(self, plan: PromptPlan) -> None:
+        _check_one_text(plan)
         self._plan = self._plan or plan
 
     def _finish(self, pipe: Any, sums: AttentionSums) -> None:
@@ -309,6 +313,14 @@ def note_plan(pipe: Any, plan: PromptPlan) -> None:
     trace = _traces.get(pipe)
     if trace is not None and plan.prompts:
         trace._note(plan)
+
+
+def _check_one_text(plan: PromptPlan) -> None:
+    if plan.schedule:
+        raise ValueError(
+            "Heat maps are of one text, but this prompt is drawn with several, by a schedule, AND or .blend(): draw it"
+            " without heat maps, or write one text."
+        )
 
 
 def conditional_rows(pipe: Any, rows: int) -> slice:

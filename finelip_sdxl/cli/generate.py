@@ -85,7 +85,7 @@ def generate(options: argparse.Namespace) -> None:
     drawing, how = image_to_image(pipe, options)
     plan = None
     if encoded is None:
-        plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt)
+        plan = pipe.describe_prompt(prompt, negative_prompt=options.negative_prompt, num_inference_steps=rows[0].steps)
         print(plan, flush=True)
         print_notice(prompt, plan.plans)
     else:

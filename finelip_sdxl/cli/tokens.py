@@ -13,7 +13,7 @@ from finelip_sdxl.cli.options import (
     config_source,
     loading_arguments,
 )
-from finelip_sdxl.console import quiet_transformers
+from finelip_sdxl.console import number, quiet_transformers
 from finelip_sdxl.miniature.parsing import is_of_world
 from finelip_sdxl.options import (
     EMPHASIS,
@@ -26,6 +26,7 @@ from finelip_sdxl.options import (
     check_texts,
 )
 from finelip_sdxl.prompts.plan import EncoderSpec, plan_prompts
+from finelip_sdxl.recommended import Recommended
 
 
 def add_parser(commands: Commands) -> None:
@@ -36,6 +37,10 @@ def add_parser(commands: Commands) -> None:
     text = "hub id, directory or single file of an SDXL, or miniature (default: the miniature for a text of its world,"
     command.add_argument("--base", metavar="SDXL", help=f"{text} and CLIP's vocabulary, which SDXLs share, for others)")
     add_config(command)
+    text = f"denoising steps of the picture, for a prompt that changes between them (default: {Recommended.steps})"
+    command.add_argument(
+        "--steps", type=number(int, least=1, most=10_000), default=Recommended.steps, metavar="N", help=text
+    )
     add_encoding(command, hidden_states=False)
 
 
@@ -56,6 +61,7 @@ def tokens(options: argparse.Namespace) -> None:
         length_buckets=check_length_buckets(chosen.get("length_buckets", LENGTH_BUCKETS)),
         weighting=check_choice("weighting", chosen.get("weighting"), WEIGHTING),
         emphasis=check_choice("emphasis", chosen.get("emphasis", EMPHASIS[0]), EMPHASIS),
+        steps=options.steps,
     )
     print(report)
 

@@ -46,9 +46,9 @@ from finelip_sdxl.picture_sizes import side_factor
 from finelip_sdxl.pipelines import FineLIPSDXLImg2ImgPipeline, FineLIPSDXLPipeline
 from finelip_sdxl.pipelines.export import in_stock_class
 from finelip_sdxl.pipelines.opening import open_text_to_image
+from finelip_sdxl.prompts.compel_operators import is_more_than_weights
 from finelip_sdxl.prompts.plan import EncoderPlan, EncoderSpec, PromptPlan, plan_prompts
 from finelip_sdxl.prompts.specs import sdxl_specs
-from finelip_sdxl.prompts.weighting import is_more_than_weights
 from finelip_sdxl.provenance import public_name
 from finelip_sdxl.recommended import Recommended, recommended_of
 from finelip_sdxl.text_encoders import TextEncoder, num_positions, unstretch_text_encoder, with_max_length
@@ -291,11 +291,15 @@ class Comparison:
             length_buckets=pipe.length_buckets,
             weighting=_pick_weighting(weighting, pipe.weighting),
             emphasis=_pick_emphasis(emphasis, pipe.emphasis),
+            steps=self.recommended.steps,
         )
         plans: dict[str, Callable[[], EncoderPlan]] = {
             "stock": lambda: _plan_by_stock(tokenizer, prompt),
             "compel": lambda: plan_by_compel(tokenizer, prompt),
-            "finelip": lambda: planned(specs, [[prompt]] * len(specs)).prompts["text_encoder"][0],
+            # Of a prompt that is drawn with several texts, the longest
+            "finelip": lambda: max(
+                planned(specs, [[prompt]] * len(specs)).prompts["text_encoder"], key=lambda plan: plan.tokens
+            ),
         }
         return {column: plans[column]() for column in check_columns(columns)}
 
@@ -309,8 +313,9 @@ class Comparison:
             on_step: called after each step with its number and the number of all steps. An error that it raises ends
                 the drawing.
             traced: note where each phrase of the prompt acts (`trace_attention`). A refiner's steps are left out. A
-                prompt with compel's `.and()`, `.blend()` and the like has no trace in compel's column, whose tokens
-                are not those of one text.
+                prompt with compel's `.and()`, `.blend()` and the like has no trace in compel's column, and one that is
+                drawn with several texts, by a schedule, `AND` or `.blend()`, none in FineLIP-SDXL's: their tokens are
+                not those of one text.
 
         Raises:
             ValueError: the column is unknown, the model cannot draw this size, compel cannot parse the prompt, or the
@@ -416,6 +421,10 @@ class _Stage:
     def draw(
         self, column: str, settings: Settings, traced: bool = False, **arguments: Any
     ) -> tuple[Any, AttentionTrace | None]:
+        if column == "finelip" and self._plan_by_us(settings).schedule:
+            # Several texts for one picture: the call itself puts them in, and no token of one text is at one place.
+            texts: dict[str, Any] = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt or None}
+            return self.pipe(**texts, **self._weights(settings), **arguments).images, None
         embeddings = self._encode_once(column, settings, arguments)
         traced = traced and not (column == "compel" and is_more_than_weights(settings.prompt))
         tracing = trace_attention(self.pipe, self._plan(column, settings, embeddings)) if traced else nullcontext()
@@ -429,12 +438,20 @@ class _Stage:
     def _plan(self, column: str, settings: Settings, embeddings: Mapping[str, Any]) -> PromptPlan:
         """The plan behind a column's embeddings."""
         if column == "finelip":
-            negative = settings.negative_prompt or None if _is_guided(settings) else None
-            return self.pipe.describe_prompt(settings.prompt, negative_prompt=negative, **self._weights(settings))
+            return self._plan_by_us(settings)
         tokenizer = self.pipe.tokenizer or self.pipe.tokenizer_2
         ways = {"stock": _plan_by_stock, "compel": plan_by_compel}
         windows = embeddings["prompt_embeds"].shape[1] // STOCK_POSITIONS
         return PromptPlan({"text_encoder": (ways[column](tokenizer, settings.prompt),)}, {}, STOCK_POSITIONS, windows)
+
+    def _plan_by_us(self, settings: Settings) -> PromptPlan:
+        negative = settings.negative_prompt or None if _is_guided(settings) else None
+        return self.pipe.describe_prompt(
+            settings.prompt,
+            negative_prompt=negative,
+            num_inference_steps=settings.steps,
+            **self._weights(settings),
+        )
 
     def _weights(self, settings: Settings) -> dict[str, Any]:
         """The syntax and the effect of weights, as options of the pipeline."""

@@ -31,6 +31,7 @@ from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS, UNSW
 from finelip_sdxl.pipelines.loras import loras_of
 from finelip_sdxl.pipelines.prompt_encoding import EMBEDDINGS, one_at_a_time
 from finelip_sdxl.pipelines.regional_prompts import regional_call
+from finelip_sdxl.pipelines.schedules import scheduled_call
 from finelip_sdxl.pipelines.stock_class import IMAGES, VIDEOS, check_stock_class, encode_prompt_arguments
 from finelip_sdxl.pipelines.text_projections import cached_text_projections
 from finelip_sdxl.recommended import recommended_arguments
@@ -160,7 +161,8 @@ class LongPromptMixin(EncoderSwapMixin):
             length_buckets (`Sequence[int]`, *optional*):
                 Lengths in tokens; the prompt is padded to the smallest that holds it, or else to full length.
             weighting (`str`, *optional*):
-                Syntax of weights in the prompts: `"compel"` or `"a1111"`; with None they are plain text.
+                Syntax of weights in the prompts: `"compel"` or `"a1111"`, which also has schedules such as
+                `[red:blue:0.5]`; with None they are plain text.
             emphasis (`str`, *optional*):
                 Effect of a weight: `"compel"`, `"a1111"`, `"a1111_no_norm"` or `"comfyui"`.
             conditioning_adapter_scale (`float`, *optional*):
@@ -173,15 +175,16 @@ class LongPromptMixin(EncoderSwapMixin):
                 pipeline's own encoders must be the same, if it has any.
 
         Raises:
-            ValueError: an argument has a value that cannot be, embeddings are from other text encoders, or a prompt
-                names a LoRA that is not in `lora_dir` or does not fit.
+            ValueError: an argument has a value that cannot be, embeddings are from other text encoders, a prompt names
+                a LoRA that is not in `lora_dir` or does not fit, or it has a schedule that this pipeline cannot draw.
         """
         self._check_fingerprint(encoder_fingerprint)
         call = super().__call__
         for name in ("num_inference_steps", "guidance_scale"):  # None stands for the default: in Diffusers it fails
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
-        given = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+        bound = inspect.signature(call).bind_partial(*args, **kwargs)
+        given = bound.arguments
         check_numbers(given)
         # Checked here, since the parent uses their shapes before it encodes.
         self._check_embeddings(**{name: given[name] for name in EMBEDDINGS if name in given})
@@ -191,9 +194,10 @@ class LongPromptMixin(EncoderSwapMixin):
         denoisers = (self.unet, getattr(self, "controlnet", None)) if self._caches_text_projections else ()
         texts = [given.get(name) for name in ("prompt", "prompt_2")]
         loras = loras_of(self, texts, option_in_force(self, "lora_dir", None))
+        schedule = scheduled_call(self, call, bound)
         # The trace begins after the regions' texts are encoded: it is of the picture's own.
-        with loras, cached_text_projections(denoisers), regional_call(self, given), traced_call(self, given):
-            return call(*args, **kwargs, **recommended_arguments(self.config, given))
+        with loras, cached_text_projections(denoisers), regional_call(self, given), traced_call(self, given), schedule:
+            return call(*bound.args, **bound.kwargs, **recommended_arguments(self.config, given))
 
     short_prompt_encoder = _option(
         "short_prompt_encoder", "The encoder of prompts of up to 77 tokens: 'original' or 'long'."

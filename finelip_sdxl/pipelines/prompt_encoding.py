@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
+from itertools import chain
 from threading import Lock, RLock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
@@ -33,12 +34,15 @@ from finelip_sdxl.options import (
     Weighting,
     check_texts,
 )
-from finelip_sdxl.pipelines.calls import option_in_force, takes_options
+from finelip_sdxl.pipelines.calls import check_numbers, option_in_force, takes_options
+from finelip_sdxl.pipelines.schedules import count_steps, drawing_of, has_several_texts
+from finelip_sdxl.prompts.composition import Rows, Share
 from finelip_sdxl.prompts.plan import (
     EncoderPlan,
     EncoderSpec,
     PromptPlan,
     empty_row,
+    padded_shares,
     padded_token_ids,
     padded_weights,
     plan_prompts,
@@ -141,6 +145,7 @@ class _Weighting:
         empty: states of the empty prompt, (1, positions, dim); None where the effect needs none.
         weak_parts: the parts with weights below 1.
         without: states of each weak part's window without the part, (parts, positions, dim); None if there are none.
+        shares: weights of whole windows, (batch, windows), as in compel's `.and()`; None if all are 1.
     """
 
     emphasis: Emphasis
@@ -149,10 +154,18 @@ class _Weighting:
     empty: torch.Tensor | None
     weak_parts: Sequence[WeakPart]
     without: torch.Tensor | None
+    shares: torch.Tensor | None = None
 
     def apply(self, states: torch.Tensor) -> torch.Tensor:
+        weighted = self._apply_to_tokens(states)
+        if self.shares is None or self.empty is None:
+            return weighted
+        by_token = self.shares.repeat_interleave(self.positions, dim=1)
+        return apply_weights(weighted, self.empty.repeat(1, self.shares.shape[1], 1), by_token)
+
+    def _apply_to_tokens(self, states: torch.Tensor) -> torch.Tensor:
         by_window = self.weights.unflatten(1, (-1, self.positions))
-        if self.empty is None:
+        if self.emphasis in ("a1111", "a1111_no_norm") or self.empty is None:
             return multiply_states(states, by_window, restore_mean=self.emphasis == "a1111")
         weighted = apply_weights(states, self.empty.repeat(1, by_window.shape[1], 1), self.weights)
         if self.without is None:
@@ -197,12 +210,14 @@ class PromptEncodingMixin(_Parent):
         length_buckets: Sequence[int] | None = AS_SET,
         weighting: Weighting | None = AS_SET,
         emphasis: Emphasis = AS_SET,
+        num_inference_steps: int | None = None,
     ) -> PromptPlan:
         """The plan of a prompt: the windows of each encoder, and the text that is cut. No encoder runs.
 
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2, short_prompt_encoder, overflow, length_buckets,
                 weighting, emphasis: as in a call of the pipeline.
+            num_inference_steps: as in a call of the pipeline, whose prompts may have another text at each step.
 
         Returns:
             The plan; printed, it is a report.
@@ -223,7 +238,11 @@ class PromptEncodingMixin(_Parent):
         prompts = self._prompt_batches(prompt, prompt_2)
         negatives = self._negative_batches(negative_prompt, negative_prompt_2, batch_size=len(prompts[0]))
         self._check_weighting(specs)
-        return self._plan(specs, prompts, negatives)
+        given = {"num_inference_steps": num_inference_steps}
+        check_numbers(given)
+        texts = {"prompt": [*chain(*prompts)], "negative_prompt": [*chain(*negatives or ())]}
+        steps = count_steps(self, given)[0] if has_several_texts(self, texts) else None
+        return self._plan(specs, prompts, negatives, steps=steps)
 
     @takes_options
     @one_at_a_time
@@ -265,9 +284,10 @@ class PromptEncodingMixin(_Parent):
         Raises:
             TypeError: a prompt is not a string or a list of strings; or an argument has an unknown name.
             ValueError: an empty list; batches of different sizes; a text of more than 20,000 characters, or of more
-                windows than `finelip_sdxl.options.MAX_POSITIONS` allows; a text that does not fit, where
-                `overflow="error"` or embeddings passed beside it fix the length; weights that `parse_weights` refuses;
-                a `clip_skip` beyond an encoder's layers; fewer than one image; or embeddings of other shapes.
+                windows than `finelip_sdxl.options.MAX_POSITIONS` allows; a prompt with a schedule or `AND`, which only
+                a call draws; a text that does not fit, where `overflow="error"` or embeddings passed beside it fix the
+                length; weights that `parse_weights` refuses; a `clip_skip` beyond an encoder's layers; fewer than one
+                image; or embeddings of other shapes.
         """
         embeddings, _ = self._encode_prompt(
             prompt,
@@ -376,13 +396,14 @@ class PromptEncodingMixin(_Parent):
         clip_skip: int | None = None,
     ) -> tuple[tuple[Any, Any, Any, Any], PromptPlan | None]:
         """The results of `encode_prompt`, and the plan; None if the parent encoded, or there were no texts."""
-        self._check_embeddings(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-        )
-        plan = None
+        given = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        self._check_embeddings(**given)
+        plan, encoded = None, dict[str, Any]()
         images = num_images_per_prompt
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
             raise ValueError(f"`num_images_per_prompt` is {images!r:.60}; expected a whole number of at least 1.")
@@ -405,7 +426,7 @@ class PromptEncodingMixin(_Parent):
                 shape = None if negatives is None else _shape_of("prompt_embeds", prompt_embeds, specs)
 
             if prompts or negatives:
-                plan = self._plan(specs, prompts, negatives, shape)
+                plan = self._plan(specs, prompts, negatives, shape, self._steps(prompts, negatives))
                 note_plan(self, plan)
                 if plan.cut:
                     lost = dict.fromkeys(f"{cut.role}: {cut.cut_text}" for cut in plan.cut)
@@ -418,35 +439,62 @@ class PromptEncodingMixin(_Parent):
                         " ".join(loras),
                     )
                 with self._scaled_lora(lora_scale):
+                    encode = self._encode_each if plan.schedule else self._encode
                     runs: _Runs = {}
+                    found: dict[str, Any] = {}
                     if prompts:
-                        prompt_embeds, pooled = self._encode(encoders, plan.prompts, plan.windows, clip_skip, runs)
-                        pooled_prompt_embeds = pooled if pooled_prompt_embeds is None else pooled_prompt_embeds
+                        found["prompt_embeds"], found["pooled_prompt_embeds"] = encode(
+                            encoders, plan.prompts, plan.windows, clip_skip, runs
+                        )
                     if negatives:  # stock does not apply clip_skip to them
-                        negative_prompt_embeds, pooled = self._encode(
+                        found["negative_prompt_embeds"], found["negative_pooled_prompt_embeds"] = encode(
                             encoders, plan.negative_prompts, plan.windows, clip_skip=None, runs=runs
                         )
-                        if negative_pooled_prompt_embeds is None:
-                            negative_pooled_prompt_embeds = pooled
+                encoded = {name: value for name, value in found.items() if given[name] is None}
                 prompt = prompt_2 = lora_scale = clip_skip = None
 
-        # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77 itself.
-        embeddings = super().encode_prompt(
-            prompt,
-            prompt_2,
-            device,
-            num_images_per_prompt,
-            do_classifier_free_guidance,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            lora_scale=lora_scale,
-            **({} if clip_skip is None else {"clip_skip": clip_skip}),  # not every parent has it
-        )
-        return embeddings, plan
+        def finished(embeddings: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+            # The parent does the rest: zeros for an absent negative, dtype, copies. It encodes with encoders of 77
+            # itself.
+            return super(PromptEncodingMixin, self).encode_prompt(
+                prompt,
+                prompt_2,
+                device,
+                num_images_per_prompt,
+                do_classifier_free_guidance,
+                negative_prompt,
+                negative_prompt_2,
+                **{**given, **embeddings},
+                lora_scale=lora_scale,
+                **({} if clip_skip is None else {"clip_skip": clip_skip}),  # not every parent has it
+            )
+
+        if plan is None or not plan.schedule:
+            return finished(encoded), plan
+        schedule = plan.schedule
+
+        def finished_part(number: int, part: int) -> tuple[Any, Any, Any, Any]:
+            rows = schedule[number].prompts
+            if plan.is_conjunction:  # where a prompt has fewer parts, its first stands in, with weight 0
+                rows = tuple((Share(row[part if part < len(row) else 0].text),) for row in rows)
+            of_name = dict(zip(EMBEDDINGS, (rows, schedule[number].negative_prompts) * 2, strict=True))
+            return finished({name: _mixed(value, of_name[name]) for name, value in encoded.items()})
+
+        drawing = drawing_of(self)
+        return finished_part(0, 0) if drawing is None else drawing.begin(self, plan, finished_part), plan
+
+    def _steps(self, prompts: list[list[str]] | None, negatives: list[list[str]] | None) -> int | None:
+        """The steps of the call that draws prompts with a schedule; None if there is no schedule."""
+        drawing = drawing_of(self)
+        if drawing is not None and not drawing.is_planned:
+            return drawing.steps
+        texts = {"prompt": [*chain(*prompts or ())], "negative_prompt": [*chain(*negatives or ())]}
+        if has_several_texts(self, texts):
+            raise ValueError(
+                "The prompt changes while a picture is drawn, as [a:b:0.5] and [a|b] do, or has parts joined by AND, so"
+                " that it cannot be encoded beforehand: pass it to a call of the pipeline, or take this out of it."
+            )
+        return None
 
     def _encoders(self) -> list[tuple[str, CLIPTokenizer]]:
         """Name and tokenizer of each text encoder, in stock's pairs: without a first tokenizer or encoder (the refiner
@@ -561,6 +609,7 @@ class PromptEncodingMixin(_Parent):
         prompts: list[list[str]] | None,
         negatives: list[list[str]] | None,
         shape: tuple[int, int] | None = None,
+        steps: int | None = None,
     ) -> PromptPlan:
         if not _any_long(specs):  # the parent encodes: one window, the rest cut
             return plan_prompts(specs, prompts, negatives, overflow="truncate", length_buckets=())
@@ -574,7 +623,22 @@ class PromptEncodingMixin(_Parent):
             weighting=self.weighting,
             emphasis=self.emphasis,
             shape=shape,
+            steps=steps,
         )
+
+    def _encode_each(
+        self,
+        encoders: Sequence[_CallEncoder],
+        plans: Mapping[str, Sequence[EncoderPlan]],
+        windows: int,
+        clip_skip: int | None,
+        runs: _Runs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_encode`, one text after the other: so many at once would take much memory."""
+        texts = [dict(zip(plans, zip(texts), strict=True)) for texts in zip(*plans.values(), strict=True)]
+        each = [self._encode(encoders, text, windows, clip_skip, runs) for text in texts]
+        pooled = [vector for _, vector in each if vector is not None]
+        return torch.cat([states for states, _ in each]), torch.cat(pooled) if pooled else None
 
     def _encode(
         self,
@@ -617,10 +681,11 @@ class PromptEncodingMixin(_Parent):
         by_window = [encode(window) for window in zip(*token_ids, strict=True)]
         states, pooled = [states for states, _ in by_window], by_window[0][1]
 
-        weighting, rows = None, padded_weights(plans, windows)
-        if rows is not None:
+        weighting, rows, shares = None, padded_weights(plans, windows), padded_shares(plans, windows)
+        if rows is not None or shares is not None:
+            rows = rows or [[1.0] * windows * positions for _ in plans]
             empty = None
-            if self.emphasis in ("compel", "comfyui"):
+            if self.emphasis in ("compel", "comfyui") or shares is not None:
                 empty, _ = encode([empty_row(tokenizer, positions)])
             parts = weak_parts(rows, positions) if self.emphasis == "compel" else []
             without = []
@@ -631,7 +696,8 @@ class PromptEncodingMixin(_Parent):
                 without.append(self._states(output, as_stock, clip_skip))
             weights = torch.tensor(rows, device=device)
             missing = torch.cat(without) if without else None
-            weighting = _Weighting(self.emphasis, weights, positions, empty, parts, missing)
+            of_windows = None if shares is None else torch.tensor(shares, device=device)
+            weighting = _Weighting(self.emphasis, weights, positions, empty, parts, missing, of_windows)
         self._free_original(model)
         return _Encoded(torch.cat(states, dim=1), as_stock, pooled, weighting)
 
@@ -716,6 +782,20 @@ class PromptEncodingMixin(_Parent):
         finally:
             for encoder in encoders:
                 unscale_lora_layers(encoder, scale)
+
+
+def _mixed(texts: torch.Tensor | None, rows: Rows) -> torch.Tensor | None:
+    """The embeddings of each row, mixed from its shares of texts: (texts, …) to (rows, …)."""
+    if texts is None:
+        return None
+    # A whole share changes no bit.
+    mixed = [
+        sum((share.weight * texts[share.text] for share in row[1:]), row[0].weight * texts[row[0].text])
+        if len(row) > 1
+        else texts[row[0].text]
+        for row in rows
+    ]
+    return torch.stack(mixed)
 
 
 def _any_long(specs: Sequence[EncoderSpec]) -> bool:

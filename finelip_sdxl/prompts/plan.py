@@ -23,6 +23,7 @@ from finelip_sdxl.options import (
     ShortPromptEncoder,
     Weighting,
 )
+from finelip_sdxl.prompts.composition import ComposedText, Composition, Rows, compose
 from finelip_sdxl.prompts.lora_tags import LoraTag
 from finelip_sdxl.prompts.vocabulary import MINIATURE, name_tokens
 from finelip_sdxl.prompts.weighting import WeightedText, parse_weights
@@ -63,6 +64,7 @@ class Window:
     text: str
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     weights: tuple[float, ...] = field(default=(), repr=False)  # weights of the tokens; empty if all are 1
+    share: float = field(default=1.0, repr=False)  # the weight of all of it, as in compel's `.and()`
 
     @property
     def tokens(self) -> int:
@@ -71,7 +73,8 @@ class Window:
 
     def __str__(self) -> str:
         weighted = f", {sum(weight != 1 for weight in self.weights)} of them weighted" if self.weights else ""
-        return f"{self.tokens} tokens{weighted}: {_quoted(self.text)}"
+        share = f", all with weight {self.share:.3g}" if self.share != 1 else ""
+        return f"{self.tokens} tokens{weighted}{share}: {_quoted(self.text)}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class EncoderPlan:
     Attributes:
         encoder: the encoder's name in the pipeline.
         role: `"prompt"` or `"negative prompt"`.
-        index: place of the text in its batch.
+        index: place of the prompt in its batch.
+        label: the part of the prompt that the text is, and the steps that it is drawn with, where it is not all of it.
         windows: the windows that are encoded, in order.
         positions: the length to which each window is padded.
         as_stock: whether the text is encoded as stock SDXL does.
@@ -101,6 +105,12 @@ class EncoderPlan:
     cut_tokens: int = 0
     vocabulary: str = ""
     loras: tuple[LoraTag, ...] = ()
+    label: str = ""
+
+    @property
+    def title(self) -> str:
+        """Its role and its label."""
+        return f"{self.role}, {self.label}" if self.label else self.role
 
     @property
     def tokens(self) -> int:
@@ -108,7 +118,7 @@ class EncoderPlan:
         return sum(window.tokens for window in self.windows)
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.encoder} encodes {self.role}: {self._body()}", *counted_in([self])])
+        return "\n".join([f"{self.encoder} encodes {self.title}: {self._body()}", *counted_in([self])])
 
     def _body(self) -> str:
         windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
@@ -125,21 +135,41 @@ class EncoderPlan:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Steps that are drawn with the same texts.
+
+    Attributes:
+        last: the last of the steps.
+        prompts, negative_prompts: for each prompt of the batch the numbers and weights of its texts in the plan; empty
+            if the plan has none.
+    """
+
+    last: int
+    prompts: Rows
+    negative_prompts: Rows
+
+
+@dataclass(frozen=True)
 class PromptPlan:
     """The plans of a batch of prompts for all encoders; `str(plan)` is the report for people.
 
     Attributes:
-        prompts: for each encoder, by its name in the pipeline, a plan for each prompt of the batch; empty if the
-            prompts came as embeddings.
+        prompts: for each encoder, by its name in the pipeline, a plan for each text: one of each prompt of the batch,
+            or more, see `schedule`; empty if the prompts came as embeddings.
         negative_prompts: the same for the negative prompts; empty if there are none.
         positions: the length to which every window of the batch is padded.
         windows: number of windows to which every text of the batch is padded, with windows of the empty prompt.
+        schedule: the texts of the prompts at each step, in order; empty if each prompt is one text at all steps.
+        is_conjunction: whether prompts are joined by A1111's `AND`, which weighs the noise that texts predict. Other
+            weights are of embeddings.
     """
 
     prompts: Mapping[str, tuple[EncoderPlan, ...]]
     negative_prompts: Mapping[str, tuple[EncoderPlan, ...]]
     positions: int
     windows: int
+    schedule: tuple[Stage, ...] = ()
+    is_conjunction: bool = False
 
     @property
     def plans(self) -> tuple[EncoderPlan, ...]:
@@ -156,8 +186,8 @@ class PromptPlan:
         batched = any(plan.index for plan in self.plans)
         encoders: dict[str, list[str]] = {}
         for plan in self.plans:
-            role = f"{plan.role} {plan.index + 1}" if batched else plan.role
-            encoders.setdefault(f"{role}: {plan._body()}", []).append(plan.encoder)
+            title = plan.title.replace(plan.role, f"{plan.role} {plan.index + 1}", 1) if batched else plan.title
+            encoders.setdefault(f"{title}: {plan._body()}", []).append(plan.encoder)
         lines = [
             f"{' and '.join(names)} {'encodes' if len(names) == 1 else 'encode'} {text}"
             for text, names in encoders.items()
@@ -176,6 +206,7 @@ def plan_prompts(
     weighting: Weighting | None = None,
     emphasis: Emphasis = "compel",
     shape: tuple[int, int] | None = None,
+    steps: int | None = None,
 ) -> PromptPlan:
     """Plan the encoding of a batch of prompts and negative prompts.
 
@@ -193,10 +224,12 @@ def plan_prompts(
         weighting, emphasis: the syntax of weights in the texts, and their effect, which decides their limits; see
             `finelip_sdxl.prompts.weighting.parse_weights`.
         shape: (windows, positions), if embeddings that were passed in fix them.
+        steps: number of steps of a drawing, whose texts may change by A1111's schedules; None reads none.
 
     Raises:
         ValueError: a text does not fit the encoders and `overflow="error"`; a text does not fit `shape` and must not
-            be cut; or the windows of a text have more than `MAX_POSITIONS` in all.
+            be cut; the windows of a text have more than `MAX_POSITIONS` in all; or prompts cannot be read, see
+            `finelip_sdxl.prompts.composition.compose`.
 
     Examples:
         >>> from finelip_sdxl.prompts.vocabulary import clip_tokenizer
@@ -209,7 +242,9 @@ def plan_prompts(
     capacity = shape[1] if shape else min(spec.positions for spec in specs)
     parse = partial(parse_weights, syntax=weighting, emphasis=emphasis)
     cut = partial(_cut_texts, specs, size=capacity - 2, truncate=overflow == "truncate", parse=parse)
-    prompt_texts, negative_texts = cut(PROMPT, prompts), cut(NEGATIVE_PROMPT, negative_prompts)
+    composed = None if prompts is None else compose(prompts, weighting, steps)
+    negative = None if negative_prompts is None else compose(negative_prompts, weighting, steps, conjoins=False)
+    prompt_texts, negative_texts = cut(PROMPT, composed), cut(NEGATIVE_PROMPT, negative)
     texts = [*chain(*prompt_texts.values(), *negative_texts.values())]
     longest = max(texts, key=lambda text: text.tokens)
     most_cut = max(texts, key=lambda text: len(text.spans))
@@ -244,7 +279,27 @@ def plan_prompts(
         {encoder: tuple(text.plan(positions, as_stock) for text in batch) for encoder, batch in texts_of.items()}
         for texts_of in (prompt_texts, negative_texts)
     )
-    return PromptPlan(by_encoder, negative_by_encoder, positions, windows)
+    is_conjunction = composed is not None and composed.is_conjunction
+    return PromptPlan(
+        by_encoder, negative_by_encoder, positions, windows, _schedule(composed, negative), is_conjunction
+    )
+
+
+def _schedule(prompts: Composition | None, negative_prompts: Composition | None) -> tuple[Stage, ...]:
+    compositions = [composition for composition in (prompts, negative_prompts) if composition is not None]
+    if all(composition.is_plain for composition in compositions):
+        return ()
+    lasts = sorted({last for composition in compositions for last, _ in composition.stages})
+    found = [
+        Stage(last, *(() if part is None else part.at(last) for part in (prompts, negative_prompts))) for last in lasts
+    ]
+    # A change of a text may be none, as in `[fox:fox:3]`.
+    following = [*found[1:], None]
+    return tuple(
+        stage
+        for stage, after in zip(found, following, strict=True)
+        if after is None or (stage.prompts, stage.negative_prompts) != (after.prompts, after.negative_prompts)
+    )
 
 
 def counted_in(plans: Iterable[EncoderPlan]) -> list[str]:
@@ -262,6 +317,12 @@ def padded_token_ids(plans: Sequence[EncoderPlan], tokenizer: CLIPTokenizer, win
         ]
         for plan in plans
     ]
+
+
+def padded_shares(plans: Sequence[EncoderPlan], windows: int) -> list[list[float]] | None:
+    """Weights of whole windows, (batch, windows); None if all are 1."""
+    rows = [[window.share for window in plan.windows] + [1.0] * (windows - len(plan.windows)) for plan in plans]
+    return rows if any(share != 1 for row in rows for share in row) else None
 
 
 def tokenize(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -313,7 +374,7 @@ class _CutText:
 
     Attributes:
         spec: the encoder.
-        role, index: see `EncoderPlan`.
+        role, index, label: see `EncoderPlan`.
         weighted: the text and its weights.
         token_ids: its tokens, without start and end token.
         offsets: the first and one past the last character of each token.
@@ -323,6 +384,7 @@ class _CutText:
     spec: EncoderSpec
     role: str
     index: int
+    label: str
     weighted: WeightedText
     token_ids: Sequence[int]
     offsets: Sequence[tuple[int, int]]
@@ -347,6 +409,7 @@ class _CutText:
             cut_tokens=len(self.offsets) - stop,
             vocabulary=name_tokens(self.spec.tokenizer),
             loras=self.weighted.loras,
+            label=self.label,
         )
 
     def _windows(self) -> tuple[Window, ...]:
@@ -355,7 +418,12 @@ class _CutText:
         starts = [0] + [self.offsets[start][0] for start, _ in self.spans[1:]]
         ends = [*starts[1:], len(text) - len(self._text_from(self.spans[-1][1]))]
         return tuple(
-            Window(text[first:last], tuple(self.token_ids[start:stop]), self._weights(start, stop))
+            Window(
+                text[first:last],
+                tuple(self.token_ids[start:stop]),
+                self._weights(start, stop),
+                self.weighted.share_at(self.offsets[start][0] if start < len(self.offsets) else 0),
+            )
             for (start, stop), first, last in zip(self.spans, starts, ends, strict=True)
         )
 
@@ -370,26 +438,30 @@ class _CutText:
 def _cut_texts(
     specs: Sequence[EncoderSpec],
     role: str,
-    batches: Sequence[Sequence[str]] | None,
+    composition: Composition | None,
     *,
     size: int,
     truncate: bool,
     parse: Callable[..., WeightedText],
 ) -> dict[str, list[_CutText]]:
     """The texts of each encoder, cut into windows of at most `size` tokens, or after the first window."""
+    if composition is None:
+        return {}
     return {
         spec.encoder: [
-            _cut_text(spec, role, index, parse(text, expand=spec.expand), size, truncate)
-            for index, text in enumerate(batch)
+            _cut_text(spec, role, text, parse(text.texts[number], expand=spec.expand), size, truncate)
+            for text in composition.texts
         ]
-        for spec, batch in zip(specs, batches or (), strict=False)
+        for number, spec in enumerate(specs[: len(composition.texts[0].texts)])
     }
 
 
-def _cut_text(spec: EncoderSpec, role: str, index: int, weighted: WeightedText, size: int, truncate: bool) -> _CutText:
+def _cut_text(
+    spec: EncoderSpec, role: str, text: ComposedText, weighted: WeightedText, size: int, truncate: bool
+) -> _CutText:
     token_ids, offsets = tokenize(spec.tokenizer, weighted.text)
     spans = [(0, min(len(offsets), size))] if truncate else _spans(weighted, offsets, size)
-    return _CutText(spec, role, index, weighted, token_ids, offsets, spans)
+    return _CutText(spec, role, text.row, text.label, weighted, token_ids, offsets, spans)
 
 
 def _spans(weighted: WeightedText, offsets: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from math import inf, pi, tan
 from typing import TYPE_CHECKING, Any
 
 from finelip_sdxl.options import Emphasis, Weighting
+from finelip_sdxl.prompts.compel_operators import read_operator
 from finelip_sdxl.prompts.lora_tags import LoraTag, take_loras
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ _SYNTAX: dict[Weighting, re.Pattern[str]] = {
 
 _BRACKETS: dict[Weighting, dict[str, str]] = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
 
-_MORE_THAN_WEIGHTS = re.compile(r"\.(?:and|add|attend|blend|swap)\s*\(|(?:use|with)Lora\s*\(")
-
 
 @dataclass(frozen=True)
 class WeightedText:
@@ -49,28 +48,23 @@ class WeightedText:
         spans: the first and one past the last character, and the weight, of each part with a weight other than 1.
         breaks: characters at which a new window begins.
         loras: the LoRAs that it names; they are no part of `text`.
+        shares: the first character and the weight of each part of compel's `.and()`; empty without it.
     """
 
     text: str
     spans: tuple[tuple[int, int, float], ...] = ()
     breaks: tuple[int, ...] = ()
     loras: tuple[LoraTag, ...] = ()
+    shares: tuple[tuple[int, float], ...] = ()
 
     def weight_at(self, character: int) -> float:
         before = bisect(self.spans, (character, inf, inf))
         _, stop, weight = self.spans[before - 1] if before else (0, 0, 1.0)
         return weight if character < stop else 1.0
 
-
-def is_more_than_weights(text: str) -> bool:
-    """Whether a text for compel has parts that it encodes by themselves: `.and()`, `.attend()`, `.blend()`, `.swap()`
-    or `withLora()`.
-
-    Examples:
-        >>> is_more_than_weights('("a fox", "a hare").blend(1, 1)'), is_more_than_weights("a (fox)1.2")
-        (True, False)
-    """
-    return _MORE_THAN_WEIGHTS.search(text) is not None
+    def share_at(self, character: int) -> float:
+        before = bisect(self.shares, (character, inf))
+        return self.shares[before - 1][1] if before else 1.0
 
 
 def parse_weights(
@@ -86,33 +80,38 @@ def parse_weights(
             backslash that is text (a lone one is left out), and `BREAK` where a new window begins; a bracket without
             its partner reaches to the end. `"compel"`: `(some words)1.3`, `word++` for 1.1 each, `word--` for 0.9,
             quotes in place of brackets, a backslash before a bracket that is text; a bracket without its partner is
-            text. None: the text as it is.
+            text; or `("one", "other").and()` for parts with windows of their own. None: the text as it is.
         expand: a function that is applied to the parts of the text without their weights.
         emphasis: the effect of the weights, which decides their limits: A1111 and ComfyUI have negative weights, and
             only compel takes a run of the encoders for each part below 1.
 
     Raises:
         ValueError: a weight below 0, or below -10 where there are negative ones, or above 10; more than 50 nested
-            brackets; more than 50 parts of weights below 1 with compel's effect; or compel's `.and()`, `.attend()`,
-            `.blend()`, `.swap()` or `withLora()`, which are more than weights.
+            brackets; more than 50 parts of weights below 1 with compel's effect; or an operator of compel's that
+            `read_operator` refuses, or `.blend()`, which is several texts.
 
     Examples:
         >>> parse_weights("a (red:1.3) fox", "a1111")
-        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=(), loras=())
+        WeightedText(text='a red fox', spans=((2, 5, 1.3),), breaks=(), loras=(), shares=())
         >>> parse_weights("a (red)1.3 fox", "compel").spans
         ((2, 5, 1.3),)
         >>> parse_weights("a fox BREAK a hare", "a1111").breaks
         (6,)
+        >>> parse_weights('("a fox", "a hare").and(1, 0.5)', "compel").shares
+        ((0, 1.0), (6, 0.5))
     """
     expand = expand or str
     text, loras = take_loras(text)
     if syntax is None:
         return WeightedText(expand(text), loras=loras)
-    if syntax == "compel" and is_more_than_weights(text):
+    operator = read_operator(text) if syntax == "compel" else None
+    if operator is not None and operator.name == "blend":
         raise ValueError(
-            "The prompt uses compel's .and(), .attend(), .blend(), .swap() or withLora(), which are more than weights:"
-            " pass the embeddings of CompelForSDXL(pipe) instead."
+            "A .blend() is the sum of several texts, which `finelip_sdxl.prompts.composition` takes apart."
         )
+    if operator is not None:
+        parts = [parse_weights(part, syntax, expand, emphasis) for part in operator.parts]
+        return _one_after_the_other(parts, operator.shares, loras, emphasis)
     least = 0.0 if emphasis == "compel" else -MAX_WEIGHT
     plain, spans, breaks = "", [], []
     for part, weight in _runs(text, syntax):
@@ -129,12 +128,7 @@ def parse_weights(
         start, plain = len(plain), plain + expand(part)
         if weight != 1:
             spans.append((start, len(plain), weight))
-    weak = sum(weight < 1 for *_, weight in spans)
-    if emphasis == "compel" and weak > MAX_WEAK_PARTS:
-        raise ValueError(
-            f"The prompt has {weak} parts with weights below 1; expected at most {MAX_WEAK_PARTS}, since each takes"
-            " another run of the encoders: take some out."
-        )
+    _check_weak_parts(spans, emphasis)
     return WeightedText(plain, tuple(spans), tuple(breaks), loras)
 
 
@@ -255,6 +249,31 @@ def blend_without(states: Tensor, parts: Sequence[WeakPart], without: Tensor) ->
         for number, share in shares.items():
             place += share / total * without[number]
     return blended
+
+
+def _one_after_the_other(
+    parts: Sequence[WeightedText], shares: Sequence[float], loras: tuple[LoraTag, ...], emphasis: Emphasis
+) -> WeightedText:
+    """The parts of compel's `.and()` as one text, with windows for each of them."""
+    text, spans, starts = "", list[tuple[int, int, float]](), list[int]()
+    for part in parts:
+        text += " " if text else ""
+        starts.append(len(text))
+        spans += [(len(text) + first, len(text) + stop, weight) for first, stop, weight in part.spans]
+        text += part.text
+    _check_weak_parts(spans, emphasis)
+    are_equal = all(share == 1 for share in shares)
+    of_parts = () if are_equal else tuple(zip(starts, shares, strict=True))
+    return WeightedText(text, tuple(spans), tuple(starts[1:]), loras, of_parts)
+
+
+def _check_weak_parts(spans: Sequence[tuple[int, int, float]], emphasis: Emphasis) -> None:
+    weak = sum(weight < 1 for *_, weight in spans)
+    if emphasis == "compel" and weak > MAX_WEAK_PARTS:
+        raise ValueError(
+            f"The prompt has {weak} parts with weights below 1; expected at most {MAX_WEAK_PARTS}, since each takes"
+            " another run of the encoders: take some out."
+        )
 
 
 def _runs(text: str, syntax: Weighting) -> Iterator[tuple[str, float | None]]:

@@ -767,3 +767,21 @@ def test_a_refiner_is_no_part_of_the_trace(components) -> None:
     picture = make_comparison(components, refiner).draw("finelip", Settings(LONG, steps=5, seed=3), traced=True)
     assert picture.trace is not None
     assert len(picture.trace.phrases()) == 20
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"), [("a [red:blue:1] fox", "a red fox"), ("a red fox AND a hare :0.5", "a red fox ")]
+)
+def test_prompts_of_several_texts_are_drawn_without_a_trace(comparison, prompt, text) -> None:
+    settings = Settings(prompt, steps=2, seed=3, weighting="a1111")
+    picture = comparison.draw("finelip", settings, traced=True)
+    assert picture.trace is None
+    expected = draw(comparison.pipe, settings, prompt, weighting="a1111", hidden_states="penultimate")
+    assert difference(picture.image, expected) <= 1
+    assert comparison.plan(prompt, ["finelip"], weighting="a1111")["finelip"].windows[0].text == text
+
+
+def test_a_blend_is_drawn_without_a_trace(comparison) -> None:
+    settings = Settings('("a red fox", "a hare").blend(0.7, 0.3)', steps=2, seed=3, weighting="compel")
+    assert comparison.draw("finelip", settings, traced=True).trace is None
+    assert comparison.plan(settings.prompt, ["finelip"], weighting="compel")["finelip"].windows[0].text == "a red fox"

@@ -102,8 +102,7 @@ def test_compel_s_own_parser_finds_the_same_weights(text) -> None:
         ("compel", "(red)11", "'red' has weight 11"),
         ("a1111", "(" * 2000, f"more than {MAX_DEPTH} nested brackets"),
         ("compel", "(" * 2000, f"more than {MAX_DEPTH} nested brackets"),
-        ("compel", '("a fox", "a hare").blend(0.5, 0.5)', "more than weights"),
-        ("compel", "a fox.swap(a hare)", "more than weights"),
+        ("compel", "a fox.swap(a hare)", "in a way that is not read here"),
         *[
             ("compel", f"{word}{'+' * 7448}", "has weight .* expected one from 0 to 10")
             for word in ("fox", "(a fox)", '"a"')
