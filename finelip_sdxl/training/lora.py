@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
@@ -31,12 +31,12 @@ UNET_LAYERS = {
 DIFFUSERS_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
 
 
-def encoder_lora(name: str, encoder: nn.Module, rank: int) -> LoraConfig:
+def encoder_lora(name: str, encoder: Any, rank: int) -> LoraConfig:
     """Returns the LoRA of a text encoder, of all layers that change what the UNet gets.
 
     The UNet gets the states before the last layer. Behind it comes only the second encoder's pooled vector.
     """
-    layers: Any = encoder.config.num_hidden_layers
+    layers = encoder.config.num_hidden_layers
     trained = layers if name == "text_encoder_2" else layers - 1
     return LoraConfig(
         r=rank, lora_alpha=rank, target_modules=list(ENCODER_LAYERS), layers_to_transform=list(range(trained))
@@ -144,5 +144,5 @@ class LoraTask(nn.Module):
 def encode_absent(pipe: FineLIPSDXLPipeline) -> tuple[Tensor, Tensor]:
     """Returns what the UNet gets without a text, (tokens, dim) and (dim,): what the pipeline takes for an absent
     negative prompt, so that guidance pushes away from what was trained as that."""
-    _, states, _, pooled = pipe.encode_prompt("a", do_classifier_free_guidance=True)
+    _, states, _, pooled = cast(Any, pipe).encode_prompt("a", do_classifier_free_guidance=True)
     return states[0], pooled[0]

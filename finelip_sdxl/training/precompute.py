@@ -153,10 +153,11 @@ def encode_chunk(
     if not images:
         return
     pictures, time_ids = zip(*map(cut, images), strict=True)
-    tensors: dict[str, Sequence[Tensor]] = {"latents": [], "time_ids": [torch.tensor(ids) for ids in time_ids]}
+    latents: list[Tensor] = []
     for part in batches_of_one_size(pictures):
-        tensors["latents"] += [*to_latents(pipe, part)]
+        latents += to_latents(pipe, part)
         done(len(part))
+    tensors = {"latents": latents, "time_ids": [torch.tensor(ids) for ids in time_ids]}
     if with_states:
         for kind in texts[0]:
             states, pooled = captions.encode(pipe, [text[kind] for text in texts], kind)
@@ -193,7 +194,7 @@ class Captions:
     """
 
     of: Callable[[CaptionDataset, int, FineLIPSDXLPipeline], dict[str, str]]
-    encode: Callable[[FineLIPSDXLPipeline, list[str], str], tuple[Sequence[Tensor], Sequence[Tensor]]]
+    encode: Callable[[FineLIPSDXLPipeline, list[str], str], tuple[list[Tensor], list[Tensor]]]
 
 
 def whole_caption(data: CaptionDataset, index: int, pipe: FineLIPSDXLPipeline) -> dict[str, str]:
@@ -211,13 +212,13 @@ def whole_caption(data: CaptionDataset, index: int, pipe: FineLIPSDXLPipeline) -
     return {"caption": caption}
 
 
-def encode_padded(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tuple[Tensor, Tensor]:
+def encode_padded(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tuple[list[Tensor], list[Tensor]]:
     """Returns states and pooled vectors. Long captions are padded to one length, and short ones to stock's."""
     pipe.length_buckets = () if kind == "long" else (STOCK_POSITIONS,)
     states, pooled = zip(
         *(encode(pipe, captions[first : first + BATCH]) for first in range(0, len(captions), BATCH)), strict=True
     )
-    return torch.cat(states), torch.cat(pooled)
+    return list(torch.cat(states)), list(torch.cat(pooled))
 
 
 def encode_each(pipe: FineLIPSDXLPipeline, captions: list[str], kind: str) -> tuple[list[Tensor], list[Tensor]]:
