@@ -48,6 +48,10 @@ def parser_of(program: str) -> Callable[[list[str]], Any]:
         from finelip_sdxl.training.flags import align_adapter
 
         return align_adapter.parse
+    if program == "training/train_lora.py":
+        from finelip_sdxl.training.flags import train_lora
+
+        return train_lora.parse
     if program == "demo/app.py":
         from demo.app import parse
 

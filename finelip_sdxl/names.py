@@ -318,7 +318,7 @@ def check_on_hub(place: Location) -> None:
 # Names of data sets
 
 DATA_FILES = ("sharegpt4v", "csv", "jsonl", "txt")
-DATA_FOLDERS = ("docci", "urban1k", "coco", "flickr30k")
+DATA_FOLDERS = ("folder", "docci", "urban1k", "coco", "flickr30k")
 PROMPT_FILES = ("longbench-t2i", "detailmaster")  # of prompts without images
 PROMPT_FOLDERS = ("dpg-bench", "tiif")
 
@@ -369,6 +369,8 @@ def data_place(name: str, images: str | os.PathLike[str] | None = None, prompts:
         raise FileNotFoundError(f"{path} does not exist, or is no file: pass the file of the {what}.")
     if kind in folders and not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist, or is no folder: pass the folder of the {what}.")
+    if images is not None and kind == "folder":
+        raise ValueError(f"The pictures of {name} are beside their captions: pass no folder of images with it.")
     if images is not None and kind in ("txt", *PROMPT_FILES, *PROMPT_FOLDERS):
         raise ValueError(f"{path} holds texts only: pass no folder of images with it.")
     if images is not None and not Path(images).is_dir():

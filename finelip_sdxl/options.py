@@ -49,6 +49,7 @@ POOLING: tuple[str, ...] = get_args(Pooling)  # of late interaction: the best pa
 REFINED_SHARE = 0.2  # refined tokens as a share of an image's patches: 0.4 · 0.5
 REFINEMENT = ("both", "images", "texts", "none")  # whose tokens are refined
 LOSSES = ("triplet", "contrastive", "fine_contrastive", "region", "distillation")  # of a FineLIP's training
+LORA_LAYERS = ("cross-attention", "attention", "transformer")  # of the UNet, that a LoRA changes
 
 # Names of a pipeline's options: for loading its parts, and for encoding prompts.
 LOADED = ("config", "variant", "finelip", "finelip_2", "finelip_merge", "finelip_base", "conditioning_adapter")
@@ -56,8 +57,8 @@ ENCODING = ("short_prompt_encoder", "overflow", "hidden_states", "weighting", "e
 
 # The kinds of data with images, for help texts.
 DATA_KINDS = (
-    "KIND:PATH, where KIND is sharegpt4v, docci, urban1k, coco, flickr30k, csv or jsonl, or miniature:SCENES for drawn "
-    "scenes"
+    "KIND:PATH, where KIND is folder (pictures with .txt files beside them), csv, jsonl, sharegpt4v, docci, urban1k, "
+    "coco or flickr30k, or miniature:SCENES for drawn scenes"
 )
 
 PROMPT_KINDS = (

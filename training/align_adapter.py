@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import json
 import shlex
 import textwrap
 import time
@@ -50,7 +48,7 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import logging as diffusers_logging
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -68,7 +66,9 @@ from finelip_sdxl.texts import lines_of, read_text
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment, captions_of, word_rarity
 from finelip_sdxl.training.command_line import build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
-from finelip_sdxl.training.precompute import Precomputed, precompute
+from finelip_sdxl.training.lora import encoder_lora
+from finelip_sdxl.training.memory import place, save_memory
+from finelip_sdxl.training.precompute import Precomputed, folder_of, precompute
 from finelip_sdxl.training.processes import only_run, together
 from finelip_sdxl.training.run_folder import RunFolder
 from finelip_sdxl.training.schedule import endless, learning_rate_factor
@@ -79,8 +79,6 @@ SDXL, MINIATURE = flags.SDXL, flags.MINIATURE
 FREE = {"images", "precomputed", "validate_every", "validation_prompts", "guidance_scale"}
 TEACHERS = tuple(f"stock_{name}" for name in ENCODERS)
 VALIDATION_STEPS = 20  # of denoising, for each picture on the way
-# Linear layers of a CLIP text encoder.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 def align(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -321,13 +319,7 @@ class Lora:
             # A copy: a stretched encoder shares its weights with stock's encoder, the teacher.
             encoder = copy.deepcopy(getattr(pipe, name))
             forget_stretch(encoder.config)
-            layers = encoder.config.num_hidden_layers
-            # The UNet gets the states before the last layer. Behind it comes only the second encoder's pooled vector.
-            trained = layers if name == "text_encoder_2" else layers - 1
-            config = LoraConfig(
-                r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), layers_to_transform=list(range(trained))
-            )
-            self.encoders[name] = get_peft_model(encoder, config)
+            self.encoders[name] = get_peft_model(encoder, encoder_lora(name, encoder, rank))
             setattr(pipe, name, encoder)
         self.parameters = [
             parameter for model in self.encoders.values() for parameter in model.parameters() if parameter.requires_grad
@@ -430,30 +422,12 @@ def results_of(arguments: argparse.Namespace) -> list[str]:
     return lines + [f"to look at: {sheets[-1]} (above by stock, below aligned)" for _ in sheets[-1:]]
 
 
-def place(models: dict[str, nn.Module], needed: Sequence[str], device: torch.device) -> None:
-    """Moves models that are needed to the device, and the others out of its memory."""
-    for name, model in sorted(models.items(), key=lambda item: item[0] in needed):
-        model.to(device if name in needed else "cpu")
-
-
-def save_memory(pipe: FineLIPSDXLPipeline) -> None:
-    """Lets activations be computed again in the backward pass, wherever gradients pass through."""
-    pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()  # SDXL has no dropout: this only turns checkpointing on
-    for name in ENCODERS:
-        encoder = getattr(pipe, name)
-        encoder.activation_checkpointing_enable()
-        encoder.train()
-
-
 def precomputed_folder(arguments: argparse.Namespace) -> Path:
     """Returns the folder of latents and states. It depends on all flags that change them."""
     names = ("base", "finelip", "finelip_2", "captions", "images", "resolution", "mixed_precision")
     made_of: dict[str, Any] = {name: str(getattr(arguments, name)) for name in names}
     made_of |= {"states": arguments.method == "adapter", "skip_missing_images": arguments.skip_missing_images}
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    parent: Path = arguments.precomputed or arguments.output_dir / "precomputed"
-    return parent / digest[:16]
+    return folder_of(arguments.precomputed or arguments.output_dir / "precomputed", made_of)
 
 
 def text_batches(

@@ -56,10 +56,11 @@ from finelip_sdxl.options import ENCODERS, STOCK_POSITIONS
 from finelip_sdxl.report import most_memory, report_header
 from finelip_sdxl.sdxl_sizes import BIG_G, CLIP_L, UNET
 from finelip_sdxl.training.alignment import Alignment, ImageAlignment, TextAlignment
+from finelip_sdxl.training.memory import save_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from training.align_adapter import Adapter, Lora, num_long, save_memory
+from training.align_adapter import Adapter, Lora, num_long
 
 GIB = 2**30
 

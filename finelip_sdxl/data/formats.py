@@ -30,6 +30,7 @@ from .records import (
 SHAREGPT4V_TEST = 1_000  # leading entries that Long-CLIP and FineLIP hold out
 CAPTIONS_PER_IMAGE = 5  # a few images of COCO have more captions; retrieval papers use the first five
 MINIATURE_SCENES = {"train": 24_000, "test": 500}
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")  # ends of names, in a folder
 
 
 def open_dataset(
@@ -51,6 +52,8 @@ def open_dataset(
     | `flickr30k:FOLDER` | Karpathy's `dataset_flickr30k.json` (splits train, val, test); or else \
 `results_20130124.token` or `captions.txt`, all of which is the test split, as in Long-CLIP; `flickr30k-images/`, \
 `flickr30k_images/`, `images/` or `Images/` |
+    | `folder:FOLDER` | pictures, in the folder or in folders within, and beside each a `.txt` file of its name, which \
+is its caption, all lines of it; the folder is the split |
     | `csv:FILE`, `jsonl:FILE` | columns or keys `image` and `caption`, a row for each caption; the file is the split |
     | `txt:FILE` | a caption in each line that is not empty, and no images; the file is the split |
 
@@ -172,6 +175,22 @@ def _jsonl(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     return group_by_image(existing_folder(images or path.parent), read_jsonl(path))
 
 
+def _folder(path: Path, split: str, images: Path | None) -> Iterator[Record]:
+    pictures: dict[Path, Path] = {}  # by their captions
+    for file in sorted(path.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.suffix.lower() in PICTURES and not is_hidden:
+            other = pictures.setdefault(file.with_suffix(".txt"), file)
+            if other is not file:
+                raise ValueError(f"{other} and {file} share one name, and so one caption: leave only one of them.")
+    if not pictures:
+        raise FileNotFoundError(f"{path} has no pictures ({', '.join(PICTURES)}): pass a folder that has.")
+    for caption, picture in pictures.items():
+        if not caption.is_file():
+            raise FileNotFoundError(f"{picture} has no caption: write {caption}, or leave the picture out.")
+        yield picture, [read_text(caption)]
+
+
 def _txt(path: Path, split: str, images: Path | None) -> Iterator[Record]:
     lines = lines_of(read_text(path))
     if not lines:
@@ -188,6 +207,7 @@ _READERS: dict[str, Callable[[Path, str, Path | None], Iterator[Record]]] = {
     "flickr30k": _flickr30k,
     "csv": _csv,
     "jsonl": _jsonl,
+    "folder": _folder,
     "txt": _txt,
 }
 _WHOLE_CAPTION_READERS = {"urban1k": partial(_urban1k, lines=None)}

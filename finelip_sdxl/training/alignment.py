@@ -11,10 +11,7 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -22,6 +19,7 @@ from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset
 from finelip_sdxl.data.caption_dataset import split_sentences
 from finelip_sdxl.options import STOCK_POSITIONS
+from finelip_sdxl.training.denoising import DenoisingLoss
 
 
 @dataclass(frozen=True)
@@ -196,12 +194,11 @@ class ImageAlignment:
 
     Args:
         pipe: the pipeline with the parameters to train.
-        snr_gamma: gamma of min-SNR weights of timesteps (arXiv 2303.09556, section 3.4); None for equal weights.
+        snr_gamma: see `DenoisingLoss`.
     """
 
     def __init__(self, pipe: FineLIPSDXLPipeline, snr_gamma: float | None = None) -> None:
-        self.pipe, self.snr_gamma = pipe, snr_gamma
-        self.noise: Any = cast(Any, DDPMScheduler).from_config(pipe.scheduler.config)
+        self.pipe, self.losses = pipe, DenoisingLoss(pipe, snr_gamma)
 
     def __call__(self, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Returns the mean loss of a batch.
@@ -231,20 +228,7 @@ class ImageAlignment:
             parts, pooled = self.pipe.conditioning_adapter(torch.split(states, dims, dim=-1), pooled)
             states = torch.cat(parts, dim=-1)
         assert pooled is not None  # it comes with the states
-        unet = self.pipe.unet
-        predicted = unet(
-            self.noise.add_noise(latents, noise, timesteps).to(unet.dtype),
-            timesteps,
-            states.to(unet.dtype),
-            added_cond_kwargs={"text_embeds": pooled.to(unet.dtype), "time_ids": time_ids},
-        ).sample.float()
-        by_velocity = self.noise.config.prediction_type == "v_prediction"
-        target = self.noise.get_velocity(latents, noise, timesteps) if by_velocity else noise
-        losses = F.mse_loss(predicted, target, reduction="none").flatten(1).mean(dim=1)
-        if self.snr_gamma is not None:
-            snr = compute_snr(self.noise, timesteps)
-            losses = losses * snr.clamp(max=self.snr_gamma) / (snr + 1 if by_velocity else snr)
-        return losses
+        return self.losses(latents, noise, timesteps, time_ids, states, pooled)
 
 
 def encode(pipe: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:

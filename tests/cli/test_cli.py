@@ -876,7 +876,14 @@ def test_the_pictures_and_figures_of_commands_stand_alone(tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["training/train_finelip.py", "training/align_adapter.py", "training/measure_memory.py", "demo/app.py"]
+    "script",
+    [
+        "training/train_finelip.py",
+        "training/align_adapter.py",
+        "training/train_lora.py",
+        "training/measure_memory.py",
+        "demo/app.py",
+    ],
 )
 def test_scripts_say_nothing_of_what_they_import(script) -> None:
     done = run([sys.executable, script, "--help"])

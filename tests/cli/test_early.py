@@ -317,6 +317,9 @@ RECIPE_MISTAKES = {
     ("align_adapter.py", "--captions", "miniature:0"): "miniature:0 names no number of scenes",
     ("align_adapter.py", "--captions", "sharegpt4v:gone.json"): "gone.json does not exist, or is no file",
     ("align_adapter.py", "--validation-prompts", "gone.txt"): "--validation-prompts gone.txt does not exist",
+    ("train_lora.py", "--captions", "folder:gone"): "gone does not exist, or is no folder",
+    ("train_lora.py", "--rnk", "4"): "did you mean --rank?",
+    ("train_lora.py", "--base", "./gone", "--captions", "folder:."): "./gone does not exist",
 }
 
 

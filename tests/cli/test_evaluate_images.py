@@ -31,6 +31,7 @@ RUNS = {
     "flickr30k": (test_data.flickr30k_csv, "t2i-compbench"),
     "csv": (test_data.csv_file, "plain"),
     "jsonl": (test_data.jsonl_file, "dpg-bench"),
+    "folder": (test_data.picture_folder, "plain"),
     "miniature": (lambda folder: "miniature:2", "longbench-t2i"),
 }
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}

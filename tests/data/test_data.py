@@ -152,6 +152,16 @@ def jsonl_file(folder: Path) -> str:
     return f"jsonl:{write_lines(folder / 'pairs.jsonl', *map(json.dumps, lines), '')}"
 
 
+def picture_folder(folder: Path) -> str:
+    for k, name in enumerate(("10_fox/a", "b.c", "d")):
+        write_image(folder / f"{name}.{('png', 'JPG', 'webp')[k]}", k)
+        write_lines(folder / f"{name}.txt", f"Own {k}, [of] (two", "lines).")
+    for hidden in ("._a.png", ".cache/e.png"):
+        write_image(folder / hidden)
+    write_lines(folder / "sample_prompts.txt", "of another program")
+    return f"folder:{folder}"
+
+
 @pytest.mark.parametrize(
     ("build", "split", "size", "captions"),
     [
@@ -167,6 +177,8 @@ def jsonl_file(folder: Path) -> str:
         (flickr30k_csv, "test", 2, tuple(f"Picture 1, {n} ." for n in range(5))),
         (csv_file, "train", 2, ("A quiet, gray 1. It is number 1.", "Gray.")),
         (jsonl_file, "test", 2, ("One.",)),
+        (picture_folder, "test", 3, ("Own 1, [of] (two lines).",)),
+        (picture_folder, "train", 3, ("Own 1, [of] (two lines).",)),
     ],
 )
 def test_a_published_layout_is_read(build, split, size, captions, tmp_path) -> None:
@@ -237,6 +249,7 @@ def test_a_split_that_the_annotations_do_not_have_is_refused(tmp_path) -> None:
         (flickr30k, "dataset_flickr30k.json", r"has none of dataset_flickr30k\.json, results_20130124\.token"),
         (flickr30k, "flickr30k-images", "has none of flickr30k-images, flickr30k_images, images, Images"),
         (csv_file, "pairs.csv", r"pairs\.csv does not exist"),
+        (picture_folder, "b.c.txt", r"b\.c\.JPG has no caption: write .*b\.c\.txt, or leave the picture out"),
     ],
 )
 def test_what_is_missing_is_named(build, lost, message, tmp_path) -> None:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch.distributed", "training.align_adapter", "training.train_finelip"])
+RECIPES = ("training.align_adapter", "training.train_finelip", "training.train_lora")
+processes.set_forkserver_preload(["torch.distributed", *RECIPES])
 
 
 def forget_accelerator() -> None:

@@ -22,13 +22,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from finelip_sdxl import ConditioningAdapter, FineLIPSDXLPipeline
 from finelip_sdxl.data import UnreadableImageError, load_tokenizer, open_dataset, split_sentences
 from finelip_sdxl.data.file_dataset import FileDataset
 from finelip_sdxl.miniature.dataset import MiniatureScenes
-from finelip_sdxl.text_encoders import build_text_encoder, num_positions, text_encoder_tensors
+from finelip_sdxl.text_encoders import num_positions
 from finelip_sdxl.training import alignment, precompute
 from finelip_sdxl.training import processes as training_processes
 from finelip_sdxl.training.alignment import (
@@ -63,39 +63,6 @@ def one_thread_and_no_state(monkeypatch) -> Any:
     yield
     forget_accelerator()
     torch.set_num_threads(threads)
-
-
-def make_encoder(width: int, projection_dim: int | None = None, seed: int = 0) -> CLIPTextModel:
-    """A text encoder of three layers and 77 positions that knows the miniature's words."""
-    tokenizer = load_tokenizer("miniature-clip-1", 77)
-    config = CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        projection_dim=projection_dim or width,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_factor=3.0,
-    )
-    torch.manual_seed(seed)
-    model = CLIPTextModelWithProjection(config) if projection_dim else CLIPTextModel(config)
-    return build_text_encoder(config, text_encoder_tensors(model))
-
-
-@pytest.fixture(scope="module")
-def base(session_components, tmp_path_factory) -> Path:
-    """A tiny SDXL with random weights that knows the miniature's words."""
-    folder = tmp_path_factory.mktemp("base") / "sdxl"
-    own = {
-        "text_encoder": make_encoder(32, seed=1),
-        "text_encoder_2": make_encoder(48, projection_dim=24, seed=2),
-        "tokenizer": load_tokenizer("miniature-clip-1", 77),
-        "tokenizer_2": load_tokenizer("miniature-clip-2", 77),
-    }
-    StableDiffusionXLPipeline(**{**session_components, **own}).save_pretrained(folder)
-    return folder
 
 
 def load_pair(base: Path, **options: Any) -> tuple[FineLIPSDXLPipeline, StableDiffusionXLPipeline]:

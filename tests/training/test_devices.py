@@ -20,13 +20,13 @@ from finelip_sdxl.training import precompute, task
 from finelip_sdxl.training.health import Health
 from tests.helpers.recipes import forget_accelerator
 from tests.helpers.strict_device import DEVICE, StrictDevice
-from training import align_adapter, train_finelip
+from training import align_adapter, train_finelip, train_lora
 
 
 @pytest.fixture(autouse=True)
 def strict_device(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(Accelerator, "device", DEVICE)
-    for recipe in (align_adapter, train_finelip):
+    for recipe in (align_adapter, train_finelip, train_lora):
         monkeypatch.setattr(recipe, "RunFolder", UnsavedRun)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # PyTorch has none for this device
     monkeypatch.setattr(Health, "check", lambda *figures: None)  # numbers mean nothing here
@@ -97,6 +97,12 @@ def test_encoders_of_real_size_are_aligned(tmp_path, monkeypatch, method) -> Non
     monkeypatch.setattr(align_adapter, "load_stock", lambda arguments: stock())
     monkeypatch.setattr(precompute, "digests_of_models", lambda pipe, with_states: iter(()))  # it reads all weights
     assert align_adapter.align(arguments)["step"] == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--train-text-encoders"]], ids=" ".join)
+def test_a_lora_is_trained(tmp_path, flags) -> None:
+    given = words(captions="miniature:2", steps=1, **{"batch-size": 2, "snr-gamma": 5, "output-dir": tmp_path})
+    assert train_lora.train(train_lora.parse([*given, *flags]))["step"] == 1
 
 
 def stock() -> StableDiffusionXLPipeline:
