@@ -2,17 +2,17 @@
 
     python benchmarks/miniature_lora.py
 
-Pictures with a color that the miniature does not know are written to --runs, each with a long caption in a .txt file
-beside it. The captions name the color by a word that the miniature does not know, and only behind token 77. Two LoRAs
-are trained by training/train_lora.py on the same pictures: one on the captions, one on the captions cut at 77 tokens,
-as stock's encoders cut them. (A finished run is not trained again.)
+Pictures are written to --runs, each with a long caption in a .txt file beside it. Their captions name one of the colors
+by a word that the miniature does not know, and only behind token 77. Two LoRAs are trained by training/train_lora.py on
+the same pictures: one on the captions, one on the captions cut at 77 tokens, as stock's encoders cut them. (A finished
+run is not trained again.)
 
 Then captions of unseen scenes, of the same form, are drawn without a LoRA and with each. Prints a table: the share of
-described objects that are right in shape, color and place, for the new color and for all others, each with a 95 %
+described objects that are right in shape, color and place, for the new word and for all other colors, each with a 95 %
 interval (bootstrap over scenes). All rows draw from the same noise, and can be drawn in several calls (--only).
 """
 
-# ruff: noqa: E402 (the new color comes before the drawing code)
+# ruff: noqa: E402 (the new word comes before the drawing code)
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ from benchmarks.miniature_pictures import (
 POSITIONS = 248
 # The table's rows: the folder of captions that a LoRA was trained on, None without one.
 ROWS = {"no LoRA": None, "LoRA, captions cut at 77": "cut", "LoRA, captions whole": "whole"}
-COLUMNS = ("the new color, behind token 77", "other colors, behind token 77", "other colors, before it")
+COLUMNS = ("the new word, behind token 77", "other colors, behind token 77", "other colors, before it")
 
 
 # Scenes and captions
 
 
 def caption_of(scene: Scene, name: str) -> Caption:
-    """A long caption that describes the objects of the new color last."""
+    """A long caption that describes the objects of the new word last."""
     others = [index for index, thing in enumerate(scene.objects) if thing.color != NEW_COLOR]
     return long_caption(scene, name, first=random.Random(name).sample(others, len(others)))
 
 
 def make_samples(count: int, prefix: str) -> list[Sample]:
-    """Scenes with captions of at most 248 tokens that name the new color, and only behind token 77."""
+    """Scenes with captions of at most 248 tokens that have the new word, and only behind token 77."""
     tokenizer = build_tokenizer(max_length=POSITIONS)
     samples: list[Sample] = []
     number = 0

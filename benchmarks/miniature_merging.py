@@ -2,8 +2,8 @@
 
     python benchmarks/miniature_merging.py
 
-The miniature is fine-tuned on a new color (training/miniature/finetune.py, into --runs, unless it is there already).
-Then its UNet draws unseen scenes from short and from long captions, encoded by
+The miniature is fine-tuned on a new word for a color (training/miniature/finetune.py, into --runs, unless it is there
+already). Then its UNet draws unseen scenes from short and from long captions, encoded by
 
 - the fine-tune as it is, which cuts at 77 tokens;
 - its own encoders, stretched;
@@ -11,11 +11,11 @@ Then its UNet draws unseen scenes from short and from long captions, encoded by
 - its own encoders plus the learned change of the FineLIPs (`finelip_merge="delta"`).
 
 The last row is the miniature before fine-tuning, with its FineLIPs. Prints a table: the share of described objects that
-are right in shape, color and place, for the new color and for all others, each with a 95 % interval (bootstrap over
-scenes). All rows draw from the same noise; all but the first encode short captions with the long encoders.
+are right in shape, color and place, for the new word and for all other colors, each with a 95 % interval (bootstrap
+over scenes). All rows draw from the same noise; all but the first encode short captions with the long encoders.
 """
 
-# ruff: noqa: E402 (the new color comes before the drawing code)
+# ruff: noqa: E402 (the new word comes before the drawing code)
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ from benchmarks.miniature_pictures import (
 
 FINELIPS = {"finelip": "miniature-finelip-1", "finelip_2": "miniature-finelip-2"}
 COLUMNS = tuple(
-    f"{text}: {color} color{'s' * (color == 'other')}"
+    f"{text}: {color}"
     for text in ("short", "long, kept by stock", "long, cut by stock")
-    for color in ("new", "other")
+    for color in ("new word", "other colors")
 )
 # Writers of captions, with their largest number of tokens.
 KINDS = {"short": (short_caption, STOCK_POSITIONS), "long": (long_caption, 248)}

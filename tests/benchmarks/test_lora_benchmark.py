@@ -12,7 +12,7 @@ from finelip_sdxl.miniature.tokenizer import build_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "benchmarks" / "miniature_lora.py"
-# In a process of its own: the new color must be there before anything draws.
+# In a process of its own: the new word must be there before anything draws.
 CAPTIONS = """
 import json
 from benchmarks.miniature_lora import cut, make_samples
@@ -57,7 +57,7 @@ def test_the_benchmark_trains_each_lora_once_and_prints_its_table(tmp_path) -> N
         done = run(SCRIPT, *flags)
         printed.append([line for line in done.stdout.splitlines() if line.startswith("|")])
     head, _, *rows = printed[0]
-    assert head.split(" | ")[1] == "the new color, behind token 77"
+    assert head.split(" | ")[1] == "the new word, behind token 77"
     assert [row.split(" | ")[0] for row in rows] == [
         "| no LoRA",
         "| LoRA, captions cut at 77",

@@ -241,7 +241,7 @@ def test_the_benchmark_trains_a_fine_tune_once_and_prints_its_table(tmp_path) ->
         assert done.returncode == 0, done.stderr
         printed.append([line for line in done.stdout.splitlines() if line.startswith("|")])
     head, _, *rows = printed[0]
-    assert head.split(" | ")[1:3] == ["short: new color", "short: other colors"]
+    assert head.split(" | ")[1:3] == ["short: new word", "short: other colors"]
     assert [row.split(" | ")[0] for row in rows][3] == "| fine-tune, FineLIP added"
     assert printed[0] == printed[1]
     assert "fine_tune:" not in done.stderr  # the bar of a training

@@ -2,9 +2,9 @@
 
     python training/miniature/finetune.py --runs runs/finetune
 
-The something is a color that the miniature does not know, under a word that it does not know. What comes out is a stock
-SDXL of 77 positions, <runs>/fine_tune; benchmarks/miniature_merging.py asks what becomes of its color where its text
-encoders get 248 positions. Ten minutes on one CPU core.
+The something is a word for a color that the miniature does not know. What comes out is a stock SDXL of 77 positions,
+<runs>/fine_tune; benchmarks/miniature_merging.py asks what becomes of the word where its text encoders get 248
+positions. Twenty minutes on one CPU core.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The miniature's world with a word for a color that the miniature does not know: something to fine-tune it on.
 
-The word stands in place of a color's own. It is not a color that the miniature has never seen: its VAE, which stays as it
-is, keeps its eight colors alone.
+The word stands in place of a color's own. The color itself is not new: the miniature's VAE, which stays as it is, keeps
+its eight colors alone.
 
 Import this before anything else of the miniature: what draws and scores reads the world's colors once.
 """
