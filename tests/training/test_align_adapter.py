@@ -1126,7 +1126,7 @@ def test_two_processes_train_what_one_does_with_two_batches_a_step(base, tmp_pat
         ("--ema-decay 1", "--ema-decay: expected a number below 1 instead of 1"),
         ("--guidance-scale inf", "--guidance-scale: expected a number of at most 100 instead of inf"),
         ("--text-steps 9999999", "--text-steps and --image-steps are 10,001,999 in all; expected at most 9,999,999"),
-        ("--base-config there", "--base-config there goes with a single file, but --base"),
+        ("--base-config there", "The config there goes with a single file, but"),
         ("--precomputed=", "--precomputed: expected a path instead of nothing"),
         ("--method prefix", "--method: invalid choice: 'prefix'"),
     ],

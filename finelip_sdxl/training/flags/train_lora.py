@@ -8,13 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from finelip_sdxl.console import Parser, number
-from finelip_sdxl.names import check_models, data_place
-from finelip_sdxl.options import DATA_KINDS, LORA_LAYERS, check_config
-from finelip_sdxl.picture_sizes import check_side, read_side_factor
+from finelip_sdxl.options import DATA_KINDS, LORA_LAYERS
 from finelip_sdxl.training.command_line import (
     AMOUNT,
     BATCH,
-    SEED,
     SHARE,
     STEPS,
     add_accelerator_flags,
@@ -23,8 +20,13 @@ from finelip_sdxl.training.command_line import (
     add_run_flags,
     check_run,
     parse_flags,
-    path,
     preset_path,
+)
+from finelip_sdxl.training.flags.of_sdxl import (
+    add_base_flags,
+    add_image_flags,
+    add_optimizer_flags,
+    check_base_and_data,
 )
 
 SDXL, MINIATURE = preset_path("train_lora", "sdxl"), preset_path("train_lora", "miniature")
@@ -44,11 +46,7 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
     group = parser.add_argument_group("models")
     add = group.add_argument
     add_config_flag(group, (SDXL, MINIATURE))
-    add("--base", default="miniature", metavar="SDXL", help="hub id, directory or single file (.safetensors) of any "
-        "SDXL (default: %(default)s, the small one that comes with the package)")  # fmt: skip
-    add("--base-config", metavar="NAME", help="hub id or directory of configs and tokenizers for a single file as base "
-        "(default: Diffusers' choice on the hub)")  # fmt: skip
-    add("--variant", metavar="NAME", help="variant of the base's files, such as fp16")
+    add_base_flags(group)
     add("--finelip", metavar="CLIP", help="FineLIP or Long-CLIP for the first encoder: hub id, directory or checkpoint "
         "file (default: the base's encoder, stretched unless it has 248 positions)")  # fmt: skip
     add("--finelip-2", metavar="CLIP", help="the same for the second encoder")
@@ -66,28 +64,19 @@ def parse(arguments: Sequence[str] | None = None, description: str | None = None
     add = group.add_argument
     add("--captions", metavar="KIND:PATH", help=f"images with captions: {DATA_KINDS}; of several captions the first "
         "counts (default for the miniature: miniature:2000)")  # fmt: skip
-    add("--images", type=path, metavar="FOLDER", help="folder of the images, if they are not beside the captions")
-    add("--skip-missing-images", action="store_true", help="leave out, and count, images whose files are not there")
+    add_image_flags(group)
     shown(group, "--resolution", resolution, "PIXELS", "side of square images; others are scaled and cut to the "
         "nearest of the sizes with as many pixels")  # fmt: skip
     add("--square", action="store_true", help="cut a square from the middle of every image")
     add("--caption-dropout", type=SHARE, default=0.1, metavar="P", help="probability of training on an image without "
         f"its caption, for guidance {default}")  # fmt: skip
-    add("--precomputed", type=path, metavar="FOLDER", help="folder of latents and text states, which runs can share "
-        "(default: precomputed/ in --output-dir)")  # fmt: skip
 
     group = parser.add_argument_group("optimization (two defaults: SDXL's / the miniature's)")
     add = group.add_argument
     shown(group, "--steps", STEPS, "N", "optimizer steps")
     shown(group, "--batch-size", BATCH, "IMAGES", "images of each process and step")
     shown(group, "--learning-rate", AMOUNT, "X", "peak learning rate")
-    add("--gradient-accumulation-steps", type=BATCH, default=1, metavar="N", help=f"batches in a step {default}")
-    add("--weight-decay", type=AMOUNT, default=1e-2, metavar="X", help=f"weight decay of AdamW {default}")
-    add("--max-grad-norm", type=AMOUNT, default=1.0, metavar="X", help=f"limit on the gradient norm; 0 for none "
-        f"{default}")  # fmt: skip
-    add("--snr-gamma", type=number(float, above=0), metavar="X", help="gamma of min-SNR weights for timesteps, usually "
-        "5 (default: equal weights)")  # fmt: skip
-    add("--seed", type=SEED, default=0, metavar="N", help=f"seed of weights, order and noise {default}")
+    add_optimizer_flags(group)
 
     run = add_run_flags(parser, Path("runs/lora"), models="the LoRA, last/, written with every checkpoint")
     add_accelerator_flags(run)
@@ -105,16 +94,7 @@ def choose_presets(options: argparse.Namespace) -> tuple[Path, ...]:
 def check(arguments: argparse.Namespace) -> None:
     """Checks which flags go together, before anything is loaded."""
     check_run(arguments)
-    check_side("resolution", arguments.resolution, read_side_factor(arguments.base))
-    check_config(arguments.base, arguments.base_config)
-    if arguments.variant is not None and Path(arguments.base).is_file():
-        raise ValueError(
-            f"--variant {arguments.variant} goes with a directory or hub id, but --base {arguments.base} is a single"
-            " file: leave it out."
-        )
     if arguments.captions.startswith("txt:"):
         raise ValueError(f"{arguments.captions} has no images: pass captions with images, such as folder:pictures.")
-    names = ("base", "base_config", "finelip", "finelip_2", "conditioning_adapter")
-    models = {name: getattr(arguments, name) for name in names if getattr(arguments, name) != "none"}
-    check_models(models, sdxls=("base", "base_config"), folders=("base_config",))
-    data_place(arguments.captions, arguments.images)
+    adapter = () if arguments.conditioning_adapter == "none" else ("conditioning_adapter",)
+    check_base_and_data(arguments, "finelip", "finelip_2", *adapter)
