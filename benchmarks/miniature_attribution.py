@@ -31,7 +31,6 @@ from finelip_sdxl.attribution.overlays import heat_map_sheet
 from finelip_sdxl.attribution.trace import AttentionTrace
 from finelip_sdxl.comparison import Settings
 from finelip_sdxl.comparison.comparison import Comparison, Picture
-from finelip_sdxl.console import COUNT
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.miniature.scoring import score_picture
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -39,7 +38,15 @@ from finelip_sdxl.report import command_line, report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from benchmarks.miniature_pictures import ENCODERS, RECOMMENDED, Sample, cell, make_samples, with_interval, writable
+from benchmarks.miniature_pictures import (
+    ENCODERS,
+    Sample,
+    add_sampling_flags,
+    cell,
+    make_samples,
+    with_interval,
+    writable,
+)
 
 CELLS = 3  # in a row and in a column
 BIN_TOKENS, LEAST_OBJECTS = 25, 10  # of the plot
@@ -288,12 +295,7 @@ def write_report(file: Path, results: Results, header: str, samples: Sequence[Sa
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "number of unseen scenes (default: %(default)s)"
-    flags.add_argument("--scenes", type=COUNT, default=200, metavar="N", help=text)
-    text = "Euler steps (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--steps", type=COUNT, default=RECOMMENDED.steps, metavar="N", help=text)
-    text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--guidance-scale", type=float, default=RECOMMENDED.guidance_scale, metavar="X", help=text)
+    add_sampling_flags(flags, scenes=200)
     text = f"names of ways to encode (default: all): {'; '.join(WAYS)}"
     flags.add_argument("--only", nargs="*", default=list(WAYS), choices=WAYS, metavar="WAY", help=text)
     text = "file of results, written after each way; they are not drawn again (delete it after a change of weights)"

@@ -42,8 +42,8 @@ from finelip_sdxl.report import report_header
 sys.path.insert(0, str(REPOSITORY))  # so that this runs as a script
 
 from benchmarks.miniature_pictures import (
-    RECOMMENDED,
     Sample,
+    add_sampling_flags,
     cell,
     draw_samples,
     draw_with,
@@ -129,14 +129,9 @@ def count_right(samples: list[Sample], judged: list[str]) -> np.ndarray:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--scenes", type=COUNT, default=100, metavar="N", help="unseen scenes (default: %(default)s)")
+    add_sampling_flags(flags, scenes=100)
     text = "pictures to train on (default: %(default)s)"
     flags.add_argument("--pictures", type=COUNT, default=400, metavar="N", help=text)
-    steps, guidance_scale = RECOMMENDED.steps, RECOMMENDED.guidance_scale
-    text = "Euler steps (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--steps", type=COUNT, default=steps, metavar="N", help=text)
-    text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--guidance-scale", type=float, default=guidance_scale, metavar="X", help=text)
     text = "folder of pictures and LoRAs (default: %(default)s)"
     flags.add_argument("--runs", type=Path, default=Path("runs/lora-benchmark"), metavar="FOLDER", help=text)
     text = "further flags of training/train_lora.py (default: %(default)s); a finished LoRA is not trained again"

@@ -34,7 +34,6 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.utils import logging
 
 from finelip_sdxl import FineLIPSDXLPipeline
-from finelip_sdxl.console import COUNT
 from finelip_sdxl.miniature.captions import long_caption, short_caption
 from finelip_sdxl.miniature.tokenizer import build_tokenizer
 from finelip_sdxl.options import STOCK_POSITIONS
@@ -43,9 +42,9 @@ from finelip_sdxl.report import report_header
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
 from benchmarks.miniature_pictures import (
-    RECOMMENDED,
     Draw,
     Sample,
+    add_sampling_flags,
     cell,
     draw_samples,
     draw_with,
@@ -120,12 +119,7 @@ def fine_tune_in(runs: Path, flags: str) -> Path:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--scenes", type=COUNT, default=100, metavar="N", help="number of scenes (default: %(default)s)")
-    steps, guidance_scale = RECOMMENDED.steps, RECOMMENDED.guidance_scale
-    text = "Euler steps (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--steps", type=COUNT, default=steps, metavar="N", help=text)
-    text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--guidance-scale", type=float, default=guidance_scale, metavar="X", help=text)
+    add_sampling_flags(flags, scenes=100)
     text = "folder of the fine-tune (default: %(default)s)"
     flags.add_argument("--runs", type=Path, default=Path("runs/finetune"), metavar="FOLDER", help=text)
     text = "further flags of training/miniature/finetune.py; a finished fine-tune is not trained again"

@@ -352,13 +352,19 @@ def circumstances(results: Results, rows: list[Row]) -> str:
 # Arguments
 
 
-def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
+def add_sampling_flags(flags: argparse.ArgumentParser, scenes: int) -> None:
+    """Add flags for the number of scenes, which is by default `scenes`, and how each is drawn."""
     text = "number of unseen scenes (default: %(default)s)"
     flags.add_argument("--scenes", type=COUNT, default=scenes, metavar="N", help=text)
     text = "Euler steps (default: %(default)s, which the miniature recommends)"
     flags.add_argument("--steps", type=COUNT, default=RECOMMENDED.steps, metavar="N", help=text)
     text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
     flags.add_argument("--guidance-scale", type=float, default=RECOMMENDED.guidance_scale, metavar="X", help=text)
+
+
+def add_drawing_flags(flags: argparse.ArgumentParser, scenes: int, runs: str) -> None:
+    """Add these, and those of rows that are trained."""
+    add_sampling_flags(flags, scenes)
     text = "folder of the trained weights (default: %(default)s)"
     flags.add_argument("--runs", type=Path, default=Path(runs), metavar="FOLDER", help=text)
     text = "further flags of training/align_adapter.py; a finished run is not trained again"

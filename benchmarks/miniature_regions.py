@@ -30,7 +30,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline, regional_prompts
-from finelip_sdxl.console import COUNT
 from finelip_sdxl.files import written_whole
 from finelip_sdxl.images import label_grid, save_compact
 from finelip_sdxl.miniature.captions import Caption, long_caption
@@ -42,7 +41,7 @@ from finelip_sdxl.report import command_line, report_header
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
-from benchmarks.miniature_pictures import RECOMMENDED, cell, load_stock, with_interval, writable
+from benchmarks.miniature_pictures import add_sampling_flags, cell, load_stock, with_interval, writable
 
 REGIONS = (3, 6)  # regions of a picture
 
@@ -165,12 +164,7 @@ def draw_sheet(arguments: argparse.Namespace) -> Image.Image:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "number of unseen scenes (default: %(default)s)"
-    flags.add_argument("--scenes", type=COUNT, default=15, metavar="N", help=text)
-    text = "Euler steps (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--steps", type=COUNT, default=RECOMMENDED.steps, metavar="N", help=text)
-    text = "classifier-free guidance (default: %(default)s, which the miniature recommends)"
-    flags.add_argument("--guidance-scale", type=float, default=RECOMMENDED.guidance_scale, metavar="X", help=text)
+    add_sampling_flags(flags, scenes=15)
     text = "file of results, written after each row; they are not drawn again (delete it after a change of weights)"
     flags.add_argument("--json", type=writable, metavar="FILE", help=text)
     flags.add_argument("--sheet", type=writable, metavar="PNG", help="file for pictures of the first scene")
