@@ -45,14 +45,13 @@ from tqdm import tqdm
 
 from finelip_sdxl import FineLIPSDXLPipeline
 from finelip_sdxl.data import CaptionDataset, ResumableBatchSampler, open_dataset
-from finelip_sdxl.options import ENCODERS
 from finelip_sdxl.picture_sizes import side_factor
 from finelip_sdxl.pipelines.opening import open_text_to_image
 from finelip_sdxl.training.command_line import build_accelerator, end_run, fixed_settings, say_disk_needs
 from finelip_sdxl.training.health import Health, count_broken
 from finelip_sdxl.training.lora import DIFFUSERS_FILE, KOHYA_FILE, Lora, LoraTask
 from finelip_sdxl.training.memory import place, save_memory
-from finelip_sdxl.training.precompute import WHOLE, Precomputed, cut_bucket, cut_square, folder_of, precompute
+from finelip_sdxl.training.precompute import READERS, WHOLE, Precomputed, cut_bucket, cut_square, folder_of, precompute
 from finelip_sdxl.training.processes import only_run, together
 from finelip_sdxl.training.run_folder import RunFolder
 from finelip_sdxl.training.schedule import endless, learning_rate_factor
@@ -61,8 +60,6 @@ parse, check = partial(flags.parse, description=__doc__), flags.check
 SDXL, MINIATURE = flags.SDXL, flags.MINIATURE
 # Flags that may change when a run goes on, beside those of every recipe.
 FREE = {"images", "precomputed"}
-# Models that encode captions: the short ones go to the original encoders.
-READERS = (*ENCODERS, *(f"stock_{name}" for name in ENCODERS), "conditioning_adapter")
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:

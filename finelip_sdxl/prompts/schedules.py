@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from math import inf
 
 from finelip_sdxl.prompts.lora_tags import take_loras
@@ -111,18 +111,6 @@ def split_conjunction(text: str) -> list[tuple[str, float]]:
     """
     parts = _AND.split(text)
     return [_weighted(part) for part in parts] if len(parts) > 1 else [(text, 1.0)]
-
-
-def step_ranges(steps: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending numbers as ranges, of their first and last.
-
-    Examples:
-        >>> step_ranges([1, 2, 3, 7])
-        ((1, 3), (7, 7))
-    """
-    runs = groupby(enumerate(steps), key=lambda numbered: numbered[1] - numbered[0])
-    ranges = [[step for _, step in run] for _, run in runs]
-    return tuple((run[0], run[-1]) for run in ranges)
 
 
 def describe_steps(ranges: Sequence[tuple[int, int]]) -> str:

@@ -29,11 +29,14 @@ from finelip_sdxl.data.images import middle
 from finelip_sdxl.files import check_writable, written_whole
 from finelip_sdxl.options import ENCODERS, MAX_CHARACTERS, STOCK_POSITIONS
 from finelip_sdxl.picture_sizes import check_side, side_factor
+from finelip_sdxl.pipelines.encoder_swap import ADAPTER, ORIGINAL_ENCODERS
 from finelip_sdxl.training.alignment import captions_of, encode
 from finelip_sdxl.training.processes import held
 
 CHUNK = 50  # images in a file
 BATCH = 8  # images or captions that are encoded at once
+# Models that encode captions: the short ones go to the original encoders.
+READERS = (*ENCODERS, *ORIGINAL_ENCODERS, ADAPTER)
 
 Cut = Callable[..., tuple[Image.Image, list[int]]]
 
@@ -291,8 +294,7 @@ def digests_of_models(pipe: FineLIPSDXLPipeline, with_states: bool) -> Iterator[
     """Yields configs and digests of all models that encode, without their places and versions."""
     models = {"vae": pipe.vae}
     if with_states:
-        names = (*ENCODERS, *(f"stock_{name}" for name in ENCODERS), "conditioning_adapter")
-        models |= {name: model for name in names if (model := getattr(pipe, name)) is not None}
+        models |= {name: model for name in READERS if (model := getattr(pipe, name)) is not None}
     for name, model in models.items():
         config = model.config.to_dict() if name.endswith(("text_encoder", "text_encoder_2")) else model.config
         yield name, {key: repr(value) for key, value in config.items() if key[0] != "_" and "version" not in key}

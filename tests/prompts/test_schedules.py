@@ -5,7 +5,7 @@ import re
 import pytest
 
 from finelip_sdxl.prompts.composition import Share, compose
-from finelip_sdxl.prompts.schedules import ScheduledText, describe_steps, is_scheduled, split_conjunction, step_ranges
+from finelip_sdxl.prompts.schedules import ScheduledText, describe_steps, is_scheduled, split_conjunction
 
 # Prompts, and their texts in 10 steps, each with its last step: what A1111's own parser makes of them
 # (`get_learned_conditioning_prompt_schedules` in `modules/prompt_parser.py`, run with lark 1.1.2).
@@ -165,8 +165,8 @@ def test_deep_nesting_is_refused_as_with_weights(bracket) -> None:
 
 
 def test_ranges_of_steps_are_short() -> None:
-    assert describe_steps(step_ranges([1, 2, 4, 6, 7])) == "steps 1–2, 4, 6–7"
-    assert describe_steps(step_ranges(range(2, 51, 2))) == "steps 2, 4, 6, … 50"
+    assert describe_steps([(1, 2), (4, 4), (6, 7)]) == "steps 1–2, 4, 6–7"
+    assert describe_steps([(step, step) for step in range(2, 51, 2)]) == "steps 2, 4, 6, … 50"
 
 
 # Batches
