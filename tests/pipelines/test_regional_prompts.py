@@ -10,8 +10,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 
 from finelip_sdxl import (
+    FineLIPSDXLAdapterPipeline,
     FineLIPSDXLControlNetPipeline,
     FineLIPSDXLImg2ImgPipeline,
+    FineLIPSDXLInpaintPipeline,
     FineLIPSDXLPipeline,
     long_prompts,
     regional_prompts,
@@ -25,6 +27,7 @@ WHOLE, LEFT = np.ones((2, 2)), np.array([[1.0, 0.0]])
 RIGHT = 1 - LEFT
 BASE = "a large hare"
 IMAGE = Image.fromarray(np.full((16, 16, 3), 90, dtype=np.uint8))
+MASK = Image.fromarray(np.full((16, 16), 255, dtype=np.uint8))
 ROUNDING = 1e-4  # texts of other lengths go through other kernels
 
 
@@ -122,15 +125,17 @@ def test_options_of_the_call_hold_for_texts_of_regions(pipe) -> None:
 # Other pipelines and features
 
 
-def test_other_pipelines_draw_with_regions(pipe, controlnet) -> None:
+def test_other_pipelines_draw_with_regions(pipe, controlnet, t2i_adapter) -> None:
     cases: list[tuple[Any, dict[str, Any]]] = [
         (FineLIPSDXLImg2ImgPipeline.from_pipe(pipe), {"image": IMAGE, "strength": 0.9}),
+        (FineLIPSDXLInpaintPipeline.from_pipe(pipe), {"image": IMAGE, "mask_image": MASK, "strength": 0.9}),
         (FineLIPSDXLControlNetPipeline.from_pipe(pipe, controlnet=controlnet), {"image": IMAGE}),
+        (FineLIPSDXLAdapterPipeline.from_pipe(pipe, adapter=t2i_adapter), {"image": IMAGE}),
         (long_prompts(StableDiffusionXLPAGPipeline).from_pipe(pipe), {"pag_scale": 2.0}),
     ]
     for other, arguments in cases:
         found = drawn(other, [(WHOLE, LONG)], **arguments)
-        if "pag_scale" in arguments or "strength" in arguments:  # a ControlNet reads the picture's prompt
+        if not isinstance(other, FineLIPSDXLControlNetPipeline):  # a ControlNet reads the picture's prompt
             np.testing.assert_allclose(found, drawn_from(other, LONG, **arguments), atol=ROUNDING)
         assert differ(found, draw(other, BASE, **arguments))
 
