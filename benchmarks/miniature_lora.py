@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +47,7 @@ from benchmarks.miniature_pictures import (
     draw_samples,
     draw_with,
     judge,
+    train,
     with_interval,
 )
 
@@ -107,13 +107,10 @@ def write_pictures(folder: Path, samples: list[Sample], cuts: bool) -> None:
 
 def lora_in(runs: Path, name: str, flags: str) -> Path:
     """The folder of a LoRA. A missing one is trained first."""
-    folder = runs / name / "last"
-    script = REPOSITORY / "training" / "train_lora.py"
-    command = [sys.executable, str(script), "--captions", f"folder:{runs / 'pictures' / name}"]
-    command += ["--output-dir", str(runs / name), *flags.split()]
-    if not folder.exists() and subprocess.run(command).returncode:
-        sys.exit(f"This training failed (see its messages above): {' '.join(command[1:])}")
-    return folder
+    run = runs / name
+    if not (run / "last").exists():
+        train("train_lora.py", ["--captions", f"folder:{runs / 'pictures' / name}", *flags.split()], run)
+    return run / "last"
 
 
 def count_right(samples: list[Sample], judged: list[str]) -> np.ndarray:

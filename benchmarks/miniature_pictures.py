@@ -132,11 +132,19 @@ def open_unaligned(encoders: str | tuple[str | Path, str | Path], **options: Any
 
 
 def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
-    """Drawing with encoders aligned by training/align_adapter.py. A missing run of `weights` is trained first."""
+    """Drawing with the pipeline of `load_aligned`."""
+    return draw_with(load_aligned(encoders, method, flags, weights))
+
+
+def load_aligned(encoders: str, method: str, flags: str, weights: Path) -> FineLIPSDXLPipeline:
+    """The miniature with encoders aligned by training/align_adapter.py. A missing run of `weights` is trained first."""
     run = weights.parent
     if not (run / "last").exists():
         finelip, finelip_2 = ENCODERS[encoders]
-        train(f"--method {method} --finelip {finelip} --finelip-2 {finelip_2} {flags}", run)
+        own = ["--base", "miniature", "--method", method, "--finelip", finelip, "--finelip-2", finelip_2]
+        own += ["--validate-every", "0"]
+        own += ["--precomputed", str(run.parent / "precomputed")]  # many runs share the latents and states of stage 2
+        train("align_adapter.py", [*own, *flags.split()], run)
     if not weights.exists():
         sys.exit(f"{run} has no {weights.name}: train it with both stages, or pass another --runs.")
     if method == "adapter":
@@ -145,22 +153,19 @@ def open_aligned(encoders: str, method: str, flags: str, weights: Path) -> Draw:
     else:  # a LoRA is merged into the encoders
         finelip, finelip_2 = str(weights / "text_encoder"), str(weights / "text_encoder_2")
         adapter = None
-    return draw_with(
-        FineLIPSDXLPipeline.from_pretrained(
-            "miniature",
-            finelip=finelip,
-            finelip_2=finelip_2,
-            conditioning_adapter=adapter,
-            short_prompt_encoder="long",
-        )
+    return FineLIPSDXLPipeline.from_pretrained(
+        "miniature",
+        finelip=finelip,
+        finelip_2=finelip_2,
+        conditioning_adapter=adapter,
+        short_prompt_encoder="long",
     )
 
 
-def train(flags: str, run: Path) -> None:
-    script = Path(__file__).parent.parent / "training" / "align_adapter.py"
-    command = [sys.executable, str(script), "--base", "miniature", "--output-dir", str(run), "--validate-every", "0"]
-    # Many runs share the latents and states of stage 2.
-    command += ["--precomputed", str(run.parent / "precomputed"), *flags.split()]
+def train(recipe: str, flags: Sequence[str], run: Path) -> None:
+    """Run a recipe of training/, named by its file, into the folder of a run."""
+    script = Path(__file__).parent.parent / "training" / recipe
+    command = [sys.executable, str(script), "--output-dir", str(run), *flags]
     if subprocess.run(command).returncode:
         sys.exit(f"This training failed (see its messages above): {' '.join(command[1:])}")
 

@@ -8,7 +8,8 @@ interval (bootstrap over scenes). All rows draw from the same noise; all but sto
 captions with the long encoders. Chance is the score of pictures against another scene.
 
 Rows of aligned encoders are trained with training/align_adapter.py into --runs (a finished run is not trained again);
-one run of both stages makes two rows. With --json a stopped benchmark goes on, and rows can be drawn in several calls
+one run of both stages makes two rows. A LoRA of the UNet, as a third stage, is trained on them with
+training/train_lora.py. With --json a stopped benchmark goes on, and rows can be drawn in several calls
 (--only), also at the same time.
 """
 
@@ -31,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a scr
 from benchmarks.miniature_pictures import (
     COLORS,
     COLUMNS,
+    ENCODERS,
+    Draw,
     Results,
     Row,
     Sample,
@@ -41,6 +44,7 @@ from benchmarks.miniature_pictures import (
     counts_of,
     draw_missing,
     draw_with,
+    load_aligned,
     open_aligned,
     open_stock,
     open_unaligned,
@@ -48,6 +52,7 @@ from benchmarks.miniature_pictures import (
     percent,
     save_figure,
     scale_shares,
+    train,
     with_interval,
 )
 
@@ -62,10 +67,11 @@ RUNS = {
 # The folders of a run, with the data of their training.
 STAGES = {"after-text": "text", "last": "text and images"}
 METHODS = {"adapter": "adapter", "lora": "LoRA"}
+THIRD_STAGE = "FineLIP + adapter + LoRA of the UNet"
 
 # The figure. A share of fewer objects says nothing.
 BINS, BIN_TOKENS, LEAST_OBJECTS = 10, 25, 10
-MARKERS = {"adapter": "o", "LoRA": "s", "compel": "x", "published": "v", "": "."}
+MARKERS = {"UNet": "D", "adapter": "o", "LoRA": "s", "compel": "x", "published": "v", "": "."}
 
 
 def table_rows(runs: Path, train_flags: str = "") -> dict[str, Row]:
@@ -79,6 +85,7 @@ def table_rows(runs: Path, train_flags: str = "") -> dict[str, Row]:
         Row("FineLIP, published states", partial(open_unaligned, "FineLIP", hidden_states="last")),
         Row("FineLIP, not aligned", partial(open_unaligned, "FineLIP")),
         *aligned("FineLIP", runs, train_flags),
+        Row(THIRD_STAGE, partial(open_with_unet_lora, runs, train_flags), runs / "unet-lora" / "last"),
     ]
     return {row.name: row for row in rows}
 
@@ -90,6 +97,19 @@ def aligned(of: str, runs: Path, train_flags: str) -> Iterator[Row]:
             opens = partial(open_aligned, encoders, method, train_flags, weights)
             if encoders == of:
                 yield Row(f"{encoders} + {METHODS[method]}, {stages}", opens, weights)
+
+
+def open_with_unet_lora(runs: Path, train_flags: str) -> Draw:
+    """Drawing with FineLIP, its adapter after both stages, and a LoRA of the UNet's cross-attention that was trained
+    on what they encode. What is missing is trained first."""
+    adapter, run = runs / "adapter" / "last", runs / "unet-lora"
+    pipe = load_aligned("FineLIP", "adapter", train_flags, adapter)
+    if not (run / "last").exists():
+        finelip, finelip_2 = ENCODERS["FineLIP"]
+        flags = ["--finelip", finelip, "--finelip-2", finelip_2, "--conditioning-adapter", str(adapter)]
+        train("train_lora.py", [*flags, "--layers", "cross-attention"], run)
+    pipe.load_lora_weights(str(run / "last"))
+    return draw_with(pipe)
 
 
 # The table

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 from benchmarks import (
@@ -331,12 +333,12 @@ def test_the_figure_parts_objects_where_stock_cuts() -> None:
 
 def test_each_line_of_the_figure_looks_different() -> None:
     names = [row.name for row in miniature_story.table_rows(Path()).values() if "long" in row.kinds]
-    assert len(names) == 13
-    assert len({tuple(miniature_story.style(name).items()) for name in names}) == 13
+    assert len(names) == 14
+    assert len({tuple(miniature_story.style(name).items()) for name in names}) == 14
     counts = {name: np.full((2, miniature_story.BINS, 2), 30.0) for name in names}
     lines = miniature_story.draw_figure(counts).axes[0].lines
-    assert [line.get_label() for line in lines[:13]] == names
-    assert all((line.get_ydata() == 100).all() for line in lines[:13])
+    assert [line.get_label() for line in lines[:14]] == names
+    assert all((line.get_ydata() == 100).all() for line in lines[:14])
 
 
 def test_the_figure_leaves_out_what_few_objects_say() -> None:
@@ -407,8 +409,8 @@ def test_one_training_serves_both_stages_and_what_it_gives_is_drawn_with(
 ) -> None:
     trained = []
 
-    def train(flags: str, run: Path) -> None:
-        trained.append(flags.split())
+    def train(recipe: str, flags: list[str], run: Path) -> None:
+        trained.append((recipe, run, flags))
         align_nothing(method, encoders, run)
 
     monkeypatch.setattr(miniature_pictures, "train", train)
@@ -422,10 +424,40 @@ def test_one_training_serves_both_stages_and_what_it_gives_is_drawn_with(
     rows = {row.name: row for row in miniature_story.aligned(encoders, tmp_path, "--seed 3")}
     pictures = [picture(rows[f"{encoders} + {word}, {stages}"].open()) for stages in ("text", "text and images")]
     pair = miniature_pictures.ENCODERS[encoders]
-    assert trained == [["--method", method, "--finelip", pair[0], "--finelip-2", pair[1], "--seed", "3"]]
+    ((recipe, run, flags),) = trained
+    assert recipe == "align_adapter.py"
+    assert flags[:8] == ["--base", "miniature", "--method", method, "--finelip", pair[0], "--finelip-2", pair[1]]
+    assert flags[-2:] == ["--seed", "3"]
+    assert flags[flags.index("--precomputed") + 1] == str(run.parent / "precomputed")
     unaligned = picture(miniature_pictures.open_unaligned(encoders))
     # Not bit for bit: where weights lie in memory decides the last bits of a sum.
     assert [abs(picture - unaligned).max() <= 1 for picture in pictures] == [method == "lora"] * 2
+
+
+def test_the_third_stage_is_a_lora_of_the_unet_on_what_the_aligned_encoders_say(monkeypatch, tmp_path) -> None:
+    trained = []
+
+    def train(recipe: str, flags: list[str], run: Path) -> None:
+        trained.append((recipe, run.name))
+        if recipe == "align_adapter.py":
+            align_nothing("adapter", "FineLIP", run)
+            return
+        assert flags[flags.index("--conditioning-adapter") + 1] == str(tmp_path / "adapter" / "last")
+        unet = FineLIPSDXLPipeline.from_pretrained("miniature").unet
+        unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_k"], init_lora_weights=False))
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        FineLIPSDXLPipeline.save_lora_weights(run / "last", unet_lora_layers=layers)
+
+    monkeypatch.setattr(miniature_pictures, "train", train)
+    monkeypatch.setattr(miniature_story, "train", train)
+    texts, arguments = [SAMPLES["short"][0].caption.text], {"num_inference_steps": 1, "guidance_scale": 1.0}
+    rows = miniature_story.table_rows(tmp_path)
+    pictures = []
+    for name in (miniature_story.THIRD_STAGE, "FineLIP + adapter, text and images"):
+        (image,) = rows[name].open()(texts, generator=[torch.Generator().manual_seed(0)], **arguments)
+        pictures.append(np.asarray(image, dtype=float))
+    assert trained == [("align_adapter.py", "adapter"), ("train_lora.py", "unet-lora")]
+    assert abs(pictures[0] - pictures[1]).max() > 1
 
 
 def test_a_run_that_lacks_a_stage_is_named(monkeypatch, tmp_path) -> None:
@@ -442,7 +474,7 @@ def test_a_training_that_fails_ends_the_benchmark_with_its_command(monkeypatch, 
         return subprocess.CompletedProcess(command, returncode=1)
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(SystemExit, match=r"This training failed .* --base miniature .* --method lora .* --rank 0$"):
+    with pytest.raises(SystemExit, match=r"This training failed .* --base miniature --method lora .* --rank 0$"):
         miniature_pictures.open_aligned("FineLIP", "lora", "--rank 0", tmp_path / "run" / "last")
     assert commands[0][:2] == [sys.executable, str(SCRIPT.parent.parent / "training" / "align_adapter.py")]
 
