@@ -51,7 +51,8 @@ STAND_IN_TITLES = {
     "sentences after 77": "sentence fidelity after token 77 ↑",
 }
 _DIGITS = {"fid": 2, "kid": 4, "cmmd": 3, "sentences": 3, "sentences after 77": 3}
-# A person's text between these lines stays when the page is written again.
+# A person's text stays when the page is written again: the first paragraph, and what is between these lines.
+_NO_FINDING = "(What was found goes here, in two sentences.)"
 _NOTES = "<!-- notes -->", "<!-- end of notes -->"
 _NO_NOTES = "(Where the miniature contradicts the paper, the reasons that were found go here, between the two marks.)"
 
@@ -60,7 +61,7 @@ def write_page(page: Path, cells: Cells, command: str) -> list[Path]:
     """Writes the page, and its plots beside it.
 
     Args:
-        page: the Markdown file; text between its marks for notes is kept.
+        page: the Markdown file; its first paragraph, and the text between its marks for notes, are kept.
         cells: the folder of all cells; none is made.
         command: the command line.
 
@@ -79,7 +80,7 @@ def write_page(page: Path, cells: Cells, command: str) -> list[Path]:
             text = _WRITERS[section](result, plots)
         parts.append(f"## {title}\n\n{text}")
     days = sorted({cell["date"] for cell in reader.used})
-    head = _head(cells.budget, days, command)
+    head = f"# The paper in miniature\n\n{_finding_of(page)}\n\n{_head(cells.budget, days, command)}"
     summary = _summary(found["ablations"])
     notes = f"## Reasons\n\n{_NOTES[0]}\n{_notes_of(page)}\n{_NOTES[1]}"
     files = [page]
@@ -110,15 +111,9 @@ def _head(budget: Budget, days: list[str], command: str) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     measured = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else None
     rates = ", ".join(f"{rate:g}" for rate in budget.learning_rates)
-    return f"""# The paper in miniature
-
-{report_header(measured, device)}
-
-    {command}
-
-FineLIP's claims (arXiv 2504.01916), tested in a world whose pictures are known exactly. Each model begins with the
-miniature's first CLIP and is trained for {budget.steps:,} steps of {budget.batch_size} pairs, at the best of the
-learning rates {rates} of its loss (the token refinement has four times as much).
+    return f"""FineLIP's claims (arXiv 2504.01916), tested in a world whose pictures are known exactly. Each model
+begins with the miniature's first CLIP and is trained for {budget.steps:,} steps of {budget.batch_size} pairs, at the
+best of the learning rates {rates} of its loss (the token refinement has four times as much).
 {budget.scenes:,} scenes that no table shows choose it, by Recall@1 of the best similarity.
 
 All figures are of {budget.scenes:,} other unseen scenes, in families of five that share the first four objects of their
@@ -128,7 +123,9 @@ This is a small model and a short training: at full size, all of it may be diffe
 
 {LONG_CLIP} means the stretch and the contrastive loss of long captions, scored by global alone. Its matching
 of short captions with the principal components of image features is not part of it: the training recipe does not have
-it. "{ALL}" also learns from phrases and their regions, which other rows do not see."""
+it. "{ALL}" also learns from phrases and their regions, which other rows do not see.
+
+(`{command}`, {report_header(measured, device)})"""
 
 
 def _count(number: int, noun: str) -> str:
@@ -150,10 +147,18 @@ def _summary(found: dict[str, dict[str, list[Ranks]]] | None) -> str:
     return lines + table(["the paper", "difference here", "the miniature"], rows)
 
 
+def _finding_of(page: Path) -> str:
+    paragraphs = _text_of(page).split("\n\n")
+    return paragraphs[1] if len(paragraphs) > 1 else _NO_FINDING
+
+
 def _notes_of(page: Path) -> str:
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    found = re.search(f"{re.escape(_NOTES[0])}\n(.*?)\n{re.escape(_NOTES[1])}", text, re.DOTALL)
+    found = re.search(f"{re.escape(_NOTES[0])}\n(.*?)\n{re.escape(_NOTES[1])}", _text_of(page), re.DOTALL)
     return found[1] if found else _NO_NOTES
+
+
+def _text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8") if page.is_file() else ""
 
 
 # Sections
