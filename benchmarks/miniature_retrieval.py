@@ -12,7 +12,6 @@ of short captions are compared with stock's.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +34,7 @@ from finelip_sdxl.text_encoders import num_positions
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that this runs as a script
 
 from benchmarks.miniature_parts import fit_probe
+from benchmarks.miniature_pictures import train
 
 BASE = "miniature-clip-1"
 NOTHING_ELSE = "--contrastive-weight 0 --region-weight 0 --distillation-weight 0"
@@ -73,13 +73,8 @@ def models(arguments: argparse.Namespace) -> dict[str, tuple[str, list[Callable[
 def trained(flags: str, folder: Path) -> FineLIPModel:
     """The model of a run. A missing run is trained first."""
     if not (folder / "last").exists():
-        train(f"--base {BASE} --eval-data none {flags}", folder)
+        train("train_finelip.py", ["--base", BASE, "--eval-data", "none", *flags.split()], folder)
     return load_finelip(folder / "last")
-
-
-def train(flags: str, folder: Path) -> None:
-    script = Path(__file__).parent.parent / "training" / "train_finelip.py"
-    subprocess.run([sys.executable, str(script), *flags.split(), "--output-dir", str(folder)], check=True)
 
 
 @torch.no_grad()
