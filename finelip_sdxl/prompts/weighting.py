@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import inf, pi, tan
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,11 @@ _SYNTAX: dict[Weighting, re.Pattern[str]] = {
     ),
 }
 
+# Weights that are clear without knowing the syntax.
+_TELLTALES: dict[Weighting, re.Pattern[str]] = {
+    "a1111": re.compile(r"\([^()]*:\s*[+-]?\d*\.\d+\s*\)"),
+    "compel": re.compile(r"\([^()]*\)\d*\.\d+"),
+}
 _BRACKETS: dict[Weighting, dict[str, str]] = {"a1111": {")": "(", "]": "["}, "compel": {")": "(", '"': '"'}}
 
 
@@ -49,6 +54,7 @@ class WeightedText:
         breaks: characters at which a new window begins.
         loras: the LoRAs that it names; they are no part of `text`.
         shares: the first character and the weight of each part of compel's `.and()`; empty without it.
+        unread: parts of the text that would be weights with another syntax, after the name of that syntax.
     """
 
     text: str
@@ -56,6 +62,7 @@ class WeightedText:
     breaks: tuple[int, ...] = ()
     loras: tuple[LoraTag, ...] = ()
     shares: tuple[tuple[int, float], ...] = ()
+    unread: tuple[tuple[Weighting, str], ...] = field(default=(), repr=False)
 
     def weight_at(self, character: int) -> float:
         before = bisect(self.spans, (character, inf, inf))
@@ -103,7 +110,7 @@ def parse_weights(
     expand = expand or str
     text, loras = take_loras(text)
     if syntax is None:
-        return WeightedText(expand(text), loras=loras)
+        return WeightedText(expand(text), loras=loras, unread=_weights_of_other_syntaxes(text))
     operator = read_operator(text) if syntax == "compel" else None
     if operator is not None and operator.name == "blend":
         raise ValueError(
@@ -265,6 +272,11 @@ def _one_after_the_other(
     are_equal = all(share == 1 for share in shares)
     of_parts = () if are_equal else tuple(zip(starts, shares, strict=True))
     return WeightedText(text, tuple(spans), tuple(starts[1:]), loras, of_parts)
+
+
+def _weights_of_other_syntaxes(text: str) -> tuple[tuple[Weighting, str], ...]:
+    """Parts of a text without weights that nearly nobody writes but as a weight: brackets with a decimal number."""
+    return tuple((syntax, part) for syntax, pattern in _TELLTALES.items() for part in pattern.findall(text))
 
 
 def _check_weak_parts(spans: Sequence[tuple[int, int, float]], emphasis: Emphasis) -> None:

@@ -366,6 +366,24 @@ def test_the_command_line_says_which_tokens_are_weighted(capsys) -> None:
     assert 'window 1, 5 tokens, 1 of them weighted: "a red star"' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("prompt", "lines"),
+    [
+        ("a (red:1.4) star", ['weighting="a1111": (red:1.4)']),
+        ("a (red:1.4) star, (two words : -.5)", ['weighting="a1111": (red:1.4) (two words : -.5)']),
+        ("a (red)1.4 star, ((blue:0.8))", ['weighting="a1111": (blue:0.8)', 'weighting="compel": (red)1.4']),
+        ("a star (seen at 3:2), (two) of them, C++ and 1.4", []),
+        (r"a \(red:1.4\) star", []),
+    ],
+)
+def test_the_report_names_weights_that_are_not_read(prompt, lines, capsys) -> None:
+    assert main(["tokens", prompt]) == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if "plain text" in line]
+    assert found == [f"  plain text, no weights without {line}" for line in lines]
+    assert main(["tokens", prompt, "--weighting", "a1111", "--emphasis", "a1111"]) == 0
+    assert "plain text" not in capsys.readouterr().out
+
+
 def test_the_command_line_leaves_out_weights_that_are_saved(pipe, tmp_path, capsys) -> None:
     pipe.weighting = "a1111"
     pipe.save_pretrained(tmp_path)
