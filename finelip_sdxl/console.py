@@ -7,6 +7,7 @@ import operator
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
@@ -180,6 +181,8 @@ def quiet_imports() -> None:
     """Let modules that Diffusers, Transformers and peft import log errors only. Call it before these imports."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # peft asks Transformers by a name that is deprecated there.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def quiet_transformers() -> None:

@@ -94,6 +94,9 @@ def align(arguments: argparse.Namespace) -> dict[str, Any]:
 def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """Aligns in a folder that no other run writes to."""
     set_seed(arguments.seed)
+    fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
+    folder = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
+    folder.check_settings()  # before images are encoded
     data = open_dataset(
         arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
     )
@@ -120,10 +123,7 @@ def align_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
         torch.optim.AdamW(method.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay),
     )
     average = EMAModel(method.parameters, decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
-    fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
-    folder = RunFolder(
-        arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit, also={"average": average}
-    )
+    folder.also["average"] = average
     trained = sum(parameter.numel() for parameter in method.parameters)
     say_disk_needs(accelerator, arguments.output_dir, disk_needs(arguments, data, pipe, trained))
     progress = folder.resume() or {"step": 0}
@@ -358,6 +358,7 @@ def load_stock(arguments: argparse.Namespace) -> StableDiffusionXLPipeline:
 def build_pipeline(arguments: argparse.Namespace, stock: StableDiffusionXLPipeline) -> FineLIPSDXLPipeline:
     """Builds the pipeline to align: stock with its text encoders swapped, and no weights that train yet."""
     pipe = FineLIPSDXLPipeline(**stock.components, short_prompt_encoder="long", length_buckets=(STOCK_POSITIONS,))
+    pipe.set_progress_bar_config(disable=True)
     pipe.swap_text_encoders(arguments.finelip, arguments.finelip_2)
     for model in models_of(pipe, stock).values():
         model.requires_grad_(False)

@@ -75,6 +75,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     """Trains in a folder that no other run writes to."""
     set_seed(arguments.seed)
+    fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
+    folder = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
+    folder.check_settings()  # before images are encoded
     data = open_dataset(
         arguments.captions, split="train", images=arguments.images, skip_missing=arguments.skip_missing_images
     )
@@ -94,8 +97,6 @@ def train_alone(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
     task, optimizer = accelerator.prepare(
         task, torch.optim.AdamW(lora.parameters, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     )
-    fixed = fixed_settings(arguments, FREE, accelerator.num_processes)
-    folder = RunFolder(arguments.output_dir, accelerator, fixed, keep=arguments.checkpoints_total_limit)
     say_disk_needs(accelerator, arguments.output_dir, disk_needs(arguments, pictures, lora))
     progress = folder.resume() or {"step": 0}
     if progress["step"] >= arguments.steps:

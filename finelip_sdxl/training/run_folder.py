@@ -57,6 +57,21 @@ class RunFolder:
         self.folder, self.accelerator, self.settings, self.keep = folder, accelerator, settings, keep
         self.also = also or {}
 
+    def check_settings(self) -> None:
+        """Refuses a run that was begun with other settings; for recipes that compute for long before `resume`.
+
+        Raises:
+            ValueError: the newest checkpoint that says its settings has others.
+        """
+        for checkpoint in reversed(self._checkpoints()):
+            try:
+                begun = json.loads((checkpoint / "progress.json").read_text())["settings"]
+            except (OSError, ValueError, LookupError, TypeError):
+                continue  # damaged: `resume` says so
+            if isinstance(begun, dict):
+                self._check_settings(begun)
+                return
+
     def resume(self) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint and returns the progress saved with it; None if there is no checkpoint.
 

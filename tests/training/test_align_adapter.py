@@ -1229,6 +1229,9 @@ def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys) -> None:
     assert message.endswith("holds a run with other settings (seed was 0 and is 1): pass another folder.")
     message = refusal(align_adapter, capsys, *flags.split(), "--method", "lora")
     assert "method was adapter and is lora" in message
+    message = refusal(align_adapter, capsys, *flags.replace("--image-steps 0", "--image-steps 3").split())
+    assert "image-steps was 0 and is 3" in message
+    assert not (tmp_path / "precomputed").exists()  # refused before images are encoded
     align_adapter.main([*flags.split(), "--checkpointing-steps", "7", "--checkpoints-total-limit", "1"])
 
 

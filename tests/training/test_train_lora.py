@@ -4,6 +4,7 @@ refuses."""
 import copy
 import json
 import os
+import shutil
 import signal
 from argparse import Namespace
 from collections.abc import Callable
@@ -626,6 +627,7 @@ def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys, pictures) 
     train(base, tmp_path, pictures)
     flags = f"--base {base} --output-dir {tmp_path} --cpu --captions {pictures} --batch-size 3 --resolution 16"
     flags += " --steps 3 --learning-rate 1e-2 --rank 2"
+    shutil.rmtree(tmp_path / "precomputed")
     for change, expected in {
         "--seed 1": "seed was 0 and is 1",
         "--rank 4": "rank was 2 and is 4",
@@ -634,6 +636,7 @@ def test_refuses_to_go_on_with_other_settings(base, tmp_path, capsys, pictures) 
     }.items():
         message = refusal(train_lora, capsys, *flags.split(), *change.split())
         assert message.endswith(f"holds a run with other settings ({expected}): pass another folder.")
+        assert not (tmp_path / "precomputed").exists()  # refused before images are encoded
     train_lora.main([*flags.split(), "--checkpointing-steps", "7"])
 
 
