@@ -18,7 +18,7 @@ class Interval:
 
     Attributes:
         value: the figure.
-        low, high: ends of the interval; None for a single prompt, which has none.
+        low, high: ends of the interval; None for too few prompts.
         count: number of prompts that the figure is of.
     """
 
@@ -47,13 +47,15 @@ def interval_of(value: float, resampled: Sequence[float] | np.ndarray, count: in
 
     Args:
         value: the figure.
-        resampled: the figure of each resample; those that are not finite are left out.
+        resampled: the figure of each resample. If more than 5 % of them are not finite, as with two or three pictures
+            for a figure of pairs, there is no interval: the others are too few and too much alike.
         count: number of prompts.
     """
     resampled = np.asarray(resampled, dtype=float)
-    resampled = resampled[np.isfinite(resampled)]
-    if count < 2 or not len(resampled):
+    is_finite = np.isfinite(resampled)
+    if count < 2 or is_finite.mean() < LEVEL:
         return Interval(float(value), None, None, count)
+    resampled = resampled[is_finite]
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(value), float(low), float(high), count)
 

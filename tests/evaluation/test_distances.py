@@ -87,6 +87,14 @@ def test_intervals_are_the_same_every_time() -> None:
     )
 
 
+@pytest.mark.parametrize("prompts", [2, 3])
+def test_few_pictures_have_distances_without_an_interval(prompts: int) -> None:
+    found = distance_intervals(features(prompts), features(prompts, seed=1))
+    for name in ("kid", "cmmd"):  # most resamples have no pair of different pictures
+        assert np.isfinite(found[name].value)
+        assert (found[name].low, found[name].high) == (None, None)
+
+
 def test_one_picture_is_no_set() -> None:
     with pytest.raises(ValueError, match="there is 1: pass at least two"):
         distance_intervals(features(1), features(1))
