@@ -27,6 +27,7 @@ from finelip_sdxl.cli.options import (
     check_models,
     chosen_prompt,
     device_and_dtype,
+    flags_of,
     loading_arguments,
     settings_by_seed,
 )
@@ -158,7 +159,7 @@ def _check_conditioning(options: argparse.Namespace) -> ConditioningHeader | Non
     if options.conditioning is None:
         return None
     header = ConditioningHeader.read(options.conditioning)
-    flags = {"text": "PROMPT", **options.flags()}
+    flags = {"text": "PROMPT", **flags_of(options)}
     if options.heat_maps is not None:
         raise ValueError(
             f"--conditioning {options.conditioning} does not tell which token is at which position: leave --heat-maps"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from finelip_sdxl.cli import compare, convert, evaluate, export, generate, tokens
+from finelip_sdxl.cli.options import flags_of
 from finelip_sdxl.console import Parser, messages_with_flags, printing_stops_nothing, with_flags
 from finelip_sdxl.files import stopped_by_signals
 from finelip_sdxl.report import command_line
@@ -34,11 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     options.command_line = command_line("finelip-sdxl", arguments)
+    flags = flags_of(options)
     try:
-        with stopped_by_signals(), messages_with_flags(options.flags()):
+        with stopped_by_signals(), messages_with_flags(flags):
             options.run(options)
     except (ValueError, TypeError, OSError, MemoryError) as error:
-        message = with_flags(" ".join(str(error).split()), options.flags())
+        message = with_flags(" ".join(str(error).split()), flags)
         print(f"{options.prog}: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:

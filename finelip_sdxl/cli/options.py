@@ -74,6 +74,13 @@ def _flags(command: argparse.ArgumentParser) -> dict[str, str]:
     return {**flags, **{name: flags[option] for name, option in _OTHER_NAMES.items() if option in flags}}
 
 
+def flags_of(options: argparse.Namespace) -> dict[str, str]:
+    """The flags of a parsed command by the names of the library's arguments; of a prompt, the one that passed it."""
+    flags: dict[str, str] = options.flags()
+    passed = next((name for name in ("prompt_file", "text") if getattr(options, name, None) is not None), None)
+    return flags if passed is None else {**flags, "prompt": flags.get(passed, "PROMPT")}
+
+
 def add_prompt(command: argparse.ArgumentParser) -> None:
     """Add flags for a prompt, as text or from a file, and for the negative prompt."""
     command.add_argument("text", nargs="?", metavar="PROMPT", help="prompt of any length")

@@ -734,6 +734,19 @@ def test_settings_are_checked_before_anything_is_loaded(command, arguments, mess
     assert message in line
 
 
+@pytest.mark.parametrize("command", ["tokens", "generate", "compare"])
+def test_a_prompt_is_named_as_it_was_passed(command, tmp_path, capsys) -> None:
+    long = "a" * 20_001
+    (tmp_path / "long.txt").write_text(long)
+    for passed, named in {
+        ("--prompt-file", str(tmp_path / "long.txt")): "--prompt-file",
+        ("--prompt", long): "--prompt",
+        (long,): "PROMPT",
+    }.items():
+        assert main([command, *passed]) == 2
+        assert f"error: {named} has 20,001 characters" in capsys.readouterr().err
+
+
 def test_the_last_of_several_seeds_is_in_range_too(tmp_path, capsys) -> None:
     options = ["--device", "cpu", "--out", str(tmp_path / "a.png"), "--seed", str(2**32 - 2)]
     assert main(["generate", "a fox", *options, "--num-images", "3"]) == 2
