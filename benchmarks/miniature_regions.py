@@ -154,12 +154,14 @@ def draw_sheet(arguments: argparse.Namespace) -> Image.Image:
         [draw(pipe, text, make_regions(0, number) if way.has_regions else [], 0, arguments) for way, pipe in pipes]
         for number in REGIONS
     ]
-    title = "Regions: " + "; ".join(
-        f"{region.scene.objects[region.cell].color} {region.scene.objects[region.cell].shape} in the"
-        f" {PLACES[region.cell]}"
-        for region in make_regions(0, REGIONS[0])
-    )
+    title = "\n".join(f"{number} regions: {', '.join(map(describe, make_regions(0, number)))}" for number in REGIONS)
     return label_grid(rows, [f"{number} regions" for number in REGIONS], list(WAYS), title)
+
+
+def describe(region: Region) -> str:
+    """The object that should stand in a region, and where that is."""
+    thing = region.scene.objects[region.cell]
+    return f"{thing.color} {thing.shape} in the {PLACES[region.cell]}"
 
 
 def main() -> None:
