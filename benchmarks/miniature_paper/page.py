@@ -32,6 +32,7 @@ from .sections import (
     figure_of,
     known,
     orders,
+    picture_verdict,
     spread_of,
     verdicts,
 )
@@ -81,7 +82,7 @@ def write_page(page: Path, cells: Cells, command: str) -> list[Path]:
         parts.append(f"## {title}\n\n{text}")
     days = sorted({cell["date"] for cell in reader.used})
     head = f"# The paper in miniature\n\n{_finding_of(page)}\n\n{_head(cells.budget, days, command)}"
-    summary = _summary(found["ablations"])
+    summary = _summary(found["ablations"], found["pictures"])
     notes = f"## Reasons\n\n{_NOTES[0]}\n{_notes_of(page)}\n{_NOTES[1]}"
     files = [page]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -132,17 +133,18 @@ def _count(number: int, noun: str) -> str:
     return f"one {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _summary(found: dict[str, dict[str, list[Ranks]]] | None) -> str:
+def _summary(found: dict[str, dict[str, list[Ranks]]] | None, pictures: list[PictureRow] | None) -> str:
     lines = "## What the paper says, and the miniature\n\n"
     if found is None:
         return f"{lines}Not known before the ablations are measured."
+    known_verdicts = verdicts(found) + ([] if pictures is None else [picture_verdict(pictures)])
     rows = [
         [verdict.claim, "–" if verdict.difference is None else interval_text(verdict.difference, 1), verdict.words]
-        for verdict in verdicts(found)
+        for verdict in known_verdicts
     ]
     lines += (
         "The difference is in points of Recall@1, as the mean of both directions, by the fused similarity (Long-CLIP's"
-        " by global).\n\n"
+        " by global); of pictures, in points of right objects.\n\n"
     )
     return lines + table(["the paper", "difference here", "the miniature"], rows)
 
@@ -208,7 +210,7 @@ def _retrieval(rows: list[RetrievalRow], plots: dict[str, Figure]) -> str:
     lines = [[row.name, *(_percent(figure_of(row.long, weight), False) for weight in SWEEP)] for row in swept]
     head = ["weight of global", *(f"{weight:.1f}" for weight in SWEEP)]
     parts.append(f"Fused similarity by its weight of global (0 is fine, 1 is global), long captions, the mean of both "
-        f"directions:\n\n{table(head, lines)}\n\n![Recall@1 by the weight of global](plot:fusion)")  # fmt: skip
+        f"directions:\n\n{table(head, lines)}\n\n{_plot('Recall@1 by the weight of global', 'fusion')}")  # fmt: skip
     return "\n\n".join(parts)
 
 
@@ -252,7 +254,7 @@ def _pictures(rows: list[PictureRow], plots: dict[str, Figure]) -> str:
         + table(["encoded by", "all sentences", "after token 77"], lines)
     )
     plots["pictures"] = draw_stand_ins(rows, list(found))
-    return f"{text}\n\n![Each figure against the share of right objects](plot:pictures)"
+    return f"{text}\n\n{_plot('Each figure against the share of right objects', 'pictures')}"
 
 
 def _ablations(found: dict[str, dict[str, list[Ranks]]], plots: dict[str, Figure]) -> str:
@@ -267,7 +269,7 @@ def _ablations(found: dict[str, dict[str, list[Ranks]]], plots: dict[str, Figure
         ]
         parts.append(table([name, *SIMILARITIES, "best weight of global"], lines))
     plots["ablations"] = draw_ablations(found)
-    parts.append("![Recall@1 of all ablations](plot:ablations)")
+    parts.append(_plot("Recall@1 of all ablations", "ablations"))
     return "\n\n".join(parts)
 
 
@@ -297,7 +299,8 @@ def _beyond(rows: list[BeyondRow], plots: dict[str, Figure]) -> str:
         ranks = [row.changed.get(name) for name in ("long", *PERTURBATIONS)]
         for name, weight in SIMILARITIES.items():
             cells = [_percent(figure_of([one], weight)) if one else "–" for one in ranks]
-            lines.append([f"{row.name}, {name}", *cells])
+            if set(cells) != {"–"}:
+                lines.append([f"{row.name}, {name}", *cells])
     text += (
         "\n\nRetrieval with changed captions (HyFL-CLIP's perturbations): Recall@1 in percent, the mean of both"
         f" directions.\n\n{table(head, lines)}"
@@ -312,6 +315,11 @@ _WRITERS: dict[str, Callable[[Any, dict[str, Figure]], str]] = {
     "ablations": _ablations,
     "beyond": _beyond,
 }
+
+
+def _plot(text: str, name: str) -> str:
+    """A plot with a link to itself alone, where it can be enlarged; `write_page` puts in the file."""
+    return f"[![{text}](plot:{name})](plot:{name})"
 
 
 # Cells of tables
@@ -407,8 +415,9 @@ def draw_ablations(found: dict[str, dict[str, list[Ranks]]]) -> Figure:
 
 
 def draw_stand_ins(rows: list[PictureRow], names: list[str]) -> Figure:
-    figure = Figure(figsize=(3.1 * max(1, len(names)) + 2.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
+    columns = 3
+    figure = Figure(figsize=(9, 3.2 * (len(names) // columns + 1)), layout="constrained")  # one panel for the legend
+    panels = figure.subplots(len(names) // columns + 1, columns, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
         for row in rows:
             objects = mean_interval(row.scores["objects"])
@@ -419,6 +428,8 @@ def draw_stand_ins(rows: list[PictureRow], names: list[str]) -> Figure:
         panel.set(xlabel="objects right, %", title=STAND_IN_TITLES[name])
         panel.title.set_fontsize(9)
         panel.grid(alpha=0.3)
-    if len(panels):
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    for panel in panels[len(names) :]:
+        panel.axis("off")
+    if names:
+        panels[len(names)].legend(*panels[0].get_legend_handles_labels(), loc="upper left", fontsize=8)
     return figure

@@ -41,6 +41,11 @@ STOCK, WINDOWS, ALIGNED = "stock, cut at 77", "compel, windows of 77", "FineLIP 
 SELF_JUDGED = (STOCK, WINDOWS)
 
 
+def in_sdxl(name: str) -> str:
+    """The name of the row that draws with a trained model."""
+    return f"{name} in SDXL"
+
+
 def picture_rows(trained: Mapping[str, Callable[[], Path | None]]) -> list[Row]:
     """The ways to encode captions.
 
@@ -52,7 +57,7 @@ def picture_rows(trained: Mapping[str, Callable[[], Path | None]]) -> list[Row]:
         Row(STOCK, open_stock),
         Row(WINDOWS, open_windows),
         Row("stretched, not trained", partial(open_unaligned, "stretched")),
-        *(Row(f"{name} in SDXL", partial(_open_trained, find)) for name, find in trained.items()),
+        *(Row(in_sdxl(name), partial(_open_trained, find)) for name, find in trained.items()),
         Row("FineLIP that ships, not aligned", partial(open_unaligned, "FineLIP")),
         Row(ALIGNED, _open_aligned),
     ]
