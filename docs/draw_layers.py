@@ -3,7 +3,7 @@
     python docs/draw_layers.py
 
 Writes `docs/layers.svg`. The layers are those of the contract in `pyproject.toml`, which `lint-imports` checks; the
-arrows are the imports that grimp finds, less those that a chain of other arrows implies. An import that points upwards
+arrows are the imports that grimp finds, less those that a chain of other arrows implies. An import that points upward
 is red, and there is none while the contract holds. The drawing depends on the code alone, so a test compares the
 committed file with a new one.
 """

@@ -23,7 +23,7 @@ from markdown.preprocessors import Preprocessor
 import finelip_sdxl
 
 _LINE = re.compile(r"<!-- help: (?P<command>.+) -->")
-_COLUMNS = "100"  # of the help, in characters
+_COLUMNS = "78"  # of the help, in characters: no more fit beside the site's menu
 _REPOSITORY = Path(finelip_sdxl.__file__).parents[1]
 
 

@@ -225,7 +225,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _workplace(parent: Path) -> Iterator[Path]:
-    """A folder for this writer alone in `parent`; it is removed afterwards."""
+    """A folder for this writer alone in `parent`; it is removed afterward."""
     parent.mkdir(parents=True, exist_ok=True)
     place = parent / f"{_WORKPLACE}{secrets.token_hex(8)}"
     with _locked(parent):  # else another writer could remove this workplace before it is locked

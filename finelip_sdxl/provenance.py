@@ -33,7 +33,7 @@ class Provenance:
 
     Attributes:
         stretched_from: number of positions before a stretch. The weights are then exactly the original's. None if the
-            table was not stretched, or was trained afterwards.
+            table was not stretched, or was trained afterward.
         stretch_keep: number of leading positions that the stretch left unchanged.
         stretch_factor: number of positions that the stretch made from each later one.
         made_from: the source of the weights that replaced an SDXL's own.

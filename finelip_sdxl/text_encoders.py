@@ -100,7 +100,7 @@ def unstretch_text_encoder(encoder: TextEncoder) -> TextEncoder:
     All weights but the positional table are shared with `encoder`, also when either is moved to another device.
 
     Raises:
-        ValueError: the encoder was not stretched, or was trained afterwards.
+        ValueError: the encoder was not stretched, or was trained afterward.
 
     Examples:
         >>> config = CLIPTextConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1)

@@ -5,7 +5,7 @@
     python training/align_adapter.py --base stabilityai/stable-diffusion-xl-base-1.0 --finelip runs/finelip/last \\
         --captions sharegpt4v:captions.json --images /data --mixed-precision bf16
 
-Stage 1 needs texts alone: states are drawn towards the states of SDXL's original encoders, on short captions whole, on
+Stage 1 needs texts alone: states are drawn toward the states of SDXL's original encoders, on short captions whole, on
 long ones sentence by sentence. Stage 2 needs images, too: it takes the denoising loss through the frozen UNet.
 
 Two methods. An *adapter* is a small network between encoders and UNet, for `conditioning_adapter=`; it leaves the

@@ -109,7 +109,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _head(budget: Budget, days: list[str], command: str) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     measured = " to ".join(dict.fromkeys((days[0], days[-1]))) if days else None
     rates = ", ".join(f"{rate:g}" for rate in budget.learning_rates)
     return f"""FineLIP's claims (arXiv 2504.01916), tested in a world whose pictures are known exactly. Each model
@@ -118,7 +118,7 @@ best of the learning rates {rates} of its loss (the token refinement has four ti
 {budget.scenes:,} scenes that no table shows choose it, by Recall@1 of the best similarity.
 
 All figures are of {budget.scenes:,} other unseen scenes, in families of five that share the first four objects of their
-captions. In brackets is the 95 % interval of the bootstrap over families. Rows of retrieval have
+captions. In brackets is the 95% interval of the bootstrap over families. Rows of retrieval have
 {_count(budget.seeds, "seed")}, ablations {_count(budget.ablation_seeds, "seed")}; the first chooses the learning rates.
 This is a small model and a short training: at full size, all of it may be different.
 
@@ -409,7 +409,7 @@ def draw_ablations(found: dict[str, dict[str, list[Ranks]]]) -> Figure:
         panel.set_title(name, fontsize=9, loc="left")
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3, axis="x")
-    panels[-1, 0].set_xlabel("Recall@1, %, with the 95 % interval")
+    panels[-1, 0].set_xlabel("Recall@1, %, with the 95% interval")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     return figure
 

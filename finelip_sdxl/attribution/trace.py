@@ -78,7 +78,7 @@ def trace_attention(pipe: Any, plan: PromptPlan | None = None) -> Iterator[Atten
             same texts and options. By default the plan of each call's own prompts.
 
     Returns:
-        The trace of the last call within the context; it can also be asked afterwards.
+        The trace of the last call within the context; it can also be asked afterward.
 
     Raises:
         TypeError: `pipe` is no pipeline of this package, or `plan` no plan.

@@ -320,7 +320,7 @@ class Comparison:
         Raises:
             ValueError: the column is unknown, the model cannot draw this size, compel cannot parse the prompt, or the
                 picture holds NaN.
-            MemoryError: the device's memory was not enough; a smaller picture can be drawn afterwards.
+            MemoryError: the device's memory was not enough; a smaller picture can be drawn afterward.
         """
         check_columns([column])
         settings.check_size(side_factor(self.pipe))

@@ -353,7 +353,7 @@ def _gather(
 
 @contextlib.contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns off gradients and dropout; afterwards each module has its former mode."""
+    """Turns off gradients and dropout; afterward each module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

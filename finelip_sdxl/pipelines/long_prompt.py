@@ -217,7 +217,7 @@ class LongPromptMixin(EncoderSwapMixin):
     def set_conditioning_adapter_scale(self, scale: float) -> None:
         """Set the share of the conditioning adapter in later calls. (A call takes one for itself, too.)
 
-        The scale belongs to this pipeline. `from_pipe` copies it to the new one; afterwards each has its own, so
+        The scale belongs to this pipeline. `from_pipe` copies it to the new one; afterward each has its own, so
         threads that need different scales use a pipeline each. `save_pretrained` does not save it.
 
         Args:

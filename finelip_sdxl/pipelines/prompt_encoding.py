@@ -330,7 +330,7 @@ class PromptEncodingMixin(_Parent):
     ) -> Conditioning:
         """Encode prompts, to keep in a file or to draw from several times: `pipe(**pipe.encode(prompt))`.
 
-        With model offloading, the text encoders leave the device afterwards. They may also be set to None.
+        With model offloading, the text encoders leave the device afterward. They may also be set to None.
 
         Args:
             prompt, prompt_2, negative_prompt, negative_prompt_2, clip_skip: as in a call of the pipeline.
@@ -770,7 +770,7 @@ class PromptEncodingMixin(_Parent):
 
     @contextmanager
     def _scaled_lora(self, scale: float | None) -> Iterator[None]:
-        """Set the LoRA scale of a call, and undo it afterwards, as the parent does around its own encoding."""
+        """Set the LoRA scale of a call, and undo it afterward, as the parent does around its own encoding."""
         if scale is None or not USE_PEFT_BACKEND:
             yield
             return

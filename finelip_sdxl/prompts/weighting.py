@@ -180,7 +180,7 @@ def weak_parts(rows: Sequence[Sequence[float]], positions: int) -> list[WeakPart
 
 
 def apply_weights(states: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
-    """States moved away from the empty prompt's states, or towards them: `empty + weight · (states − empty)`.
+    """States moved away from the empty prompt's states, or toward them: `empty + weight · (states − empty)`.
 
     Source: ComfyUI (`ClipTokenWeightEncoder.encode_token_weights` in `comfy/sd1_clip.py`), and compel
     (`EmbeddingsProvider.build_weighted_embedding_tensor`). In compel, `blend_without` comes next for weights below 1.

@@ -14,7 +14,7 @@ BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 # Words of British spelling; the code and the documents are American.
 BRITISH = re.compile(
     r"\b(?:(?:colour|behaviour|neighbour|favour)\w*|(?:normal|optim|initial|general|recogn)is\w+"
-    r"|labelled|cancelled|centre[sd]?|licence|grey)\b"
+    r"|labelled|cancelled|centre[sd]?|licence|grey|(?:to|after|up|down|back|for)wards)\b"
 )
 
 
