@@ -15,6 +15,7 @@ from benchmarks.miniature_pictures import RECOMMENDED, save_figure
 from finelip_sdxl.evaluation.intervals import Interval, mean_interval
 from finelip_sdxl.evaluation.retrieval import SWEEP
 from finelip_sdxl.files import written_whole
+from finelip_sdxl.model import GLOBAL_WEIGHT
 from finelip_sdxl.picture_evaluation.report import interval_text
 from finelip_sdxl.report import report_header
 
@@ -115,7 +116,8 @@ def _head(budget: Budget, days: list[str], command: str) -> str:
     return f"""FineLIP's claims (arXiv 2504.01916), tested in a world whose pictures are known exactly. Each model
 begins with the miniature's first CLIP and is trained for {budget.steps:,} steps of {budget.batch_size} pairs, at the
 best of the learning rates {rates} of its loss (the token refinement has four times as much).
-{budget.scenes:,} scenes that no table shows choose it, by Recall@1 of the best similarity.
+{budget.scenes:,} scenes of their own choose it, by Recall@1 of the best similarity. *Global* is the cosine of the
+embeddings, *fine* late interaction, and *fused* {GLOBAL_WEIGHT:g} global + {1 - GLOBAL_WEIGHT:g} fine, as published.
 
 All figures are of {budget.scenes:,} other unseen scenes, in families of five that share the first four objects of their
 captions. In brackets is the 95% interval of the bootstrap over families. Rows of retrieval have
