@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
 
 import random
+import signal
 import zlib
 from collections.abc import Iterator
 
@@ -66,6 +67,16 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
         reporter.write_line("CI fails, since these tests were skipped and may not be:", red=True)
         for line in refused:
             reporter.write_line(f"  {line}", red=True)
+
+
+@pytest.fixture
+def heard_signals() -> Iterator[None]:
+    """Signals stop the process, also where `nohup` or a shell's background lets it ignore some."""
+    handlers = {"SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL, "SIGINT": signal.default_int_handler}
+    before = {name: signal.signal(getattr(signal, name), handler) for name, handler in handlers.items()}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture(scope="session")

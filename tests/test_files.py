@@ -456,6 +456,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path, library
 # Signals
 
 
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_stops_as_an_interrupt_does_and_nothing_is_left(tmp_path, name) -> None:
     def write() -> None:

@@ -474,6 +474,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(stock_folder, saved, 
     assert os.listdir(tmp_path) == ["saved"]
 
 
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_a_signal_leaves_what_was_there(stock_folder, saved, tmp_path, monkeypatch, capsys, name, code) -> None:
     def save(pipe, folder: Path) -> None:

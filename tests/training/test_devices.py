@@ -39,7 +39,9 @@ class UnsavedRun(SimpleNamespace):
     """A run folder that keeps nothing."""
 
     def __init__(self, folder: Any, *_: Any, **__: Any) -> None:
-        super().__init__(folder=folder, resume=lambda: None, save=lambda progress: None)
+        super().__init__(folder=folder, also={}, resume=lambda: None, save=lambda progress: None)
+
+    def check_settings(self) -> None: ...
 
     def save_model(self, *_: Any, **__: Any) -> None: ...
 
