@@ -161,7 +161,7 @@ def draw_sheet(arguments: argparse.Namespace) -> Image.Image:
 def describe(region: Region) -> str:
     """The object that should stand in a region, and where that is."""
     thing = region.scene.objects[region.cell]
-    return f"{thing.color} {thing.shape} in the {PLACES[region.cell]}"
+    return f"{thing.color} {thing.shape} in the {thing.place}"
 
 
 def main() -> None:

@@ -178,7 +178,10 @@ def announce(text: str) -> None:
 
 
 def quiet_imports() -> None:
-    """Let modules that Diffusers, Transformers and peft import log errors only. Call it before these imports."""
+    """Let modules that Diffusers, Transformers and peft import log errors only, and drop a warning about each other.
+
+    Call it before these imports.
+    """
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     # peft asks Transformers by a name that is deprecated there.

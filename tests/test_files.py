@@ -473,16 +473,14 @@ def test_a_signal_stops_as_an_interrupt_does_and_nothing_is_left(tmp_path, name)
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.usefixtures("heard_signals")  # which puts back the handlers
 def test_signals_that_are_ignored_or_handled_stay_so() -> None:
     handled = []
-    before = [signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: handled.append(1))]
-    try:
-        with stopped_by_signals():
-            signal.raise_signal(signal.SIGHUP)  # as `nohup` sets it
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGHUP, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` sets it
+    signal.signal(signal.SIGTERM, lambda *_: handled.append(1))
+    with stopped_by_signals():
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
     assert handled == [1]
 
 

@@ -418,8 +418,9 @@ def draw_ablations(found: dict[str, dict[str, list[Ranks]]]) -> Figure:
 
 def draw_stand_ins(rows: list[PictureRow], names: list[str]) -> Figure:
     columns = 3
-    figure = Figure(figsize=(9, 3.2 * (len(names) // columns + 1)), layout="constrained")  # one panel for the legend
-    panels = figure.subplots(len(names) // columns + 1, columns, squeeze=False).ravel()
+    height = len(names) // columns + 1  # in panels, with one for the legend
+    figure = Figure(figsize=(9, 3.2 * height), layout="constrained")
+    panels = figure.subplots(height, columns, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
         for row in rows:
             objects = mean_interval(row.scores["objects"])

@@ -93,7 +93,7 @@ class EncoderPlan:
         cut_tokens: number of tokens of that part.
         vocabulary: whose tokens are counted, such as `"SDXL's tokens"`; see `finelip_sdxl.prompts.vocabulary`.
         loras: the LoRAs that the text names; they are not encoded.
-        unread: parts of the text that would be weights with another syntax, after the name of that syntax.
+        unread: for each syntax that is not read, its name and the parts of the text that would be weights with it.
     """
 
     encoder: str
@@ -107,7 +107,7 @@ class EncoderPlan:
     vocabulary: str = ""
     loras: tuple[LoraTag, ...] = ()
     label: str = ""
-    unread: tuple[tuple[Weighting, str], ...] = ()
+    unread: tuple[tuple[Weighting, tuple[str, ...]], ...] = ()
 
     @property
     def title(self) -> str:
@@ -133,9 +133,8 @@ class EncoderPlan:
             lines.append(f"  cut, {self.cut_tokens} tokens: {_quoted(self.cut_text)}")
         if self.loras:
             lines.append(f"  LoRAs, not encoded: {' '.join(map(str, self.loras))}")
-        for syntax in dict.fromkeys(syntax for syntax, _ in self.unread):
-            parts = " ".join(part for name, part in self.unread if name == syntax)
-            lines.append(f'  plain text, no weights without weighting="{syntax}": {parts}')
+        for syntax, parts in self.unread:
+            lines.append(f'  plain text, no weights without weighting="{syntax}": {" ".join(parts)}')
         return "\n".join(lines)
 
 

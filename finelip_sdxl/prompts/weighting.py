@@ -54,7 +54,7 @@ class WeightedText:
         breaks: characters at which a new window begins.
         loras: the LoRAs that it names; they are no part of `text`.
         shares: the first character and the weight of each part of compel's `.and()`; empty without it.
-        unread: parts of the text that would be weights with another syntax, after the name of that syntax.
+        unread: for each syntax that is not read, its name and the parts of the text that would be weights with it.
     """
 
     text: str
@@ -62,7 +62,7 @@ class WeightedText:
     breaks: tuple[int, ...] = ()
     loras: tuple[LoraTag, ...] = ()
     shares: tuple[tuple[int, float], ...] = ()
-    unread: tuple[tuple[Weighting, str], ...] = field(default=(), repr=False)
+    unread: tuple[tuple[Weighting, tuple[str, ...]], ...] = field(default=(), repr=False)
 
     def weight_at(self, character: int) -> float:
         before = bisect(self.spans, (character, inf, inf))
@@ -274,9 +274,10 @@ def _one_after_the_other(
     return WeightedText(text, tuple(spans), tuple(starts[1:]), loras, of_parts)
 
 
-def _weights_of_other_syntaxes(text: str) -> tuple[tuple[Weighting, str], ...]:
+def _weights_of_other_syntaxes(text: str) -> tuple[tuple[Weighting, tuple[str, ...]], ...]:
     """Parts of a text without weights that nearly nobody writes but as a weight: brackets with a decimal number."""
-    return tuple((syntax, part) for syntax, pattern in _TELLTALES.items() for part in pattern.findall(text))
+    found = ((syntax, tuple(pattern.findall(text))) for syntax, pattern in _TELLTALES.items())
+    return tuple((syntax, parts) for syntax, parts in found if parts)
 
 
 def _check_weak_parts(spans: Sequence[tuple[int, int, float]], emphasis: Emphasis) -> None:

@@ -69,7 +69,7 @@ class RunFolder:
             except (OSError, ValueError, LookupError, TypeError):
                 continue  # damaged: `resume` says so
             if isinstance(begun, dict):
-                self._check_settings(begun)
+                self._compare_settings(begun)
                 return
 
     def resume(self) -> dict[str, Any] | None:
@@ -95,7 +95,7 @@ class RunFolder:
         progress: dict[str, Any] = json.loads((newest / "progress.json").read_text())
         if progress.pop("manifest", None) is None:
             self.accelerator.print(f"{newest} is of an earlier version: its files can be read, and no more is checked.")
-        self._check_settings(progress.pop("settings", {}))
+        self._compare_settings(progress.pop("settings", {}))
         self._load(newest)
         return progress
 
@@ -156,7 +156,7 @@ class RunFolder:
             notes.append(f"{checkpoint} is damaged: {damage}.")
         return None, notes
 
-    def _check_settings(self, begun: dict[str, Any]) -> None:
+    def _compare_settings(self, begun: dict[str, Any]) -> None:
         changed = [
             f"{name.replace('_', '-')} was {begun[name]} and is {now}"
             for name, now in self.settings.items()

@@ -519,6 +519,7 @@ def test_what_is_a_mistake_of_ours_keeps_its_traceback() -> None:
         command_line.run_recipe("recipe.py", train, lambda flags: parse(*flags), [])
 
 
+@pytest.mark.usefixtures("heard_signals")  # which puts back the handlers
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_as_an_interrupt_does(number) -> None:
     def run() -> None:
@@ -526,15 +527,11 @@ def test_a_signal_ends_a_run_as_an_interrupt_does(number) -> None:
             "recipe.py", lambda arguments: os.kill(os.getpid(), number), lambda flags: parse(*flags), []
         )
 
-    before = signal.signal(number, signal.SIG_DFL)
-    try:
-        with pytest.raises(SystemExit, match="the same command goes on from the last checkpoint"):
-            run()
-        assert signal.getsignal(number) is signal.SIG_DFL
-        signal.signal(number, signal.SIG_IGN)  # as nohup does
+    with pytest.raises(SystemExit, match="the same command goes on from the last checkpoint"):
         run()
-    finally:
-        signal.signal(number, before)
+    assert signal.getsignal(number) is signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    run()
 
 
 # Numbers and paths of flags
